@@ -1,0 +1,13 @@
+"""The exceptions a user can meet. Each message says what must be true, what was given, what to do."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: exit code 2 before a sweep starts, a failed cell after."""
+
+
+class TrialError(RuntimeError):
+    """A trial cannot go on (a loss that is not finite, a budget that cannot hold): its cell fails."""
+
+
+class SweepInterrupted(RuntimeError):
+    """The sweep was asked to stop; what is finished is kept and the same command goes on."""

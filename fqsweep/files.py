@@ -1,0 +1,125 @@
+"""Every path of one sweep, and writes that leave a whole file or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+
+@dataclass(frozen=True)
+class SweepPaths:
+    """Where one sweep keeps what. Only this class joins paths below ``out``."""
+
+    out: Path
+
+    @property
+    def ledger(self) -> Path:
+        return self.out / "ledger.jsonl"
+
+    @property
+    def studies(self) -> Path:
+        return self.out / "optuna.journal"
+
+    @property
+    def driver_lock(self) -> Path:
+        return self.out / "driver.lock"
+
+    @property
+    def tracking_db(self) -> Path:
+        return self.out / "mlflow.db"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.out / "mlartifacts"
+
+    @property
+    def packs(self) -> Path:
+        return self.out / "packs"
+
+    @property
+    def report(self) -> Path:
+        return self.out / "report"
+
+    @property
+    def ray_storage(self) -> Path:
+        return self.out / "ray"
+
+    def baseline(self, key: str) -> Path:
+        return self.out / "baselines" / key
+
+    def importance(self, key: str) -> Path:
+        return self.out / "importance" / f"{key}.npz"
+
+    def trial(self, key: str) -> Path:
+        return self.out / "trials" / key
+
+    def result(self, key: str) -> Path:
+        return self.trial(key) / "result.json"
+
+    def log(self, key: str) -> Path:
+        return self.out / "logs" / f"{key}.log"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` whole or not at all: beside it, synced, then moved into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a mapping as JSON, whole or not at all. NaN is refused: it is never recorded as a result."""
+    write_bytes(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode())
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON line and sync it. A line cut short by a crash is healed by starting a new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as stream:
+        if stream.tell() > 0:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+        stream.write(json.dumps(value, sort_keys=True, allow_nan=False).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; lines cut short by a crash are left out, a missing file is empty."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            lines.append(value)
+    return lines
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock that belongs to ``path``: of several processes one computes, the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        yield

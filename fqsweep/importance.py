@@ -1,0 +1,502 @@
+"""What quantising each unit is predicted to cost each group: a table from calibration images.
+
+Axes: g groups, u units, b bit choices, n images of a batch.
+
+``cost_gub[g, u, b]`` >= 0 is the predicted rise of group g's mean loss when unit u goes to choice b:
+
+- ``taylor``: 1/2 E_g[(g_i . dW_u(b))^2] over per-sample gradients g_i, the empirical Fisher along the
+  rounding error. g_i . dW_u is the layer's output for the weights dW_u times the gradient at its output,
+  so no per-sample weight gradient is built.
+- ``fisher``: 1/2 sum E_g[g_i^2] dW^2, its diagonal; one image at a time.
+- ``gradient``: sum |E_g[g]| times 4^-b; ``grape``: sum (E_g[g] w)^2 times 4^-b (Lin, Kim, Joo 2022).
+- ``hawq``: 1/2 (trace of the Hessian / weights) ||dW||^2, by Hutchinson's probes (Dong et al. 2020).
+
+All in eval mode on the calibration split; the model's state is as before afterwards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fqsweep.config import Predictor, Reducer, ScaleRule
+from fqsweep.errors import TrialError
+from fqsweep.files import write_bytes
+from fqsweep.models import quantisable_layers
+from fqsweep.quant.grid import MAX_BITS, quantise_units
+from fqsweep.quant.steps import choose_steps
+from fqsweep.quant.units import UnitTable, as_units
+
+HUTCHINSON_PROBES = 8
+CVAR_FRAC = 0.5
+Image = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """A cost table with what it rests on.
+
+    Attributes:
+        cost_gub: float64 (g, u, b), not negative and finite.
+        choices: the b bit-widths.
+        step_ub: float32 (u, 9), start steps at widths 0..8; NaN where a width is no choice.
+        loss_g: mean full-precision loss of each group on the calibration images.
+        count_g: calibration images per group.
+        passes: cost in passes over the calibration images, in forward passes of the model.
+    """
+
+    cost_gub: np.ndarray
+    choices: tuple[int, ...]
+    step_ub: np.ndarray
+    loss_g: np.ndarray
+    count_g: np.ndarray
+    passes: float
+    seconds: float
+
+
+def measure_importance(
+    model: nn.Module,
+    units: UnitTable,
+    batches: Callable[[], Iterator[Image]],
+    *,
+    num_groups: int,
+    predictor: Predictor,
+    choices: Sequence[int],
+    scale: ScaleRule,
+    seed: int = 0,
+    progress: Progress = lambda _stage, _frac: None,
+) -> Importance:
+    """Fill the cost table.
+
+    Args:
+        model: the full-precision parent; its state and mode are left as they are.
+        batches: gives the calibration images anew at each call: images (n, 3, h, w), labels (n,), groups (n,).
+        num_groups: every group needs at least one image.
+        predictor, choices, scale: see the module and ``quant.steps``.
+        seed: for the probes of ``hawq``.
+
+    Raises:
+        TrialError: a group without calibration images, or costs that are not finite.
+    """
+    start = time.perf_counter()
+    with _undisturbed(model):
+        loss_g, count_g = _group_losses(model, batches, num_groups)
+        if (count_g == 0).any():
+            raise TrialError(f"groups {np.flatnonzero(count_g == 0).tolist()} have no calibration image")
+        curvature, passes = None, 1.0
+        if scale == "curvature":
+            progress("input moments", 0.0)
+            curvature, passes = _input_moments(model, batches), 2.0
+        steps = _all_steps(model, units, choices, scale, curvature)
+        changes = _rounding_errors(model, units, choices, steps)
+        progress(predictor, 0.0)
+        if predictor == "taylor":
+            cost_gub = _taylor(model, units, batches, changes, count_g, progress)
+            passes += 3.0 + len(choices)
+        elif predictor == "fisher":
+            cost_gub = _fisher(model, units, batches, changes, count_g)
+            passes += 3.0
+        elif predictor == "hawq":
+            cost_gub = _hawq(model, units, batches, changes, count_g, seed)
+            passes += 6.0 * HUTCHINSON_PROBES
+        else:
+            cost_gub = _first_order(model, units, batches, choices, count_g, squared=predictor == "grape")
+            passes += 3.0
+    if not np.isfinite(cost_gub).all():
+        raise TrialError(f"importance {predictor}: some costs are not finite; the parent's loss is probably not finite")
+    return Importance(
+        cost_gub=cost_gub,
+        choices=tuple(choices),
+        step_ub=np.concatenate([steps[layer.name].cpu().numpy() for layer in units.layers]),
+        loss_g=loss_g,
+        count_g=count_g,
+        passes=passes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients of weights; everything as before at the end."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+@torch.no_grad()
+def _group_losses(
+    model: nn.Module, batches: Callable[[], Iterator[Image]], num_groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+    total_g, count_g = np.zeros(num_groups), np.zeros(num_groups, dtype=np.int64)
+    for image, label, group in batches():
+        loss_n = F.cross_entropy(model(image), label, reduction="none").double().cpu().numpy()
+        group_n = group.cpu().numpy()
+        total_g += np.bincount(group_n, weights=loss_n, minlength=num_groups)
+        count_g += np.bincount(group_n, minlength=num_groups)
+    return total_g / np.maximum(count_g, 1), count_g
+
+
+@torch.no_grad()
+def _input_moments(model: nn.Module, batches: Callable[[], Iterator[Image]]) -> dict[str, torch.Tensor]:
+    """Mean square of what each weight multiplies, per layer, as (1 or units, weights per unit).
+
+    Averages over images and positions; at image borders of convolutions the padding is ignored.
+    """
+    total: dict[str, torch.Tensor] = {}
+    handles = []
+    for name, module in quantisable_layers(model).items():
+
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
+            value = inputs[0].detach()
+            axes = (0, 2, 3) if isinstance(_module, nn.Conv2d) else tuple(range(value.ndim - 1))
+            square = value.float().square().mean(dim=axes) * len(value)
+            total[name] = total.get(name, torch.zeros_like(square)) + square
+
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        for image, _label, _group in batches():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _spread(total[name], module) for name, module in quantisable_layers(model).items() if name in total}
+
+
+def _spread(moment_c: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """Input moments per channel in the shape of the layer's weight rows."""
+    weight = layer.weight
+    if not isinstance(layer, nn.Conv2d):
+        return moment_c[None, :]
+    kernel = weight.shape[2] * weight.shape[3]
+    per_group = moment_c.reshape(layer.groups, weight.shape[1])
+    rows = per_group.repeat_interleave(weight.shape[0] // layer.groups, dim=0)
+    return rows.repeat_interleave(kernel, dim=1)
+
+
+def _all_steps(
+    model: nn.Module,
+    units: UnitTable,
+    choices: Sequence[int],
+    rule: ScaleRule,
+    curvature: Mapping[str, torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
+    """Layer name -> steps (u, 9), NaN at widths that are no choice."""
+    layers = quantisable_layers(model)
+    steps = {}
+    for layer in units.layers:
+        weight = layers[layer.name].weight.detach()
+        weight_un = as_units(weight, layer.num_units)
+        importance = None
+        if curvature is not None:
+            given = curvature.get(layer.name, torch.ones(1, device=weight.device))
+            importance = given.expand(weight.shape[0], -1).expand(weight.shape[0], weight[0].numel())
+            importance = importance.reshape(layer.num_units, -1)
+        chosen = choose_steps(weight_un, tuple(choices), rule=rule, curvature_un=importance)
+        full = torch.full((layer.num_units, MAX_BITS + 1), torch.nan, device=weight.device)
+        full[:, list(choices)] = chosen
+        steps[layer.name] = full
+    return steps
+
+
+def _rounding_errors(
+    model: nn.Module, units: UnitTable, choices: Sequence[int], steps: Mapping[str, torch.Tensor]
+) -> Callable[[str], Iterator[torch.Tensor]]:
+    """A function of the layer name that gives dW for each choice, made anew each time (memory)."""
+    layers = quantisable_layers(model)
+    by_name = {layer.name: layer for layer in units.layers}
+
+    def errors(name: str) -> Iterator[torch.Tensor]:
+        weight = layers[name].weight.detach()
+        weight_un = as_units(weight, by_name[name].num_units)
+        for bits in choices:
+            bits_u = torch.full((len(weight_un),), bits, dtype=torch.long, device=weight.device)
+            step_u1 = steps[name][:, bits : bits + 1]
+            yield (quantise_units(weight_un, step_u1, bits_u) - weight_un).view(weight.shape)
+
+    return errors
+
+
+def _taylor(
+    model: nn.Module,
+    units: UnitTable,
+    batches: Callable[[], Iterator[Image]],
+    changes: Callable[[str], Iterator[torch.Tensor]],
+    count_g: np.ndarray,
+    progress: Progress,
+) -> np.ndarray:
+    layers = quantisable_layers(model)
+    device = next(model.parameters()).device
+    num_choices = sum(1 for _ in changes(units.layers[0].name))
+    cost_gub = torch.zeros(len(count_g), units.num_units, num_choices, dtype=torch.float64, device=device)
+    cached = {layer.name: list(changes(layer.name)) for layer in units.layers}
+    group_ng = torch.zeros(0)
+    handles = []
+
+    def watch(unit_layer, module):  # type: ignore[no-untyped-def]
+        def on_forward(_module, inputs, output):  # type: ignore[no-untyped-def]
+            value = inputs[0].detach()
+
+            def on_gradient(gradient):  # type: ignore[no-untyped-def]
+                for choice, change in enumerate(cached[unit_layer.name]):
+                    along_nu = _inner_products(module, value, change, gradient, unit_layer.num_units)
+                    rows = slice(unit_layer.start, unit_layer.stop)
+                    cost_gub[:, rows, choice] += torch.einsum("ng,nu->gu", group_ng, along_nu.double().square())
+
+            output.register_hook(on_gradient)
+
+        return on_forward
+
+    for layer in units.layers:
+        handles.append(layers[layer.name].register_forward_hook(watch(layer, layers[layer.name])))
+    done, total = 0, int(count_g.sum())
+    try:
+        for image, label, group in batches():
+            group_ng = F.one_hot(group, len(count_g)).double()
+            loss = F.cross_entropy(model(image.requires_grad_()), label, reduction="sum")
+            loss.backward()
+            done += len(image)
+            progress("taylor", done / total)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return cost_gub.cpu().numpy() / (2 * count_g[:, None, None])
+
+
+@torch.no_grad()
+def _inner_products(
+    layer: nn.Module, value: torch.Tensor, change: torch.Tensor, gradient: torch.Tensor, num_units: int
+) -> torch.Tensor:
+    """g_i . dW_u for every image and unit, (n, u): the layer's answer to dW times the output's gradient."""
+    if type(layer) is nn.Linear:
+        product = F.linear(value, change) * gradient
+        along_nc = product.flatten(1, -2).sum(dim=1) if product.ndim > 2 else product
+    else:
+        along_nc = (_response(layer, value, change) * gradient).flatten(2).sum(dim=2)
+    return along_nc if num_units == along_nc.shape[1] else along_nc.sum(dim=1, keepdim=True)
+
+
+def _response(layer: nn.Module, value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Change of the layer's output for a change of its weight."""
+    if type(layer) is nn.Conv2d:
+        return layer._conv_forward(value, change, None)
+    moved = torch.func.functional_call(layer, {"weight": layer.weight + change}, (value,))
+    return moved - layer(value)
+
+
+def _first_order(
+    model: nn.Module,
+    units: UnitTable,
+    batches: Callable[[], Iterator[Image]],
+    choices: Sequence[int],
+    count_g: np.ndarray,
+    *,
+    squared: bool,
+) -> np.ndarray:
+    """Importance from each group's mean gradient, one backward pass per group and batch, times 4^-b."""
+    layers = quantisable_layers(model)
+    cost_gub = np.zeros((len(count_g), units.num_units, len(choices)))
+    decay_b = 4.0 ** -np.array(choices, dtype=np.float64)
+    for g in range(len(count_g)):
+        total = _group_gradient(model, units, batches, g)
+        for layer in units.layers:
+            gradient = as_units(total[layer.name] / int(count_g[g]), layer.num_units)
+            weight = as_units(layers[layer.name].weight.detach(), layer.num_units)
+            value = (gradient * weight).square() if squared else gradient.abs()
+            cost_gub[g, layer.start : layer.stop] = value.sum(dim=1).double().cpu().numpy()[:, None] * decay_b
+    return cost_gub
+
+
+def _group_gradient(
+    model: nn.Module, units: UnitTable, batches: Callable[[], Iterator[Image]], group_index: int
+) -> dict[str, torch.Tensor]:
+    """Sum over the group's images of the loss gradient at every quantised weight."""
+    weights = _watched_weights(model, units)
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for image, label, group in batches():
+        chosen = group == group_index
+        if chosen.any():
+            loss = F.cross_entropy(model(image[chosen]), label[chosen], reduction="sum")
+            for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                total[name] += gradient
+    model.requires_grad_(False)
+    return total
+
+
+def _watched_weights(model: nn.Module, units: UnitTable) -> dict[str, torch.Tensor]:
+    layers = quantisable_layers(model)
+    return {layer.name: layers[layer.name].weight.requires_grad_() for layer in units.layers}
+
+
+def _fisher(
+    model: nn.Module,
+    units: UnitTable,
+    batches: Callable[[], Iterator[Image]],
+    changes: Callable[[str], Iterator[torch.Tensor]],
+    count_g: np.ndarray,
+) -> np.ndarray:
+    weights = _watched_weights(model, units)
+    fisher = [{name: torch.zeros_like(w) for name, w in weights.items()} for _ in count_g]
+    for image, label, group in batches():
+        for i in range(len(image)):
+            loss = F.cross_entropy(model(image[i : i + 1]), label[i : i + 1])
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+            for name, gradient in zip(weights, gradients, strict=True):
+                fisher[int(group[i])][name] += gradient.square()
+    model.requires_grad_(False)
+    tables = []
+    for g, count in enumerate(count_g):
+        diagonal = {name: value / int(count) for name, value in fisher[g].items()}
+        tables.append(_diagonal_cost(units, changes, diagonal))
+    return np.stack(tables)
+
+
+def _diagonal_cost(
+    units: UnitTable, changes: Callable[[str], Iterator[torch.Tensor]], diagonal: Mapping[str, torch.Tensor]
+) -> np.ndarray:
+    """1/2 sum_w h_w dW^2 per unit and choice, float64 (u, b); ``diagonal`` broadcasts over weights."""
+    rows = []
+    for layer in units.layers:
+        columns = [
+            as_units(diagonal[layer.name] * change.square(), layer.num_units).sum(dim=1)
+            for change in changes(layer.name)
+        ]
+        rows.append(torch.stack(columns, dim=1).double().cpu().numpy() / 2)
+    return np.concatenate(rows)
+
+
+def _hawq(
+    model: nn.Module,
+    units: UnitTable,
+    batches: Callable[[], Iterator[Image]],
+    changes: Callable[[str], Iterator[torch.Tensor]],
+    count_g: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """Mean diagonal of the Hessian per unit and group, negative estimates taken as 0."""
+    weights = _watched_weights(model, units)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    trace = [{layer.name: torch.zeros(layer.num_units) for layer in units.layers} for _ in count_g]
+    # Fused attention has no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        for image, label, group in batches():
+            for g in range(len(count_g)):
+                chosen = group == g
+                if not chosen.any():
+                    continue
+                loss = F.cross_entropy(model(image[chosen]), label[chosen], reduction="sum")
+                gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+                for probe_index in range(HUTCHINSON_PROBES):
+                    probes = [_rademacher(w, generator) for w in weights.values()]
+                    products = torch.autograd.grad(
+                        gradients,
+                        list(weights.values()),
+                        grad_outputs=probes,
+                        retain_graph=probe_index < HUTCHINSON_PROBES - 1,
+                        allow_unused=True,
+                    )
+                    for layer, probe, product in zip(units.layers, probes, products, strict=True):
+                        if product is not None:
+                            along = as_units(probe * product, layer.num_units).sum(dim=1)
+                            trace[g][layer.name] += along.detach().cpu()
+    model.requires_grad_(False)
+    tables = []
+    for g, count in enumerate(count_g):
+        diagonal = {}
+        for layer in units.layers:
+            mean_u = trace[g][layer.name] / (HUTCHINSON_PROBES * int(count) * layer.num_weights)
+            rows = mean_u.clamp(min=0.0).to(weights[layer.name].device)
+            shape = (-1, *[1] * (weights[layer.name].ndim - 1))
+            diagonal[layer.name] = rows.view(shape)
+        tables.append(_diagonal_cost(units, changes, diagonal))
+    return np.stack(tables)
+
+
+def _rademacher(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    sign = torch.randint(0, 2, weight.shape, generator=generator).mul_(2).sub_(1)
+    return sign.to(device=weight.device, dtype=weight.dtype)
+
+
+# --- reducers ------------------------------------------------------------------------------------
+
+
+def reduce_groups(cost_gub: np.ndarray, reducer: Reducer, *, loss_g: np.ndarray) -> np.ndarray:
+    """Group costs as one table (u, b), or (1, u, b) kept apart for ``none``.
+
+    - ``mean``, ``max``: over groups, entry by entry;
+    - ``cvar``: mean over the worse half of the groups, at least one, entry by entry;
+    - ``balanced``: mean after every group's table is scaled to the same total, so that no group counts less
+      because its losses are smaller;
+    - ``subtractive``: cost of the group with the highest full-precision loss minus that of the lowest, sign
+      kept (FairPrune's and FairQuantize's contrast of a disadvantaged and an advantaged group).
+
+    Raises:
+        ValueError: ``subtractive`` with one group.
+    """
+    if reducer == "mean":
+        return np.asarray(cost_gub.mean(axis=0))
+    if reducer == "max":
+        return np.asarray(cost_gub.max(axis=0))
+    if reducer == "cvar":
+        worst = max(1, int(np.ceil(CVAR_FRAC * len(cost_gub))))
+        return np.asarray(np.sort(cost_gub, axis=0)[-worst:].mean(axis=0))
+    if reducer == "balanced":
+        total_g = cost_gub.sum(axis=(1, 2), keepdims=True)
+        scale = np.where(total_g > 0, total_g.mean() / np.where(total_g > 0, total_g, 1), 1.0)
+        return np.asarray((cost_gub * scale).mean(axis=0))
+    if reducer == "subtractive":
+        if len(cost_gub) < 2:
+            raise ValueError("reducer subtractive contrasts two groups; there is only one")
+        return np.asarray(cost_gub[int(loss_g.argmax())] - cost_gub[int(loss_g.argmin())])
+    raise ValueError(f"reducer {reducer!r} does not make one table of the groups' costs")
+
+
+# --- on disk -------------------------------------------------------------------------------------
+
+
+def save_importance(path: Path, importance: Importance) -> None:
+    """Write a cost table, whole or not at all."""
+    stream = BytesIO()
+    np.savez_compressed(
+        stream,
+        cost_gub=importance.cost_gub,
+        choices=np.array(importance.choices),
+        step_ub=importance.step_ub,
+        loss_g=importance.loss_g,
+        count_g=importance.count_g,
+        spent=np.array([importance.passes, importance.seconds]),
+    )
+    write_bytes(path, stream.getvalue())
+
+
+def load_importance(path: Path) -> Importance:
+    """Read what ``save_importance`` wrote."""
+    with np.load(path, allow_pickle=False) as content:
+        return Importance(
+            cost_gub=content["cost_gub"],
+            choices=tuple(int(b) for b in content["choices"]),
+            step_ub=content["step_ub"],
+            loss_g=content["loss_g"],
+            count_g=content["count_g"],
+            passes=float(content["spent"][0]),
+            seconds=float(content["spent"][1]),
+        )

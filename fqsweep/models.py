@@ -1,0 +1,168 @@
+"""Classifiers from timm, and the names of their layers that are quantised."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from fqsweep.config import ArchitectureConfig
+from fqsweep.errors import InputError
+
+SCRATCH_MEAN = (0.5, 0.5, 0.5)
+SCRATCH_STD = (0.25, 0.25, 0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """Mean and standard deviation per colour channel, for pixels in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def build_model(
+    config: ArchitectureConfig, *, num_classes: int, image_size: int, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """A timm classifier that takes square images of ``image_size`` pixels.
+
+    Args:
+        config: name and where weights come from; a local file may hold another number of classes, its
+            classifier is then left at its start values, and position embeddings are resampled.
+        num_classes: outputs.
+        image_size: pixels.
+        device: ``meta`` builds without memory, to count.
+
+    Raises:
+        InputError: timm does not know the name, the weights cannot be had, or the size does not fit.
+    """
+    _check_known(config.name)
+    with torch.device(device):
+        model = _create(config, num_classes, image_size)
+    _check_size(model, config.name, image_size)
+    return model
+
+
+def _check_known(name: str) -> None:
+    if timm.is_model(name):
+        return
+    close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+    hint = f"; near: {', '.join(close)}" if close else ""
+    raise InputError(f"architecture {name!r}: timm {timm.__version__} does not know it{hint} (see timm.list_models())")
+
+
+def _create(config: ArchitectureConfig, num_classes: int, image_size: int) -> nn.Module:
+    options: dict[str, object] = {"num_classes": num_classes}
+    if isinstance(config.pretrained, str):
+        path = Path(config.pretrained).expanduser()
+        if not path.is_file():
+            raise InputError(f"architecture {config.name}: pretrained file {path} does not exist")
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    else:
+        options["pretrained"] = config.pretrained
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _create_at_size(config.name, options, image_size)
+    except InputError:
+        raise
+    except Exception as error:
+        if not config.pretrained:
+            raise InputError(
+                f"architecture {config.name} cannot be built for {image_size} px images: {error}"
+            ) from error
+        source = config.pretrained if isinstance(config.pretrained, str) else "the hub"
+        raise InputError(
+            f"architecture {config.name}: pretrained weights from {source} cannot be loaded "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            "give a local file, or pretrained: false to train from scratch"
+        ) from error
+
+
+def _create_at_size(name: str, options: dict[str, object], image_size: int) -> nn.Module:
+    """Ask for the size; convolutional networks take any and do not know the option."""
+    try:
+        return timm.create_model(name, img_size=image_size, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+    return timm.create_model(name, **options)
+
+
+def _check_size(model: nn.Module, name: str, image_size: int) -> None:
+    """Run two blank images through the network, so that a size that does not fit shows before training."""
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output = model(torch.zeros(2, 3, image_size, image_size, device=device))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"architecture {name} cannot take images of {image_size} px: {reason}; set the data set's image_size "
+            f"(its own size is {model.pretrained_cfg.get('input_size', ('?',))[-1]})"
+        ) from error
+    finally:
+        model.train(was_training)
+    if output.ndim != 2:
+        raise InputError(f"architecture {name} is no classifier: its output has shape {tuple(output.shape)}")
+
+
+def normalisation_of(model: nn.Module, config: ArchitectureConfig) -> Normalisation:
+    """The pretrained weights' own normalisation, or a plain one for networks trained from scratch."""
+    if not config.pretrained:
+        return Normalisation(mean=SCRATCH_MEAN, std=SCRATCH_STD)
+    own = model.pretrained_cfg
+    return Normalisation(mean=tuple(own["mean"]), std=tuple(own["std"]))
+
+
+def quantisable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every Conv2d and Linear by name, in the model's order; their weights' first axis is the output channel."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+
+
+def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], int]:
+    """Multiply-accumulates of one image: per quantisable layer, and of products between activations.
+
+    Every token and position counts. Products between activations (attention) are what is left of the
+    counted operations after the layers; 0 in convolutional networks.
+
+    Args:
+        model: any device; on ``meta`` nothing is computed.
+        image_size: pixels.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer_macs: dict[str, int] = {}
+    handles = []
+
+    def note(name: str) -> object:
+        def hook(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+            weight = module.weight
+            positions = output.numel() // weight.shape[0]
+            layer_macs[name] = layer_macs.get(name, 0) + positions * weight.numel()
+
+        return hook
+
+    for name, module in quantisable_layers(model).items():
+        handles.append(module.register_forward_hook(note(name)))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            model(torch.zeros(1, 3, image_size, image_size, device=device))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    total = counter.get_total_flops() // 2
+    return layer_macs, max(0, total - sum(layer_macs.values()))

@@ -1,0 +1,120 @@
+"""Every metric, parameter and tag key that is recorded, with its unit, direction and meaning.
+
+Nothing else in the project spells a key out: reports, tables and searches read them here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["maximize", "minimize", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One recorded number: ``key`` without its split prefix, and how to read it."""
+
+    key: str
+    unit: str
+    direction: Direction
+    meaning: str
+
+
+# Recorded twice, as val/<key> and test/<key>.
+GROUP_METRICS: tuple[Metric, ...] = (
+    Metric(key="acc_overall", unit="frac", direction="maximize", meaning="accuracy over all samples"),
+    Metric(key="acc_avg", unit="frac", direction="maximize", meaning="mean of the groups' accuracies"),
+    Metric(key="acc_worst", unit="frac", direction="maximize", meaning="accuracy of the worst-served group"),
+    Metric(key="acc_gap", unit="frac", direction="minimize", meaning="acc_avg - acc_worst"),
+    Metric(
+        key="balanced_acc", unit="frac", direction="maximize", meaning="mean recall over classes, all samples"
+    ),
+    Metric(
+        key="balanced_acc_worst",
+        unit="frac",
+        direction="maximize",
+        meaning="lowest mean recall over classes of any group",
+    ),
+    Metric(key="eopp0", unit="frac", direction="minimize", meaning="mean over classes of the TNR gap of groups"),
+    Metric(key="eopp1", unit="frac", direction="minimize", meaning="mean over classes of the TPR gap of groups"),
+    Metric(key="eodd", unit="frac", direction="minimize", meaning="mean over classes of TPR gap + FPR gap"),
+    Metric(key="dp_gap", unit="frac", direction="minimize", meaning="mean over classes of the predicted-rate gap"),
+    Metric(key="auc_macro", unit="frac", direction="maximize", meaning="one-vs-rest AUC, mean over classes"),
+    Metric(key="auc_worst", unit="frac", direction="maximize", meaning="lowest macro AUC of any group"),
+    Metric(key="ece", unit="frac", direction="minimize", meaning="expected calibration error, 15 bins"),
+)
+# Recorded once a run.
+COST_METRICS: tuple[Metric, ...] = (
+    Metric(
+        key="bits/mean_weight",
+        unit="bits",
+        direction="minimize",
+        meaning="mean bits per quantised weight, weighted by parameters; 32 for full precision",
+    ),
+    Metric(key="size/packed_bytes", unit="bytes", direction="minimize", meaning="size of the packed model file"),
+    Metric(
+        key="ops/effective_gbops",
+        unit="1e9 bit operations",
+        direction="minimize",
+        meaning="multiply-accumulates x weight bits x 32 activation bits, attention products at 32 x 32",
+    ),
+    Metric(key="time/train_s", unit="s", direction="minimize", meaning="time in this trial's own training"),
+    Metric(key="time/total_s", unit="s", direction="minimize", meaning="time of this trial from start to end"),
+)
+SPLIT_PREFIXES = ("val", "test")
+
+# The same parameters on every child run ("none" where a method has no such thing), because the
+# compare page of the MLflow UI shows only runs that have every chosen column.
+RUN_PARAMS: tuple[str, ...] = (
+    "dataset",
+    "architecture",
+    "method",
+    "variant",
+    "budget_bits",
+    "seed",
+    "group_attribute",
+    "fairness_weight",
+    "bitrate_weight",
+    "importance",
+    "reducer",
+    "allocator",
+    "granularity",
+    "choices",
+    "scale",
+    "finetune_epochs",
+    "regulariser",
+    "distillation_weight",
+)
+NO_VALUE = "none"
+
+METHODS: tuple[str, ...] = ("fp32", "uniform", "static", "baq", "fairgrape", "fairquantize", "hawq", "fairquant")
+
+TAG_KEY = "fqsweep.key"
+TAG_SWEEP = "fqsweep.sweep"
+TAG_KIND = "fqsweep.kind"
+TAG_FRONT = "front"
+TAG_RECOMMENDED = "recommended"
+TAG_PARENT = "mlflow.parentRunId"
+KIND_SWEEP = "sweep"
+KIND_TRIAL = "trial"
+DEFAULT_EXPERIMENT = "fqsweep"
+
+
+def metric_keys() -> tuple[str, ...]:
+    """All metric keys of a finished child run, with their split prefixes."""
+    grouped = tuple(f"{split}/{metric.key}" for split in SPLIT_PREFIXES for metric in GROUP_METRICS)
+    return grouped + tuple(metric.key for metric in COST_METRICS)
+
+
+def metric_of(key: str) -> Metric:
+    """The record behind a full metric key such as ``val/acc_worst``.
+
+    Raises:
+        KeyError: no such metric.
+    """
+    bare = key.split("/", 1)[1] if key.split("/", 1)[0] in SPLIT_PREFIXES else key
+    for metric in GROUP_METRICS + COST_METRICS:
+        if metric.key == bare:
+            return metric
+    raise KeyError(key)

@@ -1,0 +1,139 @@
+"""BAQ: bit-widths that learn from the task loss under a budget (the bits' own optimiser).
+
+Axes: u units of the whole model.
+
+The budget couples units through their sizes, so descent is done in the metric sum n_u db_u^2: the step of
+a unit is its gradient per weight. At rest all units between their limits then have the same loss per bit
+of storage, which is the optimality condition of the budgeted problem, and the projection on the budget is
+one common shift.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from fqsweep.allocation import allocate_bits
+from fqsweep.errors import TrialError
+from fqsweep.quant.convert import LearnedBitsWeight, quantisers_of
+from fqsweep.quant.units import UnitTable
+
+MOMENTUM = 0.9
+SCALE_MOMENTUM = 0.99
+LARGEST_MOVE_BITS = 0.25
+BISECTIONS = 40
+
+
+class LearnedBits:
+    """The learned widths of a model and their optimiser.
+
+    Args:
+        model: with ``LearnedBitsWeight`` quantisers on every layer of ``units``.
+        lowest_u, highest_u: limits per unit; equal for pinned units.
+        budget_bits: mean bits per weight that are never exceeded after a step.
+        learning_rate: bits that a unit of typical gradient moves in a step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: UnitTable,
+        *,
+        lowest_u: np.ndarray,
+        highest_u: np.ndarray,
+        budget_bits: float,
+        learning_rate: float,
+    ) -> None:
+        quantisers = quantisers_of(model)
+        self.units = units
+        self.parameters: list[nn.Parameter] = []
+        for layer in units.layers:
+            quantiser = quantisers[layer.name]
+            assert isinstance(quantiser, LearnedBitsWeight)
+            self.parameters.append(quantiser.free_bits_u)
+        device = self.parameters[0].device
+        self.num_weights_u = torch.as_tensor(units.num_weights_u, dtype=torch.float32, device=device)
+        self.share_u = self.num_weights_u / self.num_weights_u.sum()
+        self.lowest_u = torch.as_tensor(lowest_u, dtype=torch.float32, device=device)
+        self.highest_u = torch.as_tensor(highest_u, dtype=torch.float32, device=device)
+        self.budget_bits = budget_bits
+        self.learning_rate = learning_rate
+        self.velocity_u = torch.zeros_like(self.share_u)
+        self.scale = torch.zeros((), device=device)
+        self.num_steps = 0
+
+    def mean_bits(self) -> torch.Tensor:
+        """Mean bits per weight, differentiable."""
+        return (torch.cat(list(self.parameters)) * self.share_u).sum()
+
+    @torch.no_grad()
+    def step(self, *, rate_frac: float) -> None:
+        """One step along the gradients that lie on the bits, then clipping and projection on the budget.
+
+        Args:
+            rate_frac: current share of ``learning_rate`` (its schedule).
+        """
+        gradient_u = torch.cat([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters])
+        per_weight_u = gradient_u / self.num_weights_u
+        self.num_steps += 1
+        self.velocity_u.mul_(MOMENTUM).add_(per_weight_u, alpha=1 - MOMENTUM)
+        typical = (self.share_u * per_weight_u.square()).sum().sqrt()
+        self.scale.mul_(SCALE_MOMENTUM).add_(typical, alpha=1 - SCALE_MOMENTUM)
+        velocity_u = self.velocity_u / (1 - MOMENTUM**self.num_steps)
+        scale = self.scale / (1 - SCALE_MOMENTUM**self.num_steps)
+        move_u = velocity_u / scale.clamp(min=1e-20) * (self.learning_rate * rate_frac)
+        bits_u = torch.cat([p.detach() for p in self.parameters]) - move_u.clamp_(-LARGEST_MOVE_BITS, LARGEST_MOVE_BITS)
+        self._store(project_on_budget(bits_u, self.share_u, self.lowest_u, self.highest_u, self.budget_bits))
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _store(self, bits_u: torch.Tensor) -> None:
+        start = 0
+        for parameter in self.parameters:
+            parameter.copy_(bits_u[start : start + len(parameter)])
+            start += len(parameter)
+
+    def values(self) -> np.ndarray:
+        """The widths as they are, float64 (u,)."""
+        bits_u: np.ndarray = torch.cat([p.detach() for p in self.parameters]).double().cpu().numpy()
+        return bits_u
+
+    def round_under_budget(self) -> np.ndarray:
+        """Whole widths nearest to the learned ones, weighted by size, within the budget: int64 (u,).
+
+        Where the learned mean lies below the budget (the rate's pull), it is kept as the limit.
+        """
+        free_u = self.values()
+        if not np.isfinite(free_u).all():
+            raise TrialError("learned bits are not finite; lower bit_learning_rate")
+        low, high = int(self.lowest_u.min()), int(self.highest_u.max())
+        choices = list(range(low, high + 1))
+        lowest_u, highest_u = self.lowest_u.cpu().numpy(), self.highest_u.cpu().numpy()
+        num_weights_u = self.units.num_weights_u
+        distance_ub = num_weights_u[:, None] * (np.array(choices)[None, :] - free_u[:, None]) ** 2
+        allowed_ub = (np.array(choices) >= lowest_u[:, None]) & (np.array(choices) <= highest_u[:, None])
+        cost_gub = np.where(allowed_ub, distance_ub, np.inf)[None]
+        learned_mean = float(num_weights_u @ free_u) / float(num_weights_u.sum())
+        smallest_mean = float(num_weights_u @ lowest_u) / float(num_weights_u.sum())
+        limit = max(min(self.budget_bits, learned_mean + 1e-3), smallest_mean)
+        return allocate_bits(cost_gub, num_weights_u, budget_bits=limit, choices=choices).bits_u
+
+
+def project_on_budget(
+    bits_u: torch.Tensor, share_u: torch.Tensor, lowest_u: torch.Tensor, highest_u: torch.Tensor, budget_bits: float
+) -> torch.Tensor:
+    """The nearest widths (metric: squared distance weighted by size) within limits and budget.
+
+    The solution is one common shift downwards, found by bisection without asking the host.
+    """
+    clipped_u = torch.clamp(bits_u, lowest_u, highest_u)
+    low = torch.zeros((), device=bits_u.device)
+    high = (bits_u - lowest_u).amax().clamp(min=0.0)
+    over = (clipped_u * share_u).sum() > budget_bits
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        spent = (torch.clamp(bits_u - middle, lowest_u, highest_u) * share_u).sum()
+        fits = spent <= budget_bits
+        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+    return torch.where(over, torch.clamp(bits_u - high, lowest_u, highest_u), clipped_u)

@@ -1,0 +1,159 @@
+"""Put quantisers on a model's layers, and take the quantised weights off again.
+
+A quantiser is a parametrisation (``torch.nn.utils.parametrize``) of a layer's weight: any layer that
+reads ``self.weight`` works as it is, whatever its class.
+
+Axes: u units of a layer, b bit choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fqsweep.models import quantisable_layers
+from fqsweep.quant.grid import quantise_units
+from fqsweep.quant.units import UnitTable, as_units
+
+LN2 = 0.6931471805599453
+
+
+class QuantisedWeight(nn.Module):
+    """A layer's weight on its grids: whole bit-widths, steps that can be learned.
+
+    Attributes:
+        step_ub: start steps for the widths 0..8, float32 (u, 9); widths that are no choice hold NaN.
+        log_gain_u: learned factor of a unit's step, as its logarithm.
+        bits_u: whole widths in use, int64 (u,).
+    """
+
+    def __init__(self, step_ub: torch.Tensor, bits_u: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("step_ub", step_ub)
+        self.register_buffer("bits_u", bits_u)
+        self.log_gain_u = nn.Parameter(torch.zeros(len(bits_u)))
+
+    def steps_at(self, bits_u: torch.Tensor) -> torch.Tensor:
+        """Steps (u, 1) at given whole widths, with the learned factor."""
+        start = self.step_ub.gather(1, bits_u[:, None])
+        return start * self.log_gain_u.exp()[:, None]
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        weight_un = as_units(weight, len(self.bits_u))
+        return quantise_units(weight_un, self.steps_at(self.bits_u), self.bits_u).view(weight.shape)
+
+
+class LearnedBitsWeight(QuantisedWeight):
+    """A layer's weight between two grids: widths are real numbers that the task loss moves.
+
+    ``fracbits`` mixes the grids of the neighbouring whole widths (Yang and Jin 2021, FracBits); the mix's
+    gradient is the true difference between them. ``lsq`` uses the nearest grid and the step-size
+    gradient of Uhlich et al. 2020 down to 2 bits, and the difference below, where it has no meaning.
+    """
+
+    def __init__(self, step_ub: torch.Tensor, bits_u: torch.Tensor, *, bit_gradient: str, smallest: int) -> None:
+        super().__init__(step_ub, bits_u)
+        self.free_bits_u = nn.Parameter(bits_u.float())
+        self.bit_gradient = bit_gradient
+        self.smallest = smallest
+        self.largest = int(torch.isfinite(step_ub).any(dim=0).nonzero().max())
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        weight_un = as_units(weight, len(self.bits_u))
+        low_u = self.free_bits_u.detach().floor().clamp(self.smallest, self.largest - 1).long()
+        low = quantise_units(weight_un, self.steps_at(low_u), low_u)
+        high = quantise_units(weight_un, self.steps_at(low_u + 1), low_u + 1)
+        share_u1 = (self.free_bits_u - low_u)[:, None]
+        if self.bit_gradient == "fracbits":
+            return torch.lerp(low, high, share_u1).view(weight.shape)
+        nearest = torch.where(share_u1.detach() >= 0.5, high, low)
+        slope = torch.where(low_u[:, None] >= 2, self._step_slope(nearest, weight_un), (high - low).detach())
+        moved = (self.free_bits_u - self.free_bits_u.detach())[:, None]
+        return (nearest + moved * slope).view(weight.shape)
+
+    def _step_slope(self, quantised_un: torch.Tensor, weight_un: torch.Tensor) -> torch.Tensor:
+        """d quantised / d bits through the step: (wq - w) times -ln2 2^(b-1) / (2^(b-1) - 1)."""
+        levels = torch.exp2(self.free_bits_u.detach().clamp(min=2.0) - 1)
+        return (quantised_un - weight_un).detach() * (-LN2 * levels / (levels - 1))[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedState:
+    """A trained model as plain tensors, its weights on their grids.
+
+    Attributes:
+        tensors: the state dict of the plain model.
+        bits: layer name -> int64 (u,); steps: layer name -> float32 (u,).
+    """
+
+    tensors: dict[str, torch.Tensor]
+    bits: dict[str, np.ndarray]
+    steps: dict[str, np.ndarray]
+
+
+def attach_quantisers(
+    model: nn.Module,
+    units: UnitTable,
+    step_ub: dict[str, torch.Tensor],
+    bits_u: np.ndarray,
+    *,
+    learn_bits: str | None = None,
+    smallest: int = 0,
+) -> None:
+    """Quantise every layer of ``units`` in place.
+
+    Args:
+        step_ub: layer name -> float32 (u, 9), steps at widths 0..8.
+        bits_u: whole widths of all units.
+        learn_bits: ``fracbits`` or ``lsq`` to make the widths learnable, None to keep them.
+        smallest: the smallest width that learned bits may have.
+    """
+    layers = quantisable_layers(model)
+    for name, layer_bits in units.split(bits_u).items():
+        weight = layers[name].weight
+        bits = torch.as_tensor(np.asarray(layer_bits), dtype=torch.long, device=weight.device)
+        steps = step_ub[name].to(weight.device)
+        if learn_bits is None:
+            quantiser: QuantisedWeight = QuantisedWeight(steps, bits)
+        else:
+            quantiser = LearnedBitsWeight(steps, bits, bit_gradient=learn_bits, smallest=smallest)
+        parametrize.register_parametrization(layers[name], "weight", quantiser.to(weight.device), unsafe=True)
+
+
+def quantisers_of(model: nn.Module) -> dict[str, QuantisedWeight]:
+    """The quantiser of each quantised layer, by the layer's name."""
+    found = {}
+    for name, module in quantisable_layers(model).items():
+        if parametrize.is_parametrized(module, "weight"):
+            found[name] = module.parametrizations.weight[0]
+    return found
+
+
+def freeze_bits(model: nn.Module, units: UnitTable, bits_u: np.ndarray) -> None:
+    """Replace learned widths by whole ones, in place; weights and learned step factors stay."""
+    layers = quantisable_layers(model)
+    for name, layer_bits in units.split(bits_u).items():
+        module = layers[name]
+        learned = module.parametrizations.weight[0]
+        bits = torch.as_tensor(np.asarray(layer_bits), dtype=torch.long, device=learned.bits_u.device)
+        frozen = QuantisedWeight(learned.step_ub, bits)
+        frozen.log_gain_u = learned.log_gain_u
+        module.parametrizations.weight[0] = frozen
+
+
+@torch.no_grad()
+def detach_quantisers(model: nn.Module) -> QuantisedState:
+    """Take the quantisers off, in place: the model's weights become the values on their grids."""
+    bits: dict[str, np.ndarray] = {}
+    steps: dict[str, np.ndarray] = {}
+    layers = quantisable_layers(model)
+    for name, quantiser in quantisers_of(model).items():
+        bits[name] = quantiser.bits_u.cpu().numpy()
+        steps[name] = quantiser.steps_at(quantiser.bits_u)[:, 0].float().cpu().numpy()
+        parametrize.remove_parametrizations(layers[name], "weight", leave_parametrized=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return QuantisedState(tensors=tensors, bits=bits, steps=steps)

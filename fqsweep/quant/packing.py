@@ -1,0 +1,257 @@
+"""Quantised models on disk: what a weight costs in bits is what it takes in the file.
+
+Format ``fqsweep-packed`` version 1: a safetensors file. Its metadata holds the format, the version and,
+as JSON under ``layers``, name, shape, dtype and number of units of every quantised tensor in order.
+Tensors:
+- ``codes.B`` for each width B from 1 to 8 in use: uint8, the B-bit codes of all units of that width, in
+  the order of layers, units and weights, most significant bit first, the last byte padded with zeros.
+  A code is the level plus its largest value (2 to 8 bits) or 1 for positive (1 bit);
+- ``steps``: float32, one per unit that is not dropped; ``bits``: uint8, two widths a byte, high half first;
+- ``plain.NAME``: every tensor that is not quantised, as it is.
+A weight is code level times step in float32, so packing is exact for weights that lie on their grid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from fqsweep.quant.grid import LIMIT_BY_BITS, MAX_BITS, absmax_steps, limits_of, round_to_levels
+
+FORMAT = "fqsweep-packed"
+VERSION = "1"
+Bits = int | np.ndarray | torch.Tensor
+
+
+class PackedFileError(ValueError):
+    """A packed file is damaged, cut short, or something else."""
+
+
+class UnpackedWeights(dict[str, torch.Tensor]):
+    """A state dict; ``bits`` holds layer tensor name -> uint8 widths per unit, ``steps`` the float32 steps."""
+
+    bits: dict[str, np.ndarray]
+    steps: dict[str, np.ndarray]
+
+
+def pack_weights(
+    state: Mapping[str, torch.Tensor],
+    bits: Mapping[str, Bits],
+    *,
+    steps: Mapping[str, np.ndarray] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """Pack a state dict, its quantised tensors at their true widths.
+
+    Weights that lie on a grid already (from ``fake_quantize`` or a quantiser with ``steps``) come back
+    bit for bit; others are quantised as ``fake_quantize`` does.
+
+    Args:
+        state: tensor name -> tensor.
+        bits: tensor name -> one width, or one per output channel (or a single one for the whole tensor).
+        steps: tensor name -> float32 steps per unit; found from the weights where not given.
+        metadata: further text to keep in the file's header.
+
+    Raises:
+        ValueError: a name that is not in ``state``, widths that do not fit, or weights off the grid of ``steps``.
+    """
+    layers: list[dict[str, Any]] = []
+    codes: dict[int, list[np.ndarray]] = {b: [] for b in range(1, MAX_BITS + 1)}
+    all_bits: list[np.ndarray] = []
+    all_steps: list[np.ndarray] = []
+    for name, given in bits.items():
+        if name not in state:
+            raise ValueError(f"bits are given for {name!r}, which is not in the state")
+        tensor = state[name].detach().cpu()
+        bits_u = _unit_bits(name, tensor, given)
+        weight_un = tensor.float().reshape(len(bits_u), -1)
+        step_u = _steps_for(name, weight_un, bits_u, None if steps is None else steps.get(name))
+        level_un = round_to_levels(weight_un, step_u[:, None], *limits_of(bits_u))
+        if steps is not None and name in steps and not torch.equal(level_un * step_u[:, None], weight_un):
+            raise ValueError(f"{name!r}: weights do not lie on the grid of the steps given")
+        layers.append(
+            {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)[6:], "units": len(bits_u)}
+        )
+        for width in range(1, MAX_BITS + 1):
+            rows = bits_u == width
+            if rows.any():
+                codes[width].append(_codes(level_un[rows], width))
+        all_bits.append(bits_u.numpy().astype(np.uint8))
+        all_steps.append(step_u[bits_u > 0].numpy())
+    tensors = {f"plain.{name}": t.detach().cpu().contiguous() for name, t in state.items() if name not in bits}
+    for width, parts in codes.items():
+        if parts:
+            tensors[f"codes.{width}"] = torch.from_numpy(_to_bytes(np.concatenate(parts), width))
+    tensors["bits"] = torch.from_numpy(_pair(np.concatenate(all_bits) if all_bits else np.zeros(0, np.uint8)))
+    tensors["steps"] = torch.from_numpy(np.concatenate(all_steps) if all_steps else np.zeros(0, np.float32))
+    header = {"format": FORMAT, "version": VERSION, "layers": json.dumps(layers, separators=(",", ":"))}
+    return save_tensors(tensors, metadata={**(metadata or {}), **header})
+
+
+def unpack_weights(blob: bytes) -> UnpackedWeights:
+    """The state dict of a packed file, with ``bits`` and ``steps`` per quantised tensor.
+
+    Raises:
+        PackedFileError: the bytes are damaged, cut short, of another format or of a later version.
+    """
+    metadata = read_metadata(blob)
+    try:
+        tensors = load_tensors(blob)
+        return _rebuild(tensors, json.loads(metadata["layers"]))
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
+        if isinstance(error, PackedFileError):
+            raise
+        raise PackedFileError(f"damaged packed model: {error}; export it again") from error
+
+
+def read_metadata(blob: bytes) -> dict[str, str]:
+    """The text in a packed file's header.
+
+    Raises:
+        PackedFileError: as ``unpack_weights``.
+    """
+    try:
+        length = int.from_bytes(blob[:8], "little")
+        if len(blob) < 8 or length > len(blob) - 8:
+            raise ValueError("its header is cut short")
+        header = json.loads(blob[8 : 8 + length])
+        metadata = header.get("__metadata__", {})
+    except (ValueError, AttributeError) as error:
+        raise PackedFileError(f"not a packed model, or damaged: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise PackedFileError(f"not a packed model: its format is {metadata.get('format', 'not named')!r}")
+    if metadata.get("version") != VERSION:
+        raise PackedFileError(f"packed model of version {metadata.get('version')}: this fqsweep reads {VERSION}")
+    return dict(metadata)
+
+
+def _rebuild(tensors: dict[str, torch.Tensor], layers: list[dict[str, Any]]) -> UnpackedWeights:
+    num_units = sum(layer["units"] for layer in layers)
+    bits_all = _unpair(tensors["bits"].numpy(), num_units)
+    if len(tensors["steps"]) != int((bits_all > 0).sum()):
+        raise PackedFileError("damaged packed model: steps and bits do not fit together")
+    step_all = np.zeros(num_units, dtype=np.float32)
+    step_all[bits_all > 0] = tensors["steps"].numpy()
+    weights_all = np.concatenate(
+        [np.full(layer["units"], int(np.prod(layer["shape"])) // layer["units"]) for layer in layers]
+        or [np.zeros(0, dtype=int)]
+    )
+    levels = {}
+    for width in range(1, MAX_BITS + 1):
+        count = int(weights_all[bits_all == width].sum())
+        if count:
+            levels[width] = _from_bytes(tensors[f"codes.{width}"].numpy(), count, width)
+    state = UnpackedWeights()
+    state.bits, state.steps = {}, {}
+    position = dict.fromkeys(levels, 0)
+    start = 0
+    for layer in layers:
+        units = slice(start, start + layer["units"])
+        start += layer["units"]
+        bits_u, step_u = bits_all[units], step_all[units]
+        num_weights = int(np.prod(layer["shape"])) // layer["units"]
+        level_un = np.zeros((layer["units"], num_weights), dtype=np.float32)
+        for width, values in levels.items():
+            rows = np.flatnonzero(bits_u == width)
+            end = position[width] + len(rows) * num_weights
+            level_un[rows] = values[position[width] : end].reshape(len(rows), num_weights)
+            position[width] = end
+        weight = torch.from_numpy(level_un) * torch.from_numpy(step_u)[:, None]
+        dtype = getattr(torch, layer["dtype"])
+        state[layer["name"]] = weight.reshape(layer["shape"]).to(dtype)
+        state.bits[layer["name"]], state.steps[layer["name"]] = bits_u, step_u
+    for name, tensor in tensors.items():
+        if name.startswith("plain."):
+            state[name.removeprefix("plain.")] = tensor
+    return state
+
+
+def _unit_bits(name: str, tensor: torch.Tensor, given: Bits) -> torch.Tensor:
+    """One width per unit, int64 (u,)."""
+    bits_u = torch.as_tensor(np.asarray(given)).long()
+    if not tensor.is_floating_point() or tensor.ndim < 1:
+        raise ValueError(f"{name!r} is no float tensor with an output-channel axis: it cannot be quantised")
+    if bits_u.ndim == 0:
+        bits_u = bits_u.expand(len(tensor)).clone()
+    if bits_u.ndim != 1 or len(bits_u) not in (1, len(tensor)):
+        raise ValueError(f"{name!r}: {len(tensor)} widths (or 1) are needed, got shape {tuple(bits_u.shape)}")
+    if len(bits_u) and (int(bits_u.min()) < 0 or int(bits_u.max()) > MAX_BITS):
+        raise ValueError(f"{name!r}: widths must lie in 0..{MAX_BITS}")
+    return bits_u
+
+
+def _steps_for(
+    name: str, weight_un: torch.Tensor, bits_u: torch.Tensor, given: np.ndarray | None
+) -> torch.Tensor:
+    if given is not None:
+        step_u = torch.as_tensor(np.asarray(given), dtype=torch.float32)
+        if step_u.shape != bits_u.shape:
+            raise ValueError(f"{name!r}: {len(bits_u)} steps are needed, got shape {tuple(step_u.shape)}")
+        return step_u
+    step_u = absmax_steps(weight_un, bits_u)[:, 0]
+    for row in range(len(bits_u)):
+        exact = _grid_step(weight_un[row], int(bits_u[row]))
+        if exact is not None:
+            step_u[row] = exact
+    return step_u
+
+
+def _grid_step(weight_n: torch.Tensor, bits: int) -> float | None:
+    """The step of the grid on which all of a unit's weights lie exactly, None where there is none.
+
+    Division and multiplication in float32 do not undo each other, so neighbouring floats are tried too.
+    """
+    magnitude_n = weight_n.abs()
+    absmax = magnitude_n.max()
+    if bits == 0 or absmax == 0:
+        return None
+    if bits == 1:
+        return float(2 * absmax) if bool((magnitude_n == absmax).all()) else None
+    limit = int(LIMIT_BY_BITS[bits])
+    if len(torch.unique(magnitude_n)) > limit + 1:
+        return None
+    up, down = torch.tensor(torch.inf), torch.tensor(0.0)
+    for top_level in range(limit, 0, -1):
+        near = absmax / top_level
+        for step in (near, torch.nextafter(near, up), torch.nextafter(near, down)):
+            level_n = (weight_n / step).round()
+            if bool((level_n.abs() <= limit).all()) and torch.equal(level_n * step, weight_n):
+                return float(step)
+    return None
+
+
+def _codes(level_un: torch.Tensor, width: int) -> np.ndarray:
+    """Levels as whole numbers from 0, uint8 (count,)."""
+    if width == 1:
+        return (level_un > 0).numpy().astype(np.uint8).ravel()
+    return (level_un + LIMIT_BY_BITS[width]).numpy().astype(np.uint8).ravel()
+
+
+def _to_bytes(code_n: np.ndarray, width: int) -> np.ndarray:
+    plane_nb = (code_n[:, None] >> np.arange(width - 1, -1, -1, dtype=np.uint8)) & 1
+    return np.packbits(plane_nb.astype(np.uint8).ravel())
+
+
+def _from_bytes(packed: np.ndarray, count: int, width: int) -> np.ndarray:
+    """Levels, float32 (count,)."""
+    if len(packed) != (count * width + 7) // 8:
+        raise PackedFileError(f"damaged packed model: codes of {width} bits have {len(packed)} bytes")
+    plane_nb = np.unpackbits(packed, count=count * width).reshape(count, width)
+    code_n = plane_nb @ (1 << np.arange(width - 1, -1, -1)).astype(np.float32)
+    return (code_n - LIMIT_BY_BITS[width]).astype(np.float32)
+
+
+def _pair(value_n: np.ndarray) -> np.ndarray:
+    padded = np.concatenate([value_n, np.zeros(len(value_n) % 2, dtype=np.uint8)])
+    return (padded[0::2] << 4 | padded[1::2]).astype(np.uint8)
+
+
+def _unpair(packed: np.ndarray, count: int) -> np.ndarray:
+    return np.stack([packed >> 4, packed & 15], axis=1).ravel()[:count]

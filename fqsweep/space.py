@@ -1,0 +1,432 @@
+"""A search-space YAML becomes a checked record, and the record becomes ordered cells.
+
+All problems of a file are reported at once, each with its path in the file and its line; an
+unknown key names the nearest known one. Nothing is started here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fqsweep.config import (
+    RECIPES,
+    Allocating,
+    ArchitectureConfig,
+    BaqMethod,
+    DatasetConfig,
+    Fp32Method,
+    RecipeMethod,
+    Record,
+    SearchSpace,
+    StaticMethod,
+    TrainingRecipe,
+    UniformMethod,
+    WeightRange,
+    content_hash,
+)
+from fqsweep.errors import InputError
+from fqsweep.names import METHODS, NO_VALUE
+
+# Raised when a change of the code changes results, so that finished trials of older code are not reused.
+RESULT_VERSION = 1
+SHIPPED_SPACES = (
+    Path(__file__).resolve().parents[1] / "search_spaces",
+    Path(__file__).resolve().parent / "search_spaces",
+)
+BASELINE_FIELDS = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "weight_decay",
+    "warmup_frac",
+    "patience",
+    "class_balance",
+    "augment",
+    "gradient_clip",
+    "precision",
+)
+Location = tuple[str | int, ...]
+
+
+class MethodPoint(Record):
+    """One row of the results: a method with every option fixed but the weights that Optuna searches.
+
+    Attributes:
+        method: its name, as recorded; ``variant`` tells rows of one method apart (``uniform-4-ft``).
+        bits: the one width of ``uniform``, None for the others.
+    """
+
+    method: str
+    variant: str
+    settings: Fp32Method | UniformMethod | StaticMethod | BaqMethod
+    bits: int | None = None
+
+    @property
+    def spends_budget(self) -> bool:
+        return isinstance(self.settings, Allocating)
+
+    @property
+    def free_weights(self) -> dict[str, WeightRange]:
+        """The weights that Optuna searches."""
+        found = {}
+        for name in ("fairness_weight", "bitrate_weight"):
+            value = getattr(self.settings, name, None)
+            if isinstance(value, WeightRange):
+                found[name] = value
+        return found
+
+
+class Cell(Record):
+    """A point of the grid; with values for its free weights it is a trial."""
+
+    dataset: DatasetConfig
+    group_attribute: str
+    architecture: ArchitectureConfig
+    point: MethodPoint
+    budget_bits: float | None
+    seed: int
+    recipe: TrainingRecipe
+
+    @property
+    def title(self) -> str:
+        """Short name for people: dataset/group, architecture, row, budget, seed."""
+        budget = "" if self.budget_bits is None or self.point.bits else f"@{self.budget_bits:g}"
+        parts = (f"{self.dataset.name}/{self.group_attribute}", self.architecture.name, self.point.variant + budget)
+        return " ".join((*parts, f"seed {self.seed}"))
+
+    @property
+    def key(self) -> str:
+        """Hash of what determines the result; names shown to people are left out."""
+        data = self.dataset.model_dump(mode="json", exclude={"name"})
+        point = self.point.model_dump(mode="json", exclude={"variant": True, "settings": {"label"}})
+        return content_hash(
+            [
+                RESULT_VERSION,
+                data,
+                self.group_attribute,
+                self.architecture,
+                point,
+                self.budget_bits,
+                self.seed,
+                self.recipe,
+            ]
+        )
+
+    @property
+    def baseline_key(self) -> str:
+        """Hash of what determines the full-precision parent, shared by every method, budget and group attribute."""
+        data = self.dataset.model_dump(mode="json", exclude={"name"})
+        recipe = self.recipe.model_dump(mode="json", include=set(BASELINE_FIELDS))
+        return content_hash([RESULT_VERSION, data, self.architecture, self.seed, recipe])
+
+    @property
+    def importance_key(self) -> str | None:
+        """Hash of what determines the cost table, None where the method needs none."""
+        settings = self.point.settings
+        if not isinstance(settings, Allocating):
+            return None
+        options = [settings.importance, settings.granularity, settings.choices, settings.scale]
+        return content_hash([self.baseline_key, self.group_attribute, options, self.recipe.calibration_images])
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def find_space(name: str) -> Path:
+    """The file a user means: a path, or the name of a search space that comes with fqsweep.
+
+    Raises:
+        InputError: there is no such file; names the ones that come with fqsweep.
+    """
+    given = Path(name).expanduser()
+    candidates = [given]
+    for folder in SHIPPED_SPACES:
+        candidates += [folder.parent / given, folder / given.name, folder / f"{name}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    shipped = sorted({path.stem for folder in SHIPPED_SPACES for path in folder.glob("*.yaml")})
+    raise InputError(f"search space {name!r}: no such file (with fqsweep come: {', '.join(shipped)})")
+
+
+def load_space(path: Path) -> SearchSpace:
+    """Read and check one search space.
+
+    Raises:
+        InputError: with every problem, its path in the file and its line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, dict) or node is None:
+        raise InputError(f"{path}: a search space is a mapping with name, datasets, architectures, methods, seeds")
+    lines: dict[Location, int] = {}
+    problems = [(line, f"{_dotted(loc)}: given twice") for loc, line in _index_lines(node, (), lines)]
+    space = None
+    try:
+        space = SearchSpace.model_validate(content)
+    except ValidationError as error:
+        problems += [_describe(dict(found), lines) for found in error.errors()]
+    if space is not None:
+        problems += [(_line_of(loc, lines), f"{_dotted(loc)}: {text}") for loc, text in _check_whole(space)]
+    if problems:
+        raise InputError(_problem_page(path, problems))
+    assert space is not None
+    return space
+
+
+def _problem_page(path: Path, problems: list[tuple[int, str]]) -> str:
+    head = f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''}, nothing was started"
+    return "\n".join([head, *(f"  {path.name}:{line}: {text}" for line, text in sorted(problems))])
+
+
+def _index_lines(node: yaml.Node, loc: Location, lines: dict[Location, int]) -> Iterator[tuple[Location, int]]:
+    """Note the line of every value below ``node``; yields keys that are given twice."""
+    lines.setdefault(loc, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*loc, str(key.value))
+            if inner in lines:
+                yield inner, key.start_mark.line + 1
+            lines[inner] = key.start_mark.line + 1
+            yield from _index_lines(value, inner, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _index_lines(value, (*loc, index), lines)
+
+
+def _line_of(loc: Location, lines: dict[Location, int]) -> int:
+    while loc and loc not in lines:
+        loc = loc[:-1]
+    return lines.get(loc, 1)
+
+
+def _dotted(loc: Location) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+    return text or "the file"
+
+
+def _describe(found: dict[str, Any], lines: dict[Location, int]) -> tuple[int, str]:
+    """One finding of the records as (line, sentence)."""
+    raw: Location = tuple(found["loc"])
+    loc = tuple(part for i, part in enumerate(raw) if not _is_union_tag(raw, i, lines))
+    message, kind = str(found["msg"]), found["type"]
+    if kind == "extra_forbidden":
+        known = _known_keys(raw)
+        message = f"unknown key{_nearest(str(loc[-1]), known)}"
+    elif kind == "missing":
+        message = "is required"
+    elif kind.startswith("union_tag"):
+        context = found.get("ctx", {})
+        tag = str(context.get("tag", ""))
+        field = str(context.get("discriminator", "")).strip("'")
+        expected = [text.strip(" '") for text in str(context.get("expected_tags", "")).split(",") if text.strip()]
+        options = expected or (list(METHODS) if field == "method" else ["synthderm", "isic2019"])
+        message = f"{field} {tag!r} is not known{_nearest(tag, options)}" if tag else f"{field} is required"
+    else:
+        message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        value = found.get("input")
+        if isinstance(value, (str, int, float)) and repr(value) not in message:
+            message += f" (given: {value!r})"
+    return _line_of(loc, lines), f"{_dotted(loc)}: {message}"
+
+
+def _is_union_tag(loc: Location, index: int, lines: dict[Location, int]) -> bool:
+    """Whether a part of pydantic's location is a union's branch and not a key of the file."""
+    part = loc[index]
+    if not isinstance(part, str) or index == 0:
+        return False
+    plain = tuple(p for i, p in enumerate(loc[:index]) if not _is_union_tag(loc, i, lines))
+    if (*plain, part) in lines:
+        return False
+    return index < len(loc) - 1 or part in ("float", "bool", "str", "constrained-float") or part.endswith("Range")
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"
+
+
+def _known_keys(loc: Location) -> list[str]:
+    """The keys of the record that holds the last part of ``loc``."""
+    models: list[type[BaseModel]] = [SearchSpace]
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        tagged = [m for m in models if _has_tag(m, part)]
+        if tagged:
+            models = tagged
+            continue
+        inner = [m for model in models for m in _models_in(_annotation(model, part))]
+        models = inner or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _annotation(model: type[BaseModel], field: str) -> Any:
+    info = model.model_fields.get(field)
+    return info.annotation if info else None
+
+
+def _has_tag(model: type[BaseModel], tag: str) -> bool:
+    for field in ("kind", "method"):
+        if tag in typing.get_args(_annotation(model, field)):
+            return True
+    return False
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated, list):
+        return [m for inner in typing.get_args(annotation) for m in _models_in(inner)]
+    return []
+
+
+# --- checks over the whole file ------------------------------------------------------------------
+
+
+def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
+    yield from _check_unique(("datasets",), [d.name for d in space.datasets])
+    yield from _check_unique(("architectures",), [a.name for a in space.architectures])
+    yield from _check_unique(("seeds",), [str(s) for s in space.seeds])
+    yield from _check_unique(("budgets_bits",), [f"{b:g}" for b in space.budgets_bits])
+    yield from _check_unique(("methods",), [point.variant for point in method_points(space)])
+    for index, method in enumerate(space.methods):
+        if isinstance(method, Fp32Method | UniformMethod):
+            continue
+        for point in _points_of(method):
+            settings = point.settings
+            assert isinstance(settings, Allocating)
+            if not space.budgets_bits:
+                yield ("methods", index), f"{point.method} spends a bit budget: give budgets_bits"
+            smallest = min(settings.choices)
+            for place, budget in enumerate(space.budgets_bits):
+                if budget < smallest:
+                    text = f"budget {budget:g} is below the smallest bit choice of {point.variant} ({smallest})"
+                    yield ("budgets_bits", place), f"{text}; raise it or add smaller choices"
+
+
+def _check_unique(loc: Location, names: list[str]) -> Iterator[tuple[Location, str]]:
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            place = (*loc, index) if loc != ("methods",) else loc
+            hint = "give one of them another label" if loc == ("methods",) else "names must differ"
+            yield place, f"{name!r} stands here twice; {hint}"
+
+
+# --- cells ---------------------------------------------------------------------------------------
+
+
+def _points_of(
+    method: Fp32Method | UniformMethod | StaticMethod | BaqMethod | RecipeMethod,
+) -> list[MethodPoint]:
+    if isinstance(method, UniformMethod):
+        return [
+            MethodPoint(
+                method="uniform",
+                variant=f"{method.label or 'uniform'}-{bits}{'-ft' if finetune else ''}",
+                settings=method.model_copy(update={"bits": (bits,), "finetune": (finetune,)}),
+                bits=bits,
+            )
+            for bits in method.bits
+            for finetune in method.finetune
+        ]
+    if isinstance(method, RecipeMethod):
+        given = method.model_dump(exclude={"method", "label"})
+        settings = StaticMethod(method="static", **{**given, **RECIPES[method.method]})
+        return [MethodPoint(method=method.method, variant=method.label or method.method, settings=settings)]
+    return [MethodPoint(method=method.method, variant=method.label, settings=method)]
+
+
+def method_points(space: SearchSpace) -> list[MethodPoint]:
+    """Every row that the space asks for, in its order."""
+    return [point for method in space.methods for point in _points_of(method)]
+
+
+def expand_cells(space: SearchSpace) -> list[Cell]:
+    """The grid: dataset x group attribute x architecture x seed x row x budget, in that order."""
+    cells = []
+    for dataset in space.datasets:
+        for attribute in dataset.group_attributes:
+            for architecture in space.architectures:
+                for seed in space.seeds:
+                    for point in method_points(space):
+                        budgets: list[float | None] = list(space.budgets_bits) if point.spends_budget else [None]
+                        if point.bits is not None:
+                            budgets = [float(point.bits)]
+                        cells += [
+                            Cell(
+                                dataset=dataset,
+                                group_attribute=attribute,
+                                architecture=architecture,
+                                point=point,
+                                budget_bits=budget,
+                                seed=seed,
+                                recipe=space.recipe,
+                            )
+                            for budget in budgets
+                        ]
+    return cells
+
+
+def trial_key(cell: Cell, *, number: int, weights: dict[str, float]) -> str:
+    """Hash of one trial: its cell, its number in the cell's study, its values of the free weights."""
+    return content_hash([cell.key, number, weights])
+
+
+def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
+    """The parameters recorded for a trial: the same keys for every method."""
+    settings = cell.point.settings
+    finetunes = not isinstance(settings, Fp32Method) and not (
+        isinstance(settings, UniformMethod) and not settings.finetune[0]
+    )
+
+    def option(name: str) -> str:
+        if name in weights:
+            return f"{weights[name]:.6g}"
+        value = getattr(settings, name, None)
+        if value is None or (not finetunes and name in ("fairness_weight", "regulariser", "distillation_weight")):
+            return NO_VALUE
+        return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+
+    epochs = finetune_epochs(cell)
+    return {
+        "dataset": cell.dataset.name,
+        "architecture": cell.architecture.name,
+        "method": cell.point.method,
+        "variant": cell.point.variant,
+        "budget_bits": NO_VALUE if cell.budget_bits is None else f"{cell.budget_bits:g}",
+        "seed": str(cell.seed),
+        "group_attribute": cell.group_attribute,
+        **{name: option(name) for name in ("fairness_weight", "bitrate_weight", "importance", "reducer")},
+        **{name: option(name) for name in ("allocator", "granularity", "choices", "scale")},
+        "finetune_epochs": str(epochs),
+        **{name: option(name) for name in ("regulariser", "distillation_weight")},
+    }
+
+
+def finetune_epochs(cell: Cell) -> int:
+    """Epochs of fine-tuning in this cell: the method's own, else the recipe's, 0 where it does none."""
+    settings = cell.point.settings
+    if isinstance(settings, Fp32Method) or (isinstance(settings, UniformMethod) and not settings.finetune[0]):
+        return 0
+    own = settings.finetune_epochs
+    return cell.recipe.finetune_epochs if own is None else own

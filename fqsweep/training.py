@@ -1,0 +1,283 @@
+"""The training loop for full-precision parents and quantised children, and prediction.
+
+Axes: b images of a batch, g groups.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fqsweep.config import Regulariser
+from fqsweep.data.loading import Batch, BatchLoader
+from fqsweep.errors import TrialError
+from fqsweep.quant.baq import LearnedBits
+
+RUNNING_MOMENTUM = 0.1
+DRO_STEP = 0.1
+GAIN_LEARNING_RATE = 2e-3
+FINAL_RATE_FRAC = 0.02
+
+
+class Recorder(Protocol):
+    """Where progress goes while a trial runs."""
+
+    def log_metrics(self, metrics: dict[str, float], *, epoch: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class GroupRegulariser(nn.Module):
+    """Pulls the groups' losses together, from running estimates instead of single batches.
+
+    The maximum minus the minimum over the groups of one batch is biased upwards by noise, and fails
+    where a group is missing. Here running means say which group is worst and which is best; the
+    gradient flows through the batch's own losses of those groups. A missing group leaves its running
+    mean as it was and gives no gradient.
+
+    - ``gap``: worst minus best group loss (FairQuant's disparity);
+    - ``group_dro``: sum of group losses under weights that grow with the running loss (Sagawa et al. 2020).
+    """
+
+    def __init__(self, kind: Regulariser, num_groups: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("running_g", torch.zeros(num_groups))
+        self.register_buffer("seen_g", torch.zeros(num_groups, dtype=torch.bool))
+
+    def forward(self, loss_b: torch.Tensor, group_b: torch.Tensor) -> torch.Tensor:
+        member_bg = F.one_hot(group_b, len(self.running_g)).to(loss_b.dtype)
+        count_g = member_bg.sum(dim=0)
+        present_g = count_g > 0
+        batch_g = (loss_b[:, None] * member_bg).sum(dim=0) / count_g.clamp(min=1)
+        with torch.no_grad():
+            momentum_g = torch.where(self.seen_g, RUNNING_MOMENTUM, 1.0) * present_g
+            self.running_g.lerp_(batch_g.to(self.running_g.dtype), momentum_g)
+            self.seen_g |= present_g
+        # Value: the running mean. Gradient: the batch's mean, for groups that are present.
+        estimate_g = self.running_g.clone() + torch.where(present_g, batch_g - batch_g.detach(), 0.0)
+        if self.kind == "group_dro":
+            weight_g = torch.softmax(torch.where(self.seen_g, self.running_g / DRO_STEP, -torch.inf), dim=0)
+            return (weight_g * estimate_g).sum()
+        worst = torch.where(self.seen_g, self.running_g, -torch.inf).argmax()
+        best = torch.where(self.seen_g, self.running_g, torch.inf).argmin()
+        return estimate_g[worst] - estimate_g[best]
+
+
+@dataclass(kw_only=True)
+class TrainingPlan:
+    """What a training run does, every value given.
+
+    Attributes:
+        patience: stop after this many epochs without a lower validation loss, and go back to the best
+            epoch; None trains all epochs and keeps the last.
+        regulariser, fairness_weight, distillation_weight: see ``config.Finetuning``; ``teacher`` is the parent.
+        learned_bits: the bits' optimiser, stepped until ``settle_epoch`` (a fraction of an epoch counts);
+            ``freeze`` is then called once and returns nothing.
+        autocast: bf16 on the model's device.
+    """
+
+    epochs: int
+    learning_rate: float
+    weight_decay: float
+    warmup_frac: float
+    gradient_clip: float | None
+    patience: int | None = None
+    num_groups: int = 0
+    regulariser: Regulariser = "none"
+    fairness_weight: float = 0.0
+    distillation_weight: float = 0.0
+    teacher: nn.Module | None = None
+    learned_bits: LearnedBits | None = None
+    bitrate_weight: float = 0.0
+    settle_epoch: float = 0.0
+    freeze: Callable[[], None] = lambda: None
+    autocast: bool = False
+
+
+@dataclass(kw_only=True)
+class TrainingLog:
+    """What happened: one entry an epoch, and the time spent in training alone."""
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    train_s: float = 0.0
+    best_epoch: int = 0
+
+
+def train(
+    model: nn.Module,
+    loader: BatchLoader,
+    plan: TrainingPlan,
+    *,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    recorder: Recorder,
+) -> TrainingLog:
+    """Train in place.
+
+    Args:
+        evaluate: metrics on the validation split after each epoch; ``val/loss`` is needed for patience.
+
+    Raises:
+        TrialError: a loss that is not finite, naming epoch and step.
+    """
+    log = TrainingLog()
+    optimiser = _optimiser(model, plan)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate_schedule(plan, loader.num_batches))
+    regulariser = GroupRegulariser(plan.regulariser, max(plan.num_groups, 1)).to(loader.device)
+    best_loss, best_state = math.inf, None
+    for epoch in range(plan.epochs):
+        start = time.perf_counter()
+        train_loss = _train_epoch(model, loader, plan, optimiser, schedule, regulariser, epoch)
+        log.train_s += time.perf_counter() - start
+        metrics = {"train/loss": train_loss, **evaluate(model)}
+        if plan.learned_bits is not None:
+            metrics["bits/learned_mean"] = float(plan.learned_bits.mean_bits().detach())
+        log.epochs.append(metrics)
+        recorder.log_metrics(metrics, epoch=epoch)
+        if plan.patience is None:
+            log.best_epoch = epoch
+            continue
+        if metrics["val/loss"] < best_loss:
+            best_loss, log.best_epoch = metrics["val/loss"], epoch
+            best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if epoch - log.best_epoch >= plan.patience:
+            break
+    if best_state is not None:
+        model.load_state_dict(best_state)
+    return log
+
+
+def _train_epoch(
+    model: nn.Module,
+    loader: BatchLoader,
+    plan: TrainingPlan,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    regulariser: GroupRegulariser,
+    epoch: int,
+) -> float:
+    model.train()
+    losses = []
+    settle_step = plan.settle_epoch * loader.num_batches
+    for index, batch in enumerate(loader.epoch(epoch)):
+        step = epoch * loader.num_batches + index
+        if plan.learned_bits is not None and settle_step <= step < settle_step + 1:
+            plan.freeze()
+        learning_bits = plan.learned_bits is not None and step < settle_step
+        loss = _loss(model, batch, plan, regulariser, learning_bits=learning_bits)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if plan.gradient_clip is not None:
+            nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], plan.gradient_clip)
+        optimiser.step()
+        schedule.step()
+        if learning_bits:
+            assert plan.learned_bits is not None
+            plan.learned_bits.step(rate_frac=1 - 0.9 * step / max(settle_step, 1))
+        losses.append(loss.detach())
+    return _mean_finite(torch.stack(losses), epoch)
+
+
+def _loss(
+    model: nn.Module, batch: Batch, plan: TrainingPlan, regulariser: GroupRegulariser, *, learning_bits: bool
+) -> torch.Tensor:
+    device_type = batch.image_bchw.device.type
+    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=plan.autocast), parametrize.cached():
+        logit_bc = model(batch.image_bchw).float()
+        loss_b = F.cross_entropy(logit_bc, batch.label_b, reduction="none")
+        loss = loss_b.mean()
+        if plan.distillation_weight > 0 and plan.teacher is not None:
+            with torch.no_grad():
+                target_bc = plan.teacher(batch.image_bchw).float().softmax(dim=1)
+            follow = F.kl_div(logit_bc.log_softmax(dim=1), target_bc, reduction="batchmean")
+            loss = (1 - plan.distillation_weight) * loss + plan.distillation_weight * follow
+        if plan.fairness_weight > 0 and plan.regulariser != "none":
+            loss = loss + plan.fairness_weight * regulariser(loss_b, batch.group_b)
+    if learning_bits and plan.bitrate_weight > 0:
+        assert plan.learned_bits is not None
+        loss = loss + plan.bitrate_weight * plan.learned_bits.mean_bits() / plan.learned_bits.budget_bits
+    return loss
+
+
+def _mean_finite(loss_s: torch.Tensor, epoch: int) -> float:
+    """The mean of an epoch's losses; one look at the device an epoch finds a step that went wrong."""
+    finite = torch.isfinite(loss_s)
+    if not bool(finite.all()):
+        step = int((~finite).nonzero()[0])
+        value = float(loss_s[step])
+        raise TrialError(
+            f"loss is {value} at epoch {epoch + 1}, step {step + 1} of {len(loss_s)}; lower the learning rate "
+            "(recipe.learning_rate or recipe.finetune_learning_rate) or set recipe.gradient_clip"
+        )
+    return float(loss_s.mean())
+
+
+def _optimiser(model: nn.Module, plan: TrainingPlan) -> torch.optim.Optimizer:
+    """AdamW; norms, biases and step factors without decay; learned bits have their own optimiser."""
+    decayed, plain, gains = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.endswith("free_bits_u") or not parameter.requires_grad:
+            continue
+        if name.endswith("log_gain_u"):
+            gains.append(parameter)
+        elif parameter.ndim > 1:
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": plan.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": gains, "weight_decay": 0.0, "lr": GAIN_LEARNING_RATE},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=plan.learning_rate, fused=True)
+
+
+def _rate_schedule(plan: TrainingPlan, steps_per_epoch: int) -> Callable[[int], float]:
+    total = max(1, plan.epochs * steps_per_epoch)
+    warmup = int(plan.warmup_frac * total)
+
+    def rate_frac(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, total - warmup)
+        return FINAL_RATE_FRAC + (1 - FINAL_RATE_FRAC) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+    return rate_frac
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, batches: Iterable[Batch], *, autocast: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Class probabilities of a split.
+
+    Returns:
+        probability float64 (n, classes), labels int64 (n,), groups int64 (n,), mean cross-entropy.
+
+    Raises:
+        TrialError: the model's output is not finite.
+    """
+    was_training = model.training
+    model.eval()
+    logits, labels, groups = [], [], []
+    with parametrize.cached():
+        for batch in batches:
+            with torch.autocast(batch.image_bchw.device.type, dtype=torch.bfloat16, enabled=autocast):
+                logits.append(model(batch.image_bchw).float())
+            labels.append(batch.label_b)
+            groups.append(batch.group_b)
+    model.train(was_training)
+    logit_nc, label_n, group_n = torch.cat(logits).double(), torch.cat(labels), torch.cat(groups)
+    if not bool(torch.isfinite(logit_nc).all()):
+        raise TrialError("the model's output is not finite on some image; lower the learning rate")
+    loss = float(F.cross_entropy(logit_nc, label_n))
+    return logit_nc.softmax(dim=1).cpu().numpy(), label_n.cpu().numpy(), group_n.cpu().numpy(), loss

@@ -282,7 +282,14 @@ class Allocating(Finetuning):
             raise ValueError(f"allocator {self.allocator} works on the groups' own costs: set reducer to none")
         if not apart and self.reducer == "none":
             raise ValueError(f"allocator {self.allocator} needs a reducer (max, mean, cvar, balanced, subtractive)")
+        if self.pin and self.allocator == "quantile":
+            raise ValueError("allocator quantile gives bits by rank alone: it cannot pin layers")
         return self
+
+    @property
+    def measured_choices(self) -> tuple[int, ...]:
+        """Every width that some unit may have: the choices and the pinned widths."""
+        return tuple(sorted({*self.choices, *self.pin.values()}))
 
 
 class StaticMethod(Allocating):

@@ -126,6 +126,21 @@ def measure_importance(
     )
 
 
+def start_steps(
+    model: nn.Module,
+    units: UnitTable,
+    batches: Callable[[], Iterator[Image]],
+    *,
+    choices: Sequence[int],
+    scale: ScaleRule,
+) -> np.ndarray:
+    """Start steps alone, float32 (u, 9), for methods that need no costs; reads images for ``curvature`` only."""
+    with _undisturbed(model):
+        curvature = _input_moments(model, batches) if scale == "curvature" else None
+        steps = _all_steps(model, units, choices, scale, curvature)
+    return np.concatenate([steps[layer.name].cpu().numpy() for layer in units.layers])
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients of weights; everything as before at the end."""

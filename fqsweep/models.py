@@ -115,12 +115,12 @@ def _check_size(model: nn.Module, name: str, image_size: int) -> None:
         raise InputError(f"architecture {name} is no classifier: its output has shape {tuple(output.shape)}")
 
 
-def normalisation_of(model: nn.Module, config: ArchitectureConfig) -> Normalisation:
+def normalisation_of(config: ArchitectureConfig) -> Normalisation:
     """The pretrained weights' own normalisation, or a plain one for networks trained from scratch."""
     if not config.pretrained:
         return Normalisation(mean=SCRATCH_MEAN, std=SCRATCH_STD)
-    own = model.pretrained_cfg
-    return Normalisation(mean=tuple(own["mean"]), std=tuple(own["std"]))
+    own = timm.get_pretrained_cfg(config.name)
+    return Normalisation(mean=tuple(own.mean), std=tuple(own.std))
 
 
 def quantisable_layers(model: nn.Module) -> dict[str, nn.Module]:

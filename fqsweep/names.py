@@ -101,6 +101,16 @@ KIND_TRIAL = "trial"
 DEFAULT_EXPERIMENT = "fqsweep"
 
 
+def group_metric_key(split: str, what: str, group: str) -> str:
+    """Key of a metric of one group, ``what`` being ``acc_group`` or ``count_group``.
+
+    MLflow takes letters, digits, blanks and ``_-.:/`` in a key, so "<40" becomes "under 40" and "60+"
+    "60 and over".
+    """
+    text = group.replace("<", "under ").replace("+", " and over")
+    return f"{split}/{what}/" + "".join(c if c.isalnum() or c in " _-.:" else "_" for c in text)
+
+
 def metric_keys() -> tuple[str, ...]:
     """All metric keys of a finished child run, with their split prefixes."""
     grouped = tuple(f"{split}/{metric.key}" for split in SPLIT_PREFIXES for metric in GROUP_METRICS)

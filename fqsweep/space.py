@@ -10,6 +10,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Cell(Record):
         parts = (f"{self.dataset.name}/{self.group_attribute}", self.architecture.name, self.point.variant + budget)
         return " ".join((*parts, f"seed {self.seed}"))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of what determines the result; names shown to people are left out."""
         data = self.dataset.model_dump(mode="json", exclude={"name"})
@@ -120,20 +121,20 @@ class Cell(Record):
             ]
         )
 
-    @property
+    @cached_property
     def baseline_key(self) -> str:
         """Hash of what determines the full-precision parent, shared by every method, budget and group attribute."""
         data = self.dataset.model_dump(mode="json", exclude={"name"})
         recipe = self.recipe.model_dump(mode="json", include=set(BASELINE_FIELDS))
         return content_hash([RESULT_VERSION, data, self.architecture, self.seed, recipe])
 
-    @property
+    @cached_property
     def importance_key(self) -> str | None:
         """Hash of what determines the cost table, None where the method needs none."""
         settings = self.point.settings
         if not isinstance(settings, Allocating):
             return None
-        options = [settings.importance, settings.granularity, settings.choices, settings.scale]
+        options = [settings.importance, settings.granularity, settings.measured_choices, settings.scale]
         return content_hash([self.baseline_key, self.group_attribute, options, self.recipe.calibration_images])
 
 
@@ -182,13 +183,30 @@ def load_space(path: Path) -> SearchSpace:
     try:
         space = SearchSpace.model_validate(content)
     except ValidationError as error:
-        problems += [_describe(dict(found), lines) for found in error.errors()]
+        problems += [_describe(dict(found), lines) for found in _innermost(error.errors())]
     if space is not None:
         problems += [(_line_of(loc, lines), f"{_dotted(loc)}: {text}") for loc, text in _check_whole(space)]
     if problems:
         raise InputError(_problem_page(path, problems))
     assert space is not None
     return space
+
+
+def _innermost(found: list[Any]) -> list[Any]:
+    """Findings that are no mere consequence of a finding further inside."""
+    places = [tuple(one["loc"]) for one in found]
+    return [
+        one
+        for one, place in zip(found, places, strict=True)
+        if not any(len(other) > len(place) and _within(other, place) for other in places)
+    ]
+
+
+def _within(inner: Location, outer: Location) -> bool:
+    """Whether ``outer`` is a part of the way to ``inner``; pydantic's union branches are passed over."""
+    if outer and outer[-1] in ("float", "constrained-float"):
+        outer = outer[:-1]
+    return inner[: len(outer)] == outer
 
 
 def _problem_page(path: Path, problems: list[tuple[int, str]]) -> str:

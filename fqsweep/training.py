@@ -151,6 +151,8 @@ def train(
             best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if epoch - log.best_epoch >= plan.patience:
             break
+    if plan.learned_bits is not None and plan.settle_epoch >= plan.epochs:
+        plan.freeze()
     if best_state is not None:
         model.load_state_dict(best_state)
     return log

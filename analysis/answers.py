@@ -1,0 +1,289 @@
+"""The answers in words: who leads at which budget, how sure that is, and which run to take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.columns import (
+    BITS,
+    GROUP_ACCURACY,
+    GROUP_COUNT,
+    PANEL,
+    bits_phrase,
+    budget_text,
+    budgets,
+    group_names,
+    is_maximized,
+    on_test,
+    panel_title,
+    panels,
+    percent,
+)
+from analysis.pareto import leaders, select_cells, under_budget
+from analysis.stats import MIN_SEEDS, share_interval
+from fqsweep.names import metric_of
+
+HEADLINE_LOSS_FRAC = 0.02  # the headline's budget: the smallest that costs at most this much validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The headline of one panel: the leader in a sentence, and what is known about its lead."""
+
+    panel: tuple[str, ...]
+    budget_bits: float
+    variant: str
+    sentence: str
+    evidence: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """The run with the best validation metric that fits a budget."""
+
+    dataset: str
+    group_attribute: str
+    architecture: str
+    budget_bits: float
+    run_id: str
+    variant: str
+    seed: int
+    true_bits: float
+    value: float
+    reason: str
+
+
+def headlines(points: pd.DataFrame, comparisons: pd.DataFrame, *, metric: str) -> list[Answer]:
+    """One answer a panel, for the smallest budget that costs little against the best validation value.
+
+    Args:
+        points: ``pareto.aggregate``.
+        comparisons: ``stats.compare_variants`` on test data.
+        metric: the validation metric that chose.
+    """
+    answers = []
+    for panel, part in panels(points):
+        lead = leaders(part, metric=metric)
+        if not lead.empty:
+            leader = lead.iloc[_headline_row(part, lead, metric=metric)]
+            answers.append(_answer(panel, part, leader, _of_panel(comparisons, panel), metric=metric))
+    return answers
+
+
+def _headline_row(part: pd.DataFrame, lead: pd.DataFrame, *, metric: str) -> int:
+    """The first (smallest) budget within ``HEADLINE_LOSS_FRAC`` of the best validation value, fp32 included."""
+    sign = 1 if is_maximized(metric) else -1
+    best = (sign * part[metric]).max()
+    return int((sign * lead[metric] >= best - HEADLINE_LOSS_FRAC).to_numpy().argmax())
+
+
+def _of_panel(frame: pd.DataFrame, panel: Sequence[str]) -> pd.DataFrame:
+    for column, value in zip(PANEL, panel, strict=True):
+        frame = frame[frame[column].astype(str) == value]
+    return frame
+
+
+def _answer(
+    panel: tuple[str, ...], part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, metric: str
+) -> Answer:
+    budget = float(leader["budget_bits"])
+    pairs = pairs[pairs["budget_bits"] == budget]
+    serves = "serves the worst group best" if metric.endswith("worst") else f"has the best {metric}"
+    alone = len(part[part["budget_bits"] == budget]) == 1
+    lead = f"only {leader['variant']} was run" if alone else f"{leader['variant']} {serves}"
+    figure, reference = _figure(leader, on_test(metric)), _against_reference(part, leader, on_test(metric))
+    sentence = f"At {bits_phrase(budget)}, {lead}: {figure}{reference}."
+    evidence = _evidence(part, leader, pairs, metric=metric)
+    return Answer(
+        panel=panel, budget_bits=budget, variant=str(leader["variant"]), sentence=sentence, evidence=evidence
+    )
+
+
+def _figure(point: pd.Series, key: str) -> str:
+    """``84.1 % accuracy of the worst-served group on test data (95 % interval 82.0 to 86.2, 5 seeds)``."""
+    seeds = f"{point['num_seeds']} seed{'' if point['num_seeds'] == 1 else 's'}"
+    low, high = point[f"{key}:low"], point[f"{key}:high"]
+    interval = "" if math.isnan(low) else f"95 % interval {percent(low)} to {percent(high)}, "
+    value = f"{percent(point[key])} %" if math.isfinite(point[key]) else "not recorded:"
+    return f"{value} {metric_of(key).meaning} on test data ({interval}{seeds})"
+
+
+def _against_reference(part: pd.DataFrame, leader: pd.Series, key: str) -> str:
+    reference = part[part["budget_bits"].isna()]
+    if reference.empty or not math.isfinite(reference.iloc[0][key] - leader[key]):
+        return ""
+    points = 100 * float(leader[key] - reference.iloc[0][key])
+    side = "above" if points >= 0 else "below"
+    return f", {abs(points):.1f} points {side} full precision"
+
+
+def _evidence(part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, metric: str) -> tuple[str, ...]:
+    said = [_verdict_sentence(pairs, word) for word in ("better", "worse", "no evidence", "cannot be told")]
+    said += [_test_order(part, leader, pairs, metric=metric), _image_noise(leader), _fewer_seeds(part, leader)]
+    return tuple(s for s in said if s)
+
+
+def _verdict_sentence(pairs: pd.DataFrame, word: str) -> str:
+    those = pairs[pairs["verdict"] == word]
+    if those.empty:
+        return ""
+    differences = zip(those["other"], those["difference"], strict=True)
+    others = _listing([f"{other} ({_signed(by)})" for other, by in differences])
+    num = int(those["num_pairs"].min())
+    if word == "cannot be told":
+        return (
+            f"Whether that beats {others} cannot be told: {num} common seed{'' if num == 1 else 's'}, "
+            f"{MIN_SEEDS} are needed."
+        )
+    test = f"over {num} seeds, p < 0.05 after Holm"
+    if word == "no evidence":
+        return f"No evidence of a difference to {others}: within the noise over {num} seeds."
+    return f"{word.capitalize()} than {others} {test}."
+
+
+def _signed(difference_frac: float) -> str:
+    return f"{100 * difference_frac:+.1f} points" if math.isfinite(difference_frac) else "no common seed"
+
+
+def _listing(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _test_order(part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, metric: str) -> str:
+    """Say it where validation and test do not agree on who leads."""
+    key, sign = on_test(metric), 1 if is_maximized(metric) else -1
+    at_budget = part[part["budget_bits"] == leader["budget_bits"]]
+    ahead = at_budget[sign * at_budget[key] > sign * leader[key]]
+    if ahead.empty or pairs.empty:
+        return ""
+    names = _listing([f"{v} ({percent(x)} %)" for v, x in zip(ahead["variant"], ahead[key], strict=True)])
+    return f"Chosen on validation; on test data {names} came out ahead, so the order is not settled."
+
+
+def _image_noise(leader: pd.Series) -> str:
+    """For a single seed: how far the worst group's number of test images alone can move its accuracy."""
+    if leader["num_seeds"] > 1:
+        return ""
+    groups = group_names(pd.DataFrame([leader]), split="test")
+    known = [(float(leader[f"test/{GROUP_ACCURACY}{g}"]), g) for g in groups]
+    if not known:
+        return "One seed: the order may be chance."
+    accuracy, worst = min(known)
+    count = leader.get(f"test/{GROUP_COUNT}{worst}", math.nan)
+    if not math.isfinite(count) or count < 1:
+        return "One seed: the order may be chance."
+    low, high = share_interval(accuracy, int(count))
+    return (
+        f"One seed: the order may be chance. The worst group ({worst}) has {int(count)} test images, which "
+        f"alone leaves its accuracy anywhere from {percent(low)} to {percent(high)} %."
+    )
+
+
+def _fewer_seeds(part: pd.DataFrame, leader: pd.Series) -> str:
+    at_budget = part[part["budget_bits"] == leader["budget_bits"]]
+    if at_budget["seeds"].nunique() <= 1:
+        return ""
+    counts = _listing([f"{v} {n}" for v, n in zip(at_budget["variant"], at_budget["num_seeds"], strict=True)])
+    return f"Not all variants finished the same seeds ({counts}): their means are not over the same trials."
+
+
+def lead_counts(points: pd.DataFrame, *, metric: str) -> str:
+    """Who leads how often, over all panels and budgets with a choice; empty where there is nothing to count."""
+    contested = (
+        points[points["budget_bits"].notna()].groupby([*PANEL, "budget_bits"])["variant"].transform("size")
+    )
+    lead = leaders(points.loc[contested.index[contested > 1]], metric=metric)
+    if len(lead) < 2:
+        return ""
+    counts = lead["variant"].value_counts()
+    named = _listing([f"{variant} in {count}" for variant, count in counts.items()])
+    return f"Of {len(lead)} comparisons at equal budget, the best validation mean belongs to {named}."
+
+
+def recommend(cells: pd.DataFrame, *, metric: str) -> list[Recommendation]:
+    """For each panel and budget the run with the best validation ``metric`` that fits the budget.
+
+    The chosen cells are compared run by run: this picks a model to use. Its validation value is the best of
+    several and so a little too good; its test figure is not affected.
+    """
+    found = []
+    for panel, part in panels(cells):
+        quantised = part[part["budget_bits"].notna()]
+        for budget in budgets(quantised):
+            fitting = under_budget(quantised, budget)
+            if not fitting.empty:
+                ascending = [not is_maximized(metric), True, True]
+                best = fitting.sort_values([metric, BITS, "run_id"], ascending=ascending).iloc[0]
+                found.append(_recommendation(panel, budget, best, len(fitting), metric=metric))
+    return found
+
+
+def _recommendation(
+    panel: tuple[str, ...], budget: float, best: pd.Series, num: int, *, metric: str
+) -> Recommendation:
+    word = "highest" if is_maximized(metric) else "lowest"
+    reason = (
+        f"{word} {metric} ({best[metric]:.4f}) of the {num} chosen runs of {panel_title(panel)} with at most "
+        f"{bits_phrase(budget)}; it has {best[BITS]:.3f} and {on_test(metric)} {best[on_test(metric)]:.4f}"
+    )
+    place = dict(zip(PANEL, panel, strict=True))
+    return Recommendation(
+        **place,
+        budget_bits=budget,
+        run_id=str(best["run_id"]),
+        variant=str(best["variant"]),
+        seed=int(best["seed"]),
+        true_bits=float(best[BITS]),
+        value=float(best[metric]),
+        reason=reason,
+    )
+
+
+def recommended_record(found: list[Recommendation], *, sweep: str, metric: str) -> dict[str, Any]:
+    """What ``recommended.json`` holds: for each setting (panel) a map from budget to run and reason.
+
+    Settings are kept apart, because runs on other data, groups or networks cannot be compared.
+    """
+    by_panel: dict[tuple[str, ...], dict[str, Any]] = {}
+    for item in found:
+        panel = (item.dataset, item.group_attribute, item.architecture)
+        plain = {k: v for k, v in asdict(item).items() if k not in (*PANEL, "budget_bits")}
+        by_panel.setdefault(panel, {})[budget_text(item.budget_bits)] = plain
+    settings = [dict(zip(PANEL, panel, strict=True)) | {"budgets": value} for panel, value in by_panel.items()]
+    return {"sweep": sweep, "metric": metric, "settings": settings}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the headline of each panel."""
+    from analysis import cli
+    from analysis.pareto import aggregate
+    from analysis.stats import compare_variants
+
+    parser = cli.source_parser("analysis.answers", "Say which variant serves the worst group best.")
+    cli.add_metric(parser)
+
+    def act(arguments: Any) -> None:
+        cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
+        points = aggregate(cells)
+        lead = leaders(points, metric=arguments.metric)
+        pairs = compare_variants(cells, metric=on_test(arguments.metric), leaders=lead)
+        print(headline_text(headlines(points, pairs, metric=arguments.metric)))
+
+    return cli.run(parser, act, argv)
+
+
+def headline_text(answers: list[Answer]) -> str:
+    """The headlines as lines for a terminal."""
+    lines = []
+    for answer in answers:
+        lines += [f"{panel_title(answer.panel)}:", f"  {answer.sentence}", *(f"  {e}" for e in answer.evidence)]
+    return "\n".join(lines) or "No quantised variant has finished: there is nothing to compare yet."
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

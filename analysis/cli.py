@@ -1,0 +1,69 @@
+"""What the scripts of this package share: where runs come from, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.columns import DEFAULT_METRIC, check_selection_metric
+from analysis.load import load_csv, load_runs
+from fqsweep.errors import InputError
+from fqsweep.files import write_bytes
+
+
+def source_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the options that say which runs to read."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--tracking-uri", help="MLflow tracking URI, for example sqlite:////data/out/mlflow.db")
+    parser.add_argument("--sweep", help="name of the sweep; with --csv only a title")
+    parser.add_argument("--csv", type=Path, help="read the runs from this CSV instead of MLflow")
+    return parser
+
+
+def add_metric(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says which validation metric chooses."""
+    parser.add_argument(
+        "--metric",
+        default=DEFAULT_METRIC,
+        help="validation metric that chooses the run of each cell (default: %(default)s)",
+    )
+
+
+def read_source(arguments: argparse.Namespace) -> pd.DataFrame:
+    """The runs that the options name.
+
+    Raises:
+        InputError: the options are incomplete, or the runs cannot be read.
+    """
+    if "metric" in arguments:
+        check_selection_metric(arguments.metric)
+    if arguments.csv:
+        return load_csv(arguments.csv)
+    if not arguments.tracking_uri or not arguments.sweep:
+        raise InputError("Give --tracking-uri and --sweep, or --csv.")
+    return load_runs(arguments.tracking_uri, arguments.sweep)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def run(
+    parser: argparse.ArgumentParser, act: Callable[[argparse.Namespace], None], argv: list[str] | None
+) -> int:
+    """Parse, act, and end with 0, or with 2 and one line where the input cannot be used."""
+    arguments = parser.parse_args(argv)
+    try:
+        act(arguments)
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"Error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,165 @@
+"""The front of one panel as a Plotly figure: hover shows the runs behind a marker; a page can switch splits."""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analysis.columns import (
+    BITS,
+    BYTES,
+    budget_text,
+    bytes_text,
+    on_test,
+    percent,
+    variants,
+)
+from analysis.style import FRONT_COLOR, REFERENCE_COLOR, Look, bits_ticks, looks, marker_size
+from fqsweep.names import metric_of
+
+NUM_RUNS_SHOWN = 5  # run ids that a hover box lists
+SPLITS = ("test", "val")
+HOVER = (
+    "<b>%{customdata[0]}</b>, budget %{customdata[1]} bits<br>true bits %{customdata[2]}, %{customdata[3]}<br>"
+    "test %{customdata[4]} %, validation %{customdata[5]} %<br>worst group on test %{customdata[6]} %, "
+    "gap %{customdata[7]} %<br>%{customdata[8]}<extra></extra>"
+)
+
+
+def panel_figure(part: pd.DataFrame, *, metric: str, all_variants: list[str]) -> go.Figure:
+    """The front of one panel.
+
+    Each trace carries ``meta`` = {split: {"y": ..., "error": ...}} with both splits, so that the page's switch
+    needs no second copy of the figure; test data show first.
+
+    Args:
+        part: rows of ``pareto.mark_front`` of one panel.
+        metric: the validation metric that chose.
+        all_variants: the variants of all panels: each looks the same in every panel.
+    """
+    look = looks(all_variants)
+    quantised = part[part["budget_bits"].notna()]
+    figure = go.Figure()
+    figure.add_trace(_front_trace(quantised, metric=metric))
+    shown = variants(quantised)
+    for place, variant in enumerate(shown):
+        rows = quantised[quantised["variant"] == variant].sort_values(BITS)
+        size = 1.6 * marker_size(place, len(shown))
+        figure.add_trace(_variant_trace(rows, look[variant], size=size, metric=metric))
+    reference = part[part["budget_bits"].isna()]
+    if not reference.empty and not quantised.empty:
+        figure.add_trace(_reference_trace(reference.iloc[0], quantised, metric=metric))
+    _lay_out(figure, quantised, metric=metric)
+    return figure
+
+
+def _series(rows: pd.DataFrame, *, metric: str) -> dict[str, dict[str, list[float | None]]]:
+    """Values and standard deviations in percent for both splits; None where there is none."""
+    keys = {"test": on_test(metric), "val": metric}
+    return {
+        split: {"y": _percents(rows[key]), "error": _percents(rows[f"{key}:std"])}
+        for split, key in keys.items()
+    }
+
+
+def _percents(values: pd.Series) -> list[float | None]:
+    return [round(100 * float(v), 3) if math.isfinite(v) else None for v in values]
+
+
+def _front_trace(quantised: pd.DataFrame, *, metric: str) -> go.Scatter:
+    rows = quantised[quantised["on_front"]].sort_values(BITS)
+    series = _series(rows, metric=metric)
+    return go.Scatter(
+        x=rows[BITS].tolist(),
+        y=series["test"]["y"],
+        meta=series,
+        mode="lines",
+        name="front on validation",
+        line={"color": FRONT_COLOR, "width": 7},
+        opacity=0.4,
+        hoverinfo="skip",
+    )
+
+
+def _variant_trace(rows: pd.DataFrame, look: Look, *, size: float, metric: str) -> go.Scatter:
+    series = _series(rows, metric=metric)
+    name = html.escape(str(rows["variant"].iloc[0]))
+    return go.Scatter(
+        x=rows[BITS].tolist(),
+        y=series["test"]["y"],
+        meta=series,
+        error_y={"type": "data", "array": series["test"]["error"], "thickness": 1.2, "width": 3},
+        mode="lines+markers",
+        name=name,
+        line={"color": look.color, "width": 1.5},
+        marker={"symbol": look.symbol, "size": size, "line": {"width": 1, "color": "#ffffff"}},
+        customdata=[_hover(row, metric=metric) for _, row in rows.iterrows()],
+        hovertemplate=HOVER,
+    )
+
+
+def _hover(row: pd.Series, *, metric: str) -> list[str]:
+    return [
+        html.escape(str(row["variant"])),
+        budget_text(row["budget_bits"]),
+        f"{row[BITS]:.3f}",
+        bytes_text(row[BYTES]),
+        percent(row[on_test(metric)], digits=2),
+        percent(row[metric], digits=2),
+        percent(row["test/acc_worst"], digits=2),
+        percent(row["test/acc_gap"], digits=2),
+        _run_lines(row),
+    ]
+
+
+def _run_lines(row: pd.Series) -> str:
+    pairs = list(zip(str(row["seeds"]).split(), str(row["run_ids"]).split(), strict=False))
+    lines = [f"seed {html.escape(seed)}: run {html.escape(run)}" for seed, run in pairs[:NUM_RUNS_SHOWN]]
+    more = len(pairs) - NUM_RUNS_SHOWN
+    return "<br>".join([*lines, f"and {more} more"] if more > 0 else lines)
+
+
+def _reference_trace(row: pd.Series, quantised: pd.DataFrame, *, metric: str) -> go.Scatter:
+    ends = [float(quantised[BITS].min()) / 1.3, float(quantised[BITS].max()) * 1.3]
+    series = _series(pd.DataFrame([row, row]), metric=metric)
+    series = {split: {"y": values["y"], "error": []} for split, values in series.items()}
+    return go.Scatter(
+        x=ends,
+        y=series["test"]["y"],
+        meta=series,
+        mode="lines",
+        name="full precision",
+        line={"color": REFERENCE_COLOR, "width": 1.5, "dash": "dash"},
+        customdata=[_hover(row, metric=metric)] * 2,
+        hovertemplate=HOVER,
+    )
+
+
+def _lay_out(figure: go.Figure, quantised: pd.DataFrame, *, metric: str) -> None:
+    figure.update_layout(
+        template="plotly_white",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        height=430,
+        margin={"l": 56, "r": 12, "t": 12, "b": 48},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        font={"family": "system-ui, sans-serif", "size": 13},
+        hoverlabel={"align": "left"},
+        yaxis={"title": {"text": f"{metric_of(metric).key} (%)"}, "automargin": True},
+        xaxis={"title": {"text": "true mean bits per weight"}},
+    )
+    if not quantised.empty and float(quantised[BITS].min()) > 0:
+        low, high = float(quantised[BITS].min()), float(quantised[BITS].max())
+        ticks = bits_ticks(low, high)
+        limits = [math.log10(low / 1.3), math.log10(high * 1.3)]
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], range=limits)
+
+
+def fragment(figure: go.Figure, *, element_id: str) -> str:
+    """The figure as HTML without plotly.js, which the page embeds once."""
+    config: dict[str, Any] = {"displaylogo": False, "responsive": True, "displayModeBar": False}
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id=element_id, config=config))

@@ -1,0 +1,287 @@
+"""The finished trial runs of a sweep as one data frame, from MLflow or from a CSV file.
+
+Columns: ``run_id``, ``key``, ``parent_run_id``, ``start_time`` (ms), every parameter of
+``fqsweep.names.RUN_PARAMS`` and every metric under its full key. What was left out or looks odd is in
+``frame.attrs["notes"]``, a list of sentences.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pandas as pd
+
+from analysis.columns import GROUP_ACCURACY, GROUP_COUNT
+from fqsweep.errors import InputError
+from fqsweep.names import (
+    KIND_SWEEP,
+    KIND_TRIAL,
+    NO_VALUE,
+    RUN_PARAMS,
+    TAG_KEY,
+    TAG_KIND,
+    TAG_PARENT,
+    TAG_SWEEP,
+    metric_keys,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+NUMERIC_PARAMS = (
+    "budget_bits",
+    "seed",
+    "fairness_weight",
+    "bitrate_weight",
+    "finetune_epochs",
+    "distillation_weight",
+)
+PAGE_SIZE = 1000
+NUM_NAMED = 3  # run ids that a note names before it only counts
+
+
+def load_runs(tracking_uri: str, sweep: str) -> pd.DataFrame:
+    """Read the finished trial runs of the latest sweep called ``sweep``.
+
+    Of several runs with one trial key the newest counts (an earlier attempt was lost and repeated).
+
+    Args:
+        tracking_uri: an MLflow tracking URI, for example ``sqlite:////data/out/mlflow.db``.
+        sweep: the sweep's name, as in its search space.
+
+    Returns:
+        One row a run, see the top of this file.
+
+    Raises:
+        InputError: the tracking URI cannot be read, has no such sweep, or the sweep has no finished run.
+    """
+    client = _connect(tracking_uri)
+    try:
+        parent, notes = _latest_parent(client, sweep, tracking_uri=tracking_uri)
+        children = list(_search(client, f"tags.`{TAG_PARENT}` = '{parent.info.run_id}'"))
+    except InputError:
+        raise
+    except Exception as error:  # MLflow raises what its backend raises: SQLAlchemy, requests, its own
+        raise InputError(f"The tracking URI {tracking_uri!r} cannot be read: {_first_line(error)}") from error
+    trials = [run for run in children if run.data.tags.get(TAG_KIND) == KIND_TRIAL]
+    finished = [run for run in trials if run.info.status == "FINISHED"]
+    if not finished:
+        raise InputError(
+            f"Sweep {sweep!r} must have a finished trial run, but has {_status_counts(trials)}: "
+            "wait for one, or run `fqsweep run` again and read what failed."
+        )
+    if len(finished) < len(trials):
+        unfinished = [run for run in trials if run.info.status != "FINISHED"]
+        notes.append(f"Left out: {_status_counts(unfinished)} of {len(trials)} trial runs.")
+    return _typed(pd.DataFrame([_row(run) for run in finished]), notes)
+
+
+def load_csv(path: Path) -> pd.DataFrame:
+    """Read runs from a CSV with the columns of ``load_runs`` (``python -m analysis.load --out FILE``).
+
+    Raises:
+        InputError: there is no such file, it is no CSV, or a column is missing.
+    """
+    try:
+        frame = pd.read_csv(path, dtype=dict.fromkeys(("run_id", "key", *RUN_PARAMS), "string"))
+    except FileNotFoundError:
+        raise InputError(f"The CSV must exist, but there is no file {str(path)!r}.") from None
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as CSV: {_first_line(error)}") from error
+    missing = [c for c in ("dataset", "architecture", "variant", "budget_bits", "seed") if c not in frame]
+    if missing:
+        raise InputError(f"{str(path)!r} must have the columns {', '.join(missing)}, but has not.")
+    if frame.empty:
+        raise InputError(f"{str(path)!r} must have a finished run, but has no rows.")
+    if "run_id" not in frame:
+        frame["run_id"] = [f"row-{i}" for i in range(1, len(frame) + 1)]
+    return _typed(frame, [])
+
+
+# --- MLflow --------------------------------------------------------------------------------------
+
+
+def _connect(tracking_uri: str) -> MlflowClient:
+    """A client, without creating what does not exist: MLflow writes a new database at an unknown path."""
+    database = _sqlite_path(tracking_uri)
+    if database is not None and not database.is_file():
+        raise InputError(
+            f"The tracking URI must name an existing store, but there is no database {str(database)!r}: "
+            "use the URI that `fqsweep run` printed."
+        )
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default, 7, waits four minutes
+    from mlflow import MlflowClient  # costs two seconds, and reading a CSV does not need it
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    try:
+        return MlflowClient(tracking_uri)
+    except Exception as error:
+        raise InputError(f"The tracking URI {tracking_uri!r} cannot be opened: {_first_line(error)}") from error
+
+
+def _sqlite_path(tracking_uri: str) -> Path | None:
+    parts = urlsplit(tracking_uri)
+    if not parts.scheme.startswith("sqlite"):
+        return None
+    return Path(parts.path.removeprefix("/"))  # sqlite:///relative and sqlite:////absolute
+
+
+def _search(client: MlflowClient, filter_string: str) -> Iterator[Run]:
+    """All runs of all experiments that match, page by page."""
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    token: str | None = None
+    while experiments:
+        page = client.search_runs(experiments, filter_string, max_results=PAGE_SIZE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _latest_parent(client: MlflowClient, sweep: str, *, tracking_uri: str) -> tuple[Run, list[str]]:
+    """The newest parent run of that name; the name is compared here, never put into a query."""
+    parents = list(_search(client, f"tags.`{TAG_KIND}` = '{KIND_SWEEP}'"))
+    named = [run for run in parents if run.data.tags.get(TAG_SWEEP) == sweep]
+    if not named:
+        raise InputError(
+            _no_such_sweep(sweep, {run.data.tags.get(TAG_SWEEP, "") for run in parents}, tracking_uri)
+        )
+    named.sort(key=lambda run: (run.info.start_time, run.info.run_id))
+    notes = []
+    if len(named) > 1:
+        older = ", ".join(run.info.run_id for run in named[:-1])
+        notes.append(
+            f"{len(named)} sweeps are called {sweep!r}: this is the latest, parent run "
+            f"{named[-1].info.run_id}; not read: {older}."
+        )
+    return named[-1], notes
+
+
+def _no_such_sweep(sweep: str, known: set[str], tracking_uri: str) -> str:
+    if not known:
+        return f"Sweep {sweep!r} must exist, but {tracking_uri!r} holds no sweep at all."
+    nearest = difflib.get_close_matches(sweep, sorted(known), n=1, cutoff=0.0)
+    listed = ", ".join(repr(name) for name in sorted(known)[:20])
+    return f"Sweep {sweep!r} must exist, but {tracking_uri!r} holds {listed}: use {nearest[0]!r}?"
+
+
+def _row(run: Run) -> dict[str, Any]:
+    params = {name: run.data.params.get(name, NO_VALUE) for name in RUN_PARAMS}
+    return {
+        "run_id": run.info.run_id,
+        "key": run.data.tags.get(TAG_KEY, run.info.run_id),
+        "parent_run_id": run.data.tags.get(TAG_PARENT),
+        "start_time": run.info.start_time,
+        **params,
+        **run.data.metrics,
+    }
+
+
+def _status_counts(runs: list[Run]) -> str:
+    counts = pd.Series([run.info.status.lower() for run in runs], dtype="string").value_counts()
+    return ", ".join(f"{count} {status}" for status, count in counts.items()) or "no trial runs"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+# --- types and checks ----------------------------------------------------------------------------
+
+
+def _typed(frame: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Numbers as numbers, one run a key, rows without a seed left out."""
+    frame = _newest_of_each_key(frame, notes)
+    for name in RUN_PARAMS:
+        if name not in frame:
+            frame[name] = NO_VALUE
+    text = [name for name in RUN_PARAMS if name not in NUMERIC_PARAMS]
+    frame[text] = frame[text].fillna(NO_VALUE).astype(str)
+    for name in (*NUMERIC_PARAMS, *_metric_columns(frame)):
+        frame[name] = (
+            pd.to_numeric(frame[name], errors="coerce").astype(float).replace([np.inf, -np.inf], np.nan)
+        )
+    frame = _with_seed(frame, notes)
+    absent = [key for key in metric_keys() if key not in frame]
+    frame = pd.concat([frame, pd.DataFrame(np.nan, index=frame.index, columns=absent)], axis=1)
+    notes += _missing_metric_notes(frame)
+    frame = frame.sort_values(["dataset", "group_attribute", "architecture", "variant", "budget_bits", "seed"])
+    frame = frame.reset_index(drop=True)
+    frame.attrs["notes"] = notes
+    return frame
+
+
+def _metric_columns(frame: pd.DataFrame) -> list[str]:
+    starts = tuple(f"{split}/{kind}" for split in ("val", "test") for kind in (GROUP_ACCURACY, GROUP_COUNT))
+    return [c for c in frame.columns if c in metric_keys() or c.startswith(starts)]
+
+
+def _newest_of_each_key(frame: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    if "key" not in frame or "start_time" not in frame:
+        return frame.copy()
+    newest = frame.sort_values(["start_time", "run_id"]).drop_duplicates("key", keep="last")
+    if len(newest) < len(frame):
+        older = frame.loc[~frame["run_id"].isin(newest["run_id"]), "run_id"]
+        notes.append(f"Repeated trials, the newest run of each counts; left out: {_named(older)}.")
+    return newest.copy()
+
+
+def _with_seed(frame: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    without = frame["seed"].isna()
+    if bool(without.any()):
+        notes.append(f"Left out for having no seed: {_named(frame.loc[without, 'run_id'])}.")
+    frame = frame.loc[~without].copy()
+    if frame.empty:
+        raise InputError("Every run must have a numeric seed, but none has one.")
+    frame["seed"] = frame["seed"].astype("int64")
+    return frame
+
+
+def _missing_metric_notes(frame: pd.DataFrame) -> list[str]:
+    """One sentence for each set of runs that lacks the same metrics."""
+    lacking: dict[tuple[str, ...], list[str]] = {}
+    for key in metric_keys():
+        runs = tuple(frame.loc[frame[key].isna(), "run_id"])
+        if runs:
+            lacking.setdefault(runs, []).append(key)
+    return [
+        f"Not recorded, or not a number: {', '.join(keys)} of {_named(runs)}." for runs, keys in lacking.items()
+    ]
+
+
+def _named(run_ids: Any) -> str:
+    """At most three run ids, then a count."""
+    ids = [str(i) for i in run_ids]
+    named = ", ".join(ids[:NUM_NAMED])
+    more = f" and {len(ids) - NUM_NAMED} more" if len(ids) > NUM_NAMED else ""
+    return f"{len(ids)} run{'' if len(ids) == 1 else 's'} ({named}{more})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what was loaded, or write it as CSV."""
+    from analysis import cli
+
+    parser = cli.source_parser("analysis.load", "Read the finished runs of a sweep, or write them as CSV.")
+    parser.add_argument("--out", type=Path, help="CSV file to write, readable with --csv")
+
+    def act(arguments: Any) -> None:
+        frame = cli.read_source(arguments)
+        for note in frame.attrs["notes"]:
+            print(f"Note: {note}")
+        if arguments.out:
+            cli.write_text(arguments.out, frame.to_csv(index=False))
+        print(f"{len(frame)} finished runs" + (f" -> {arguments.out}" if arguments.out else ""))
+
+    return cli.run(parser, act, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,205 @@
+"""From runs to cells, from cells to points, from points to fronts. Choices read validation data only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import moocore
+import numpy as np
+import pandas as pd
+
+from analysis.columns import BITS, CELL, PANEL, POINT, check_selection_metric, is_maximized, variants
+from analysis.stats import summarize
+from fqsweep.errors import InputError
+from fqsweep.names import GROUP_METRICS, Direction
+
+REFERENCE_BITS = 8.0  # the widest quantised weight
+REFERENCE_VALUE = {True: 0.0, False: 1.0}  # the worst fraction, by whether the metric is maximised
+SPREAD_METRICS = tuple(f"{split}/{m.key}" for split in ("val", "test") for m in GROUP_METRICS)
+BUDGET_SLACK = 1e-6  # relative rounding of a recorded mean of bits
+
+
+def pareto_front(points: Any, *, directions: Sequence[Direction]) -> np.ndarray:
+    """Mark the points that no other point dominates.
+
+    A point dominates another if it is at least as good in every objective and better in one. Equal points
+    do not dominate each other, so duplicates of a front's point are all marked. Points with NaN take no part.
+    Dominance comes from moocore (Fonseca, Lopez-Ibanez et al.), O(n log n) in two and three dimensions.
+
+    Args:
+        points: float, (points, objectives).
+        directions: ``maximize`` or ``minimize`` for each objective.
+
+    Returns:
+        bool, (points,).
+
+    >>> pareto_front([[1, 0.8], [2, 0.9], [2, 0.7]], directions=["minimize", "maximize"]).tolist()
+    [True, True, False]
+    """
+    values = np.asarray(points, dtype=float).reshape(-1, len(directions))
+    usable = np.isfinite(values).all(axis=1)
+    marked = np.zeros(len(values), dtype=bool)
+    if usable.any():
+        marked[usable] = moocore.is_nondominated(
+            values[usable], maximise=_maximise(directions), keep_weakly=True
+        )
+    return marked
+
+
+def hypervolume(points: Any, *, reference: Sequence[float], directions: Sequence[Direction]) -> float:
+    """The volume that ``points`` dominate above ``reference``; points beyond it add nothing (moocore).
+
+    >>> hypervolume([[1, 0.8]], reference=[8, 0], directions=["minimize", "maximize"])
+    5.6
+    """
+    values = np.asarray(points, dtype=float).reshape(-1, len(directions))
+    values = values[np.isfinite(values).all(axis=1)]
+    if len(values) == 0:
+        return 0.0
+    volume = moocore.hypervolume(values, ref=np.asarray(reference, dtype=float), maximise=_maximise(directions))
+    return round(float(volume), 12)
+
+
+def _maximise(directions: Sequence[Direction]) -> list[bool]:
+    assert all(d in ("maximize", "minimize") for d in directions), directions
+    return [d == "maximize" for d in directions]
+
+
+def select_cells(runs: pd.DataFrame, *, metric: str) -> pd.DataFrame:
+    """Choose the run that represents each cell: the best ``metric`` on validation data.
+
+    Ties go to fewer bits, then to the smaller run id, so that the choice does not depend on the order of
+    rows. Runs without the metric cannot be chosen.
+
+    Args:
+        runs: one row a run (``load.load_runs``).
+        metric: a validation metric, such as ``val/acc_worst``.
+
+    Returns:
+        One row a cell: the chosen run, and ``num_runs``, how many it was chosen from.
+
+    Raises:
+        InputError: the metric is unknown or reads test data, or no run has it.
+    """
+    usable = runs[runs[check_selection_metric(metric)].notna()]
+    if usable.empty:
+        raise InputError(f"A run must have recorded {metric}, but none of {len(runs)} has: use another.")
+    ordered = usable.sort_values([metric, BITS, "run_id"], ascending=[not is_maximized(metric), True, True])
+    grouped = ordered.groupby(list(CELL), dropna=False, sort=True)
+    chosen = grouped.head(1).copy()
+    chosen["num_runs"] = grouped["run_id"].transform("size").loc[chosen.index]
+    return _in_order(chosen)
+
+
+def aggregate(cells: pd.DataFrame) -> pd.DataFrame:
+    """Average the cells over seeds: one row a (panel, variant, budget).
+
+    Returns:
+        For every number its mean under the same name; for the group metrics also ``<key>:std``,
+        ``<key>:low`` and ``<key>:high`` (see ``stats.summarize``); ``num_seeds``, ``seeds`` and ``run_ids``
+        (both joined by spaces, in the same order).
+    """
+    assert not cells.duplicated(list(CELL)).any(), "one row a cell: call select_cells first"
+    rows = []
+    for _, part in cells.sort_values("seed").groupby(list(POINT), dropna=False, sort=True):
+        first = part.iloc[0]
+        row: dict[str, Any] = {name: first[name] for name in POINT}
+        row |= {"num_seeds": len(part), "seeds": _joined(part["seed"]), "run_ids": _joined(part["run_id"])}
+        means = part[_number_columns(cells)].mean()
+        rows.append(row | {str(k): v for k, v in means.items()} | _spreads(part))
+    return _in_order(pd.DataFrame(rows))
+
+
+def _number_columns(cells: pd.DataFrame) -> list[str]:
+    known = cells.select_dtypes("number").columns
+    return [c for c in known if "/" in c]
+
+
+def _spreads(part: pd.DataFrame) -> dict[str, float]:
+    spreads: dict[str, float] = {}
+    for key in SPREAD_METRICS:
+        summary = summarize(part[key])
+        spreads |= {f"{key}:std": summary.std, f"{key}:low": summary.low, f"{key}:high": summary.high}
+    return spreads
+
+
+def _joined(values: pd.Series) -> str:
+    return " ".join(str(v) for v in values)
+
+
+def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sorted by panel, budget (full precision first), variant, seed."""
+    rank = {v: i for i, v in enumerate(variants(frame))}
+    order = frame.assign(_rank=frame["variant"].map(rank))
+    by = [*PANEL, "budget_bits", "_rank", *(["seed"] if "seed" in frame else [])]
+    return order.sort_values(by, na_position="first").drop(columns="_rank").reset_index(drop=True)
+
+
+def mark_front(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
+    """Add ``on_front``: no point of the same panel has both fewer true bits and a better ``metric``."""
+    marked = points.copy()
+    marked["on_front"] = False
+    directions: list[Direction] = ["minimize", "maximize" if is_maximized(metric) else "minimize"]
+    for _, part in points.groupby(list(PANEL), sort=True):
+        marked.loc[part.index, "on_front"] = pareto_front(part[[BITS, metric]], directions=directions)
+    return marked
+
+
+def variant_hypervolumes(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
+    """The share of the rectangle up to the reference point that each variant dominates.
+
+    Objectives: true mean bits and ``metric``. Reference point: 8 bits, and 0 (1 where less is better), so that
+    1 would be a perfect model of no bits. Full precision lies beyond it and has none.
+
+    Returns:
+        The panel's columns, ``variant``, ``hypervolume_frac`` from 0 to 1.
+    """
+    maximize = is_maximized(metric)
+    directions: list[Direction] = ["minimize", "maximize" if maximize else "minimize"]
+    reference = (REFERENCE_BITS, REFERENCE_VALUE[maximize])
+    quantised = points[points["budget_bits"].notna()]
+    rows = [
+        dict(zip((*PANEL, "variant"), key, strict=True))
+        | {"hypervolume_frac": hypervolume(part[[BITS, metric]], reference=reference, directions=directions)}
+        for key, part in quantised.groupby([*PANEL, "variant"], sort=True)
+    ]
+    frame = pd.DataFrame(rows, columns=[*PANEL, "variant", "hypervolume_frac"])
+    frame["hypervolume_frac"] /= REFERENCE_BITS
+    return frame
+
+
+def leaders(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
+    """The variant with the best mean validation ``metric`` at each budget of each panel."""
+    known = points[points["budget_bits"].notna() & points[metric].notna()]
+    ordered = known.sort_values([metric, BITS, "variant"], ascending=[not is_maximized(metric), True, True])
+    first = ordered.drop_duplicates([*PANEL, "budget_bits"])
+    return first.sort_values([*PANEL, "budget_bits"]).reset_index(drop=True)
+
+
+def under_budget(frame: pd.DataFrame, budget_bits: float) -> pd.DataFrame:
+    """The rows whose true mean bits fit ``budget_bits``."""
+    return frame[frame[BITS] <= budget_bits * (1 + BUDGET_SLACK)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the front and each variant's hypervolume."""
+    from analysis import cli
+    from analysis.columns import on_test
+
+    parser = cli.source_parser("analysis.pareto", "Print the front of validation against true mean bits.")
+    cli.add_metric(parser)
+
+    def act(arguments: Any) -> None:
+        metric = arguments.metric
+        points = mark_front(aggregate(select_cells(cli.read_source(arguments), metric=metric)), metric=metric)
+        columns = [*POINT, BITS, metric, on_test(metric), "num_seeds"]
+        print(points.loc[points["on_front"], columns].to_string(index=False))
+        print(f"\nHypervolume up to {REFERENCE_BITS:g} bits and {REFERENCE_VALUE[is_maximized(metric)]:g}:")
+        print(variant_hypervolumes(points, metric=metric).to_string(index=False))
+
+    return cli.run(parser, act, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

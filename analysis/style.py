@@ -1,0 +1,80 @@
+"""How a variant looks, the same in every figure: a colour that colour-blind readers can tell, and a shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from analysis.columns import REFERENCE_VARIANT, variant_rank
+
+# Okabe and Ito (2008) without yellow and black, which vanish on white and on dark ground.
+COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c8c8c")
+# (matplotlib, plotly); as many as share no divisor with the colours, so that pairs repeat late.
+SHAPES = (
+    ("o", "circle"),
+    ("s", "square"),
+    ("^", "triangle-up"),
+    ("D", "diamond"),
+    ("v", "triangle-down"),
+    ("P", "cross"),
+    ("X", "x"),
+    ("*", "star"),
+)
+REFERENCE_COLOR = "#767676"
+FRONT_COLOR = "#8a8a8a"
+BITS_TICKS = (0.125, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 16, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """Colour and marker of a variant."""
+
+    color: str
+    marker: str
+    symbol: str
+
+
+def looks(variants: Iterable[str]) -> dict[str, Look]:
+    """A look for each variant; those listed last in tables (ours) get the first, strongest ones."""
+    ordered = sorted((v for v in variants if v != REFERENCE_VARIANT), key=variant_rank, reverse=True)
+    found = {}
+    for i, variant in enumerate(ordered):
+        marker, symbol = SHAPES[i % len(SHAPES)]
+        found[variant] = Look(color=COLORS[i % len(COLORS)], marker=marker, symbol=symbol)
+    return found
+
+
+def marker_size(place: int, num: int) -> float:
+    """Points across: what is drawn earlier is larger, so that equal values do not hide each other.
+
+    >>> marker_size(0, 3), marker_size(2, 3)
+    (7.6, 6.0)
+    """
+    return 6.0 + 0.8 * (num - 1 - place)
+
+
+def bits_ticks(low: float, high: float) -> list[float]:
+    """The ticks of a logarithmic axis of bits that cover the range, without those that would touch."""
+    ticks = [t for t in BITS_TICKS if low / 1.3 <= t <= high * 1.3]
+    return [t for t in ticks if t not in (3, 6)] if len(ticks) > 6 else ticks
+
+
+def heat_color(share: float) -> tuple[str, str]:
+    """Ground and text colour for a value from 0 (worst) to 1 (best) of a heat map.
+
+    Light to dark blue, so that it also reads without colour; text is black or white, whichever contrasts more.
+
+    >>> heat_color(0.0), heat_color(1.0)
+    (('#eef3f8', '#000000'), ('#08428c', '#ffffff'))
+    """
+    share = min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
+    light, dark = (238, 243, 248), (8, 66, 140)
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(light, dark, strict=True))
+    return f"#{red:02x}{green:02x}{blue:02x}", "#000000" if _luminance(red, green, blue) > 0.179 else "#ffffff"
+
+
+def _luminance(*rgb: int) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

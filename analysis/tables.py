@@ -1,0 +1,190 @@
+"""The end table, variant x budget for each panel: for the terminal, Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.columns import (
+    ABSENT,
+    BITS,
+    BYTES,
+    POINT,
+    budget_text,
+    bytes_text,
+    panel_title,
+    panels,
+    percent,
+)
+from fqsweep.names import metric_of
+
+MAX_WIDTH = 110
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of the table: heading, whether text is aligned right, and a cell's text."""
+
+    heading: str
+    right: bool
+    text: Callable[[pd.Series], str]
+    meaning: str = ""
+
+
+def _with_interval(key: str) -> Callable[[pd.Series], str]:
+    def text(row: pd.Series) -> str:
+        half = (row[f"{key}:high"] - row[f"{key}:low"]) / 2
+        return percent(row[key]) + (f" ±{100 * half:.1f}" if pd.notna(half) else "")
+
+    return text
+
+
+def _share(key: str, heading: str) -> Column:
+    return Column(
+        heading=heading, right=True, text=lambda row: percent(row[key]), meaning=metric_of(key).meaning
+    )
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column(heading="variant", right=False, text=lambda row: str(row["variant"])),
+    Column(
+        heading="budget", right=True, text=lambda row: budget_text(row["budget_bits"]), meaning="bits allowed"
+    ),
+    Column(
+        heading="bits",
+        right=True,
+        text=lambda row: f"{row[BITS]:.2f}" if pd.notna(row[BITS]) else ABSENT,
+        meaning=metric_of(BITS).meaning,
+    ),
+    Column(
+        heading="size", right=True, text=lambda row: bytes_text(row[BYTES]), meaning=metric_of(BYTES).meaning
+    ),
+    Column(
+        heading="worst %",
+        right=True,
+        text=_with_interval("test/acc_worst"),
+        meaning=f"{metric_of('test/acc_worst').meaning}; ± half of the 95 % t interval over seeds",
+    ),
+    _share("test/acc_avg", "average %"),
+    _share("test/acc_gap", "gap %"),
+    _share("test/balanced_acc_worst", "worst bal. %"),
+    Column(heading="seeds", right=True, text=lambda row: str(row["num_seeds"]), meaning="seeds averaged over"),
+    Column(
+        heading="front",
+        right=False,
+        text=lambda row: "*" if row["on_front"] else "",
+        meaning="on the front of validation against true bits",
+    ),
+)
+
+
+def cell_texts(points: pd.DataFrame) -> list[list[str]]:
+    """The table's cells as text, one list a row."""
+    return [[column.text(row) for column in COLUMNS] for _, row in points.iterrows()]
+
+
+def as_text(points: pd.DataFrame) -> str:
+    """Aligned lines of at most ``MAX_WIDTH`` characters; long variant names are cut."""
+    parts = []
+    for panel, part in panels(points):
+        rows = [[c.heading for c in COLUMNS], *cell_texts(part)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        widths[0] -= max(0, sum(widths) + 2 * (len(widths) - 1) - MAX_WIDTH)
+        lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        parts.append("\n".join([f"{panel_title(panel)} (test data)"[:MAX_WIDTH], *lines]))
+    return "\n\n".join(parts)
+
+
+def _aligned(row: list[str], widths: list[int]) -> list[str]:
+    out = []
+    for text, width, column in zip(row, widths, COLUMNS, strict=True):
+        fitted = text if len(text) <= width else text[: width - 1] + "…"
+        out.append(fitted.rjust(width) if column.right else fitted.ljust(width))
+    return out
+
+
+def as_markdown(points: pd.DataFrame) -> str:
+    """A heading and a pipe table for each panel."""
+    rule = "|" + "|".join("--:" if c.right else ":--" for c in COLUMNS) + "|"
+    parts = []
+    for panel, part in panels(points):
+        rows = [[c.heading for c in COLUMNS], *cell_texts(part)]
+        lines = ["| " + " | ".join(map(_markdown_safe, row)) + " |" for row in rows]
+        parts.append("\n".join([f"### {_markdown_safe(panel_title(panel))}", "", lines[0], rule, *lines[1:]]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_safe(text: str) -> str:
+    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", text).replace("\n", " ")
+
+
+def as_csv(points: pd.DataFrame) -> str:
+    """The same rows unrounded: fractions, bits, bytes; intervals over seeds in columns of their own."""
+    keys = ["test/acc_worst", "test/acc_avg", "test/acc_gap", "test/balanced_acc_worst"]
+    spread = [f"test/acc_worst:{what}" for what in ("std", "low", "high")]
+    columns = [*POINT, BITS, BYTES, *keys, *spread, "num_seeds", "on_front", "seeds", "run_ids"]
+    return points[columns].to_csv(index=False)
+
+
+def as_latex(points: pd.DataFrame) -> str:
+    """A booktabs table for each panel; needs ``\\usepackage{booktabs}``."""
+    spec = "".join("r" if c.right else "l" for c in COLUMNS)
+    parts = []
+    for panel, part in panels(points):
+        rows = [[c.heading for c in COLUMNS], *cell_texts(part)]
+        lines = [" & ".join(map(_latex_safe, row)) + r" \\" for row in rows]
+        body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+        caption = rf"\caption{{{_latex_safe(panel_title(panel))}; test data.}}"
+        table = [r"\begin{table}", r"\centering", caption, rf"\begin{{tabular}}{{{spec}}}", *body]
+        parts.append("\n".join([*table, r"\end{tabular}", r"\end{table}"]))
+    return "\n\n".join(parts) + "\n"
+
+
+_LATEX = {
+    **{c: rf"\{c}" for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+
+
+def _latex_safe(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
+    "text": as_text,
+    "markdown": as_markdown,
+    "csv": as_csv,
+    "latex": as_latex,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the end table."""
+    from analysis import cli
+    from analysis.pareto import aggregate, mark_front, select_cells
+
+    parser = cli.source_parser("analysis.tables", "Print the end table, variant x budget on test data.")
+    cli.add_metric(parser)
+    parser.add_argument("--format", choices=sorted(FORMATS), default="text", help="default: %(default)s")
+
+    def act(arguments: Any) -> None:
+        cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
+        points = mark_front(aggregate(cells), metric=arguments.metric)
+        print(FORMATS[arguments.format](points).rstrip())
+
+    return cli.run(parser, act, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,124 @@
+"""Data sets, from a configuration to decoded images with labels, groups and splits.
+
+``loading`` (which needs torch) is not imported here.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fqsweep.config import (
+    DatasetConfig,
+    Fitzpatrick17kConfig,
+    Isic2019Config,
+    SynthdermConfig,
+    TableConfig,
+    content_hash,
+)
+from fqsweep.data import fitzpatrick17k, isic2019, synthderm, table
+from fqsweep.data.duplicates import join_near_duplicates
+from fqsweep.data.packs import OnProgress, open_pack
+from fqsweep.data.records import Dataset, Samples, Splits
+from fqsweep.data.splits import check_groups, split_samples
+from fqsweep.data.subset import stratified_subset
+from fqsweep.errors import InputError
+
+__all__ = ["Dataset", "Samples", "Splits", "describe_samples", "open_dataset", "plan_dataset"]
+
+_logger = logging.getLogger(__name__)
+
+
+def describe_samples(config: DatasetConfig, *, data_dir: Path | None) -> Samples:
+    """The images that take part, with labels, groups and clusters; no image is decoded.
+
+    Args:
+        config: which set, and how its labels and groups are read.
+        data_dir: the folder of data sets; generated sets need none.
+
+    Raises:
+        InputError: a folder, CSV, column, class or image is missing, or no image is left. The message names
+            the path, what was looked for, and what to do.
+    """
+    if isinstance(config, SynthdermConfig):
+        return synthderm.describe(config)
+    if data_dir is None:
+        raise InputError(f"data set {config.name!r} ({config.kind}) is read from files: pass --data-dir")
+    if isinstance(config, Isic2019Config):
+        return isic2019.describe(config, data_dir)
+    if isinstance(config, Fitzpatrick17kConfig):
+        return fitzpatrick17k.describe(config, data_dir)
+    assert isinstance(config, TableConfig)
+    return table.describe(config, data_dir)
+
+
+def plan_dataset(config: DatasetConfig, *, data_dir: Path | None) -> tuple[Samples, Splits]:
+    """Which images take part and on which side, as far as it can be said without decoding any.
+
+    Raises:
+        InputError: as ``describe_samples`` and ``check_groups``.
+    """
+    samples = stratified_subset(
+        describe_samples(config, data_dir=data_dir),
+        max_images=config.max_images,
+        attributes=config.group_attributes,
+        seed=config.splits.seed,
+    )
+    return samples, _checked_splits(samples, config)
+
+
+def open_dataset(
+    config: DatasetConfig, *, data_dir: Path | None, pack_dir: Path, on_progress: OnProgress | None = None
+) -> Dataset:
+    """A data set ready for training: described, cut to ``max_images``, split, checked and decoded.
+
+    The groups are checked before anything is decoded, and again where near-duplicates found in the decoded
+    images (of sets read from files) were joined to one cluster.
+
+    Args:
+        config: which set.
+        data_dir: the folder of data sets, None for generated ones.
+        pack_dir: where decoded images are kept.
+        on_progress: called with (images done, images in all) while decoding.
+
+    Raises:
+        InputError: as ``describe_samples``, ``check_groups`` and ``fqsweep.data.packs.open_pack``.
+    """
+    samples, splits = plan_dataset(config, data_dir=data_dir)
+    image_nhwc = open_pack(samples, size=config.image_size, pack_dir=pack_dir, on_progress=on_progress)
+    if not isinstance(config, SynthdermConfig):
+        joined = join_near_duplicates(samples, image_nhwc)
+        if joined is not samples:
+            samples, splits = joined, _checked_splits(joined, config)
+    for note in samples.notes:
+        _logger.info("%s: %s", config.name, note)
+    return Dataset(
+        samples=samples,
+        splits=splits,
+        image_nhwc=image_nhwc,
+        digest=_digest(samples, splits, config.image_size),
+    )
+
+
+def _checked_splits(samples: Samples, config: DatasetConfig) -> Splits:
+    splits = split_samples(samples, config.splits, attributes=config.group_attributes)
+    try:
+        check_groups(samples, splits, attributes=config.group_attributes, min_count=config.min_group_count)
+    except InputError as error:
+        raise InputError(f"data set {config.name!r}: {error}") from error
+    return splits
+
+
+def _digest(samples: Samples, splits: Splits, image_size: int) -> str:
+    """Hash of everything that training and evaluation can see."""
+    return content_hash(
+        {
+            "ids": samples.id_n.tolist(),
+            "labels": samples.label_n.tolist(),
+            "classes": samples.class_names,
+            "groups": {name: [g.names, g.code_n.tolist()] for name, g in samples.groups.items()},
+            "splits": {name: index.tolist() for name, index in splits.items()},
+            "content": samples.content,
+            "image_size": image_size,
+        }
+    )

@@ -1,0 +1,169 @@
+"""From the rows of a data set to its ``Samples``: labels mapped, unknowns dropped, files found.
+
+All data sets go through here, so that label maps, unknown groups and notes mean the same everywhere.
+Axes: n rows or images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fqsweep.data.records import Groups, ImageSource, Samples
+from fqsweep.data.tabular import nearest
+from fqsweep.errors import InputError
+
+UNKNOWN_GROUP = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A data set as its tables give it; the empty string stands for a missing value.
+
+    Attributes:
+        origin: what to name in messages, a path or the generator.
+        id_n, label_n, cluster_n: str (n,); a row without a cluster is one of its own.
+        class_names: the set's own classes, in order; all labels are among them.
+        group_n: group attribute -> str (n,).
+        group_names: group attribute -> its groups, in order.
+        find_source: opens the kept rows' images and says what their pixels depend on.
+    """
+
+    origin: str
+    id_n: np.ndarray
+    label_n: np.ndarray
+    cluster_n: np.ndarray
+    class_names: tuple[str, ...]
+    group_n: Mapping[str, np.ndarray]
+    group_names: Mapping[str, tuple[str, ...]]
+    find_source: Callable[[np.ndarray], tuple[ImageSource, str]]
+
+
+def assemble(
+    rows: Rows, *, label_map: Mapping[str, Sequence[str]] | None, unknown_groups: Literal["drop", "keep"]
+) -> Samples:
+    """The samples of ``rows``, in the order of their ids.
+
+    Raises:
+        InputError: ids repeat, the label map names an unknown class, images are missing, or nothing is left.
+    """
+    _refuse_repeated_ids(rows)
+    label_n, class_names, notes = _map_labels(rows, label_map)
+    keep_n = label_n != ""
+    if unknown_groups == "drop":
+        keep_n, dropped = _without_unknown_groups(rows, keep_n)
+        notes += dropped
+    kept = np.flatnonzero(keep_n)
+    if len(kept) == 0:
+        raise InputError(f"{rows.origin}: no image is left of {len(keep_n)} rows; {' '.join(notes)}")
+    kept = kept[np.argsort(rows.id_n[kept], kind="stable")]
+    class_names, without = _classes_with_images(label_n[kept], class_names)
+    source, content = rows.find_source(kept)
+    return Samples(
+        id_n=rows.id_n[kept],
+        label_n=_codes(label_n[kept], class_names),
+        class_names=class_names,
+        groups={name: _encode_groups(rows, name, kept) for name in rows.group_n},
+        cluster_n=_cluster_codes(rows.cluster_n[kept]),
+        source=source,
+        content=content,
+        notes=(*notes, *without),
+    )
+
+
+def _refuse_repeated_ids(rows: Rows) -> None:
+    ids, count = np.unique(rows.id_n, return_counts=True)
+    if (count > 1).any():
+        first = ", ".join(ids[count > 1][:3])
+        raise InputError(
+            f"{rows.origin}: every image must have one row, but {int((count > 1).sum())} have several "
+            f"({first}{', ...' if (count > 1).sum() > 3 else ''}); remove the repeated rows"
+        )
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def _map_labels(
+    rows: Rows, label_map: Mapping[str, Sequence[str]] | None
+) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
+    unlabelled = int((rows.label_n == "").sum())
+    notes = [f"{unlabelled} images without a label are left out."] if unlabelled else []
+    if label_map is None:
+        return rows.label_n, rows.class_names, notes
+    new_name = _inverted(label_map, rows)
+    mapped_n = np.array([new_name.get(label, "") for label in rows.label_n], dtype=str)
+    left_out = sorted(set(rows.label_n[mapped_n == ""]) - {""})
+    if left_out:
+        count = int((mapped_n == "").sum()) - unlabelled
+        notes.append(f"{count} images of classes outside label_map are left out: {_listed(left_out)}.")
+    return mapped_n, tuple(label_map), notes
+
+
+def _inverted(label_map: Mapping[str, Sequence[str]], rows: Rows) -> dict[str, str]:
+    new_name: dict[str, str] = {}
+    for new, olds in label_map.items():
+        for old in olds:
+            if old not in rows.class_names:
+                known = ", ".join(rows.class_names)
+                raise InputError(
+                    f"label_map: {new}: {rows.origin} has no class {old!r}{nearest(old, rows.class_names)}; "
+                    f"its classes: {known}"
+                )
+            if old in new_name:
+                raise InputError(
+                    f"label_map: class {old!r} stands under both {new_name[old]!r} and {new!r}; keep one"
+                )
+            new_name[old] = new
+    return new_name
+
+
+def _classes_with_images(
+    label_n: np.ndarray, class_names: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[str]]:
+    present = set(label_n.tolist())
+    empty = [name for name in class_names if name not in present]
+    notes = [f"Classes without any image are left out: {_listed(empty)}."] if empty else []
+    return tuple(name for name in class_names if name in present), notes
+
+
+# --- groups and clusters ----------------------------------------------------------------------------
+
+
+def _without_unknown_groups(rows: Rows, keep_n: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    notes = []
+    for attribute, value_n in rows.group_n.items():
+        unknown_n = keep_n & (value_n == "")
+        if unknown_n.any():
+            notes.append(f"{int(unknown_n.sum())} images of unknown {attribute} are left out.")
+        keep_n = keep_n & ~unknown_n
+    return keep_n, notes
+
+
+def _encode_groups(rows: Rows, attribute: str, kept: np.ndarray) -> Groups:
+    value_n = np.where(rows.group_n[attribute][kept] == "", UNKNOWN_GROUP, rows.group_n[attribute][kept])
+    names = rows.group_names[attribute]
+    if (value_n == UNKNOWN_GROUP).any() and UNKNOWN_GROUP not in names:
+        names = (*names, UNKNOWN_GROUP)
+    present = set(value_n.tolist())
+    names = tuple(name for name in names if name in present)
+    return Groups(code_n=_codes(value_n, names), names=names)
+
+
+def _cluster_codes(cluster_n: np.ndarray) -> np.ndarray:
+    """Int64 (n,): equal names share a code, and each empty one has its own."""
+    named_n = np.array([name or f"\0{row}" for row, name in enumerate(cluster_n.tolist())], dtype=object)
+    _, code_n = np.unique(named_n, return_inverse=True)
+    return code_n.astype(np.int64)
+
+
+def _codes(value_n: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+    position = {name: code for code, name in enumerate(names)}
+    return np.array([position[value] for value in value_n.tolist()], dtype=np.int64)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

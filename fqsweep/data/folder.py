@@ -1,0 +1,170 @@
+"""Images in a folder: finding each one's file, and decoding it to a square of RGB."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fqsweep.config import content_hash
+from fqsweep.errors import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Decodes the file at each index."""
+
+    paths: tuple[Path, ...]
+
+    def read(self, index: int, *, size: int) -> np.ndarray:
+        """Image ``index`` as uint8 (size, size, 3), RGB.
+
+        Raises:
+            InputError: the file is missing or cannot be decoded.
+        """
+        return decode_square(self.paths[index], size=size)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """All image files below ``root``, listed once."""
+
+    root: Path
+
+    @cached_property
+    def size_of(self) -> dict[str, int]:
+        """Path below ``root`` (with forward slashes) -> bytes."""
+        found = {}
+        for folder, _, names in os.walk(self.root, followlinks=True):
+            for name in names:
+                if name.lower().endswith(SUFFIXES):
+                    path = Path(folder, name)
+                    found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return found
+
+    @cached_property
+    def _by_stem(self) -> dict[str, str]:
+        by_rank = sorted(
+            self.size_of, key=lambda name: (SUFFIXES.index(Path(name).suffix.lower()), name), reverse=True
+        )
+        return {name[: -len(Path(name).suffix)]: name for name in by_rank}
+
+    def find(self, name: str) -> str | None:
+        """The file called ``name``, with or without its suffix; None where there is none."""
+        name = name.removeprefix("./")
+        return name if name in self.size_of else self._by_stem.get(name)
+
+    def open(
+        self, names: Sequence[str], *, spellings: Callable[[str], Iterable[str]] = lambda name: (name,)
+    ) -> tuple[FolderSource, str]:
+        """A source for the images called ``names``, and a hash of their names and sizes.
+
+        Args:
+            names: one for each image.
+            spellings: other names under which an image is known to be found, best first.
+
+        Raises:
+            InputError: some are not there; the message counts them and names the first three.
+        """
+        found = [
+            next((file for other in spellings(name) if (file := self.find(other))), None) for name in names
+        ]
+        missing = [name for name, file in zip(names, found, strict=True) if file is None]
+        if missing:
+            first = ", ".join(str(self.root / name) for name in missing[:3])
+            raise InputError(
+                f"{len(missing)} of {len(names)} images that the CSV lists are not in {self.root}, "
+                f"first: {first}; complete the folder or remove their rows"
+            )
+        files = [file for file in found if file is not None]
+        paths = tuple(self.root / file for file in files)
+        return FolderSource(paths), content_hash(
+            [(name, self.size_of[file]) for name, file in zip(names, files, strict=True)]
+        )
+
+
+def require_folder(data_dir: Path, folder: str, *, what: str) -> Path:
+    """``data_dir / folder``, which must be a folder.
+
+    Raises:
+        InputError: it is not; the message says what is expected there.
+    """
+    path = data_dir / folder
+    if not path.is_dir():
+        raise InputError(
+            f"{path} must be the folder of {what}, but there is none; set --data-dir or the set's folder"
+        )
+    return path
+
+
+def first_folder(root: Path, names: Sequence[str]) -> Path:
+    """The first of ``names`` that is a folder with images in ``root``, going down into a twin of its name.
+
+    Official archives unpack to ``X/X/*.jpg`` where one asks for a folder ``X``.
+
+    Raises:
+        InputError: none is there.
+    """
+    for name in names:
+        folder = root / name
+        while (folder / folder.name).is_dir():
+            folder = folder / folder.name
+        if folder.is_dir() and any(entry.name.lower().endswith(SUFFIXES) for entry in os.scandir(folder)):
+            return folder
+    shown = ", ".join("the folder itself" if name == "." else name for name in names)
+    raise InputError(f"{root} has no folder with images; looked for: {shown}")
+
+
+# --- decoding ---------------------------------------------------------------------------------------
+
+
+def decode_square(path: Path, *, size: int) -> np.ndarray:
+    """The central square of an image file, scaled to ``size``, as uint8 (size, size, 3), RGB.
+
+    The EXIF orientation is applied, transparency shows white, and 16-bit values keep their upper 8 bits.
+    Scaling averages over the area that a pixel covers (a triangle filter of that support).
+
+    Raises:
+        InputError: the file is missing or cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * size, 2 * size))
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(_central_square(to_rgb(upright), size=size))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is not there any more; restore it or remove its row from the CSV") from error
+    except _UNREADABLE as error:
+        raise InputError(
+            f"{path} cannot be decoded ({error}); fetch it again or remove its row from the CSV"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode that Pillow opens as 8-bit RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(value_hw: np.ndarray) -> np.ndarray:
+    """16-bit grey levels as 8-bit ones; values that fit into 8 bits already stay."""
+    clean = np.nan_to_num(value_hw.astype(np.float64))
+    return np.clip(clean / 257 if clean.max(initial=0) > 255 else clean, 0, 255).round().astype(np.uint8)
+
+
+def _central_square(image: Image.Image, *, size: int) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))

@@ -1,0 +1,122 @@
+"""ISIC 2019 (Combalia et al. 2019; Tschandl et al. 2018; Codella et al. 2018) in its official layout.
+
+``<folder>/ISIC_2019_Training_GroundTruth.csv`` with one column per class,
+``<folder>/ISIC_2019_Training_Metadata.csv`` and ``<folder>/ISIC_2019_Training_Input/*.jpg``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from fqsweep.config import Isic2019Config
+from fqsweep.data.assembly import Rows, assemble
+from fqsweep.data.folder import ImageFolder, first_folder, require_folder
+from fqsweep.data.records import ImageSource, Samples
+from fqsweep.data.tabular import as_numbers, plain_text, read_table
+from fqsweep.errors import InputError
+
+TRUTH_CSV = "ISIC_2019_Training_GroundTruth.csv"
+METADATA_CSV = "ISIC_2019_Training_Metadata.csv"
+IMAGE_FOLDERS = ("ISIC_2019_Training_Input", "images", ".")
+CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
+SEXES = ("female", "male")
+_TWIN = "_downsampled"
+
+
+def describe(config: Isic2019Config, data_dir: Path) -> Samples:
+    """The images with label, sex or age, and lesion.
+
+    Raises:
+        InputError: see ``fqsweep.data.describe_samples``.
+    """
+    root = require_folder(data_dir, config.folder, what="ISIC 2019")
+    truth, metadata = _read_tables(root)
+    group_n: dict[str, np.ndarray] = {}
+    group_names: dict[str, tuple[str, ...]] = {}
+    for attribute in config.group_attributes:
+        values = (
+            _sexes(metadata, root / METADATA_CSV)
+            if attribute == "sex"
+            else _age_bins(metadata, config.age_edges, root / METADATA_CSV)
+        )
+        group_n[attribute] = values
+        group_names[attribute] = SEXES if attribute == "sex" else age_bin_names(config.age_edges)
+    id_n = truth["image"].to_numpy(str)
+
+    def find_source(kept: np.ndarray) -> tuple[ImageSource, str]:
+        return ImageFolder(first_folder(root, IMAGE_FOLDERS)).open(id_n[kept].tolist(), spellings=_spellings)
+
+    rows = Rows(
+        origin=str(root),
+        id_n=id_n,
+        label_n=_labels(truth, root / TRUTH_CSV),
+        cluster_n=metadata["lesion_id"].to_numpy(str),
+        class_names=tuple(name for name in CLASSES if name in truth.columns),
+        group_n=group_n,
+        group_names=group_names,
+        find_source=find_source,
+    )
+    return assemble(rows, label_map=config.label_map, unknown_groups=config.unknown_groups)
+
+
+def age_bin_names(edges: Sequence[int]) -> tuple[str, ...]:
+    """Names of the bins between ``edges`` in years.
+
+    >>> age_bin_names((40, 60))
+    ('<40', '40-59', '60+')
+    """
+    inner = tuple(f"{low}-{high - 1}" for low, high in pairwise(edges))
+    return (f"<{edges[0]}", *inner, f"{edges[-1]}+")
+
+
+def _read_tables(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Ground truth, and the metadata of the same images in the same order."""
+    truth = read_table(root / TRUTH_CSV, columns=("image", *CLASSES[:-1]))
+    metadata = read_table(root / METADATA_CSV, columns=("image", "age_approx", "sex", "lesion_id"))
+    missing = sorted(set(truth["image"]) - set(metadata["image"]))
+    if missing:
+        raise InputError(
+            f"{root / METADATA_CSV} must describe every image of {TRUTH_CSV}, but {len(missing)} are missing, "
+            f"first: {', '.join(missing[:3])}; take both files from the same release"
+        )
+    return truth, metadata.drop_duplicates("image").set_index("image").loc[truth["image"]].reset_index()
+
+
+def _labels(truth: pd.DataFrame, path: Path) -> np.ndarray:
+    """The class whose column is 1, str (n,); empty where none is."""
+    names = [name for name in CLASSES if name in truth.columns]
+    hot_nk = np.stack([np.nan_to_num(as_numbers(truth[name], path=path)) for name in names], axis=1)
+    several = np.flatnonzero((hot_nk > 0.5).sum(axis=1) > 1)
+    if len(several):
+        raise InputError(
+            f"{path}: image {truth['image'].iloc[several[0]]} has several classes; each image has one"
+        )
+    return np.where(hot_nk.max(axis=1) > 0.5, np.array(names)[hot_nk.argmax(axis=1)], "")
+
+
+def _sexes(metadata: pd.DataFrame, path: Path) -> np.ndarray:
+    value_n = np.array([plain_text(text).lower() for text in metadata["sex"]], dtype=str)
+    strange = sorted(set(value_n) - {*SEXES, ""})
+    if strange:
+        raise InputError(
+            f"{path}: column 'sex' must hold female, male or nothing, but has {', '.join(strange)}"
+        )
+    return value_n
+
+
+def _age_bins(metadata: pd.DataFrame, edges: Sequence[int], path: Path) -> np.ndarray:
+    if not edges or list(edges) != sorted(set(edges)):
+        raise InputError(f"age_edges must be rising ages such as [40, 60], but is {list(edges)}")
+    age_n = as_numbers(metadata["age_approx"], path=path)
+    bin_n = np.digitize(np.nan_to_num(age_n), edges)
+    return np.where(np.isnan(age_n), "", np.array(age_bin_names(edges))[bin_n])
+
+
+def _spellings(name: str) -> tuple[str, str]:
+    """An image and its twin: copies in the wild have lost, or gained, the suffix ``_downsampled``."""
+    return name, name.removesuffix(_TWIN) if name.endswith(_TWIN) else name + _TWIN

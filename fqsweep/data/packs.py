@@ -1,0 +1,186 @@
+"""Decode every image once, into a memory-mapped array that all trials share.
+
+A pack is a ``.npy`` file of uint8 (n, h, w, 3), named by a hash of what its pixels depend on, with a ``.json``
+beside it that holds its size and checksums. Both are written beside and moved into place, data first: a pack
+without its ``.json`` was cut short and is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from fqsweep.config import content_hash
+from fqsweep.data.records import Samples
+from fqsweep.errors import InputError
+from fqsweep.files import locked, write_json
+
+PACK_VERSION = 1
+OnProgress = Callable[[int, int], None]
+_HEADER_BYTES = 4096
+_CHUNK_BYTES = 1 << 24
+
+
+def open_pack(
+    samples: Samples,
+    *,
+    size: int,
+    pack_dir: Path,
+    num_threads: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> np.ndarray:
+    """The samples' images, memory-mapped read-only, uint8 (n, size, size, 3); decoded if they are not yet.
+
+    Of several processes that ask at once, one decodes and the others wait.
+
+    Args:
+        samples: whose images.
+        size: side in pixels.
+        pack_dir: folder of packs, made if needed.
+        num_threads: decoding threads, None for one per usable core.
+        on_progress: called with (images done, images in all).
+
+    Raises:
+        InputError: an image cannot be decoded, or the disk has no room; the message names the path.
+    """
+    path = pack_path(samples, size=size, pack_dir=pack_dir)
+    if not _is_whole(path):
+        with locked(path):
+            if not _is_whole(path):
+                _write_pack(path, samples, size=size, num_threads=num_threads, on_progress=on_progress)
+    image_nhwc: np.ndarray = np.load(path, mmap_mode="r")
+    return image_nhwc
+
+
+def pack_path(samples: Samples, *, size: int, pack_dir: Path) -> Path:
+    """Where the pack of these samples at this size lies."""
+    key = content_hash([PACK_VERSION, samples.content, size, samples.id_n.tolist()])
+    return pack_dir / f"{key}_{size}px.npy"
+
+
+def verify_pack(path: Path) -> None:
+    """Read a whole pack and compare its checksum.
+
+    Raises:
+        InputError: it is incomplete or has changed since it was written.
+    """
+    if not _is_whole(path) or _read_record(path).get("sha256") != _checksum(path):
+        raise InputError(f"{path} is not as it was written; delete it, the next run makes it again")
+
+
+def _read_record(path: Path) -> dict[str, object]:
+    try:
+        record = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _is_whole(path: Path) -> bool:
+    """The cheap check on opening: the size and the first bytes are those recorded."""
+    record = _read_record(path)
+    try:
+        if path.stat().st_size != record.get("bytes"):
+            return False
+        with path.open("rb") as stream:
+            return hashlib.sha256(stream.read(_HEADER_BYTES)).hexdigest() == record.get("head_sha256")
+    except OSError:
+        return False
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_pack(
+    path: Path, samples: Samples, *, size: int, num_threads: int | None, on_progress: OnProgress | None
+) -> None:
+    shape = (len(samples), size, size, 3)
+    _require_room(path.parent, needed_bytes=math.prod(shape) + _HEADER_BYTES)
+    path.with_suffix(".json").unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".npy")
+    beside = Path(name)
+    try:
+        _reserve(handle, path.parent, shape)
+        image_nhwc = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
+        _fill(image_nhwc, samples, num_threads=num_threads, on_progress=on_progress)
+        image_nhwc.flush()
+        del image_nhwc
+        os.fsync(handle)
+        os.chmod(beside, 0o644)
+        record = _describe_pack(beside, shape)
+        os.replace(beside, path)
+        write_json(path.with_suffix(".json"), record)
+    finally:
+        os.close(handle)
+        beside.unlink(missing_ok=True)
+
+
+def _describe_pack(path: Path, shape: tuple[int, ...]) -> dict[str, object]:
+    with path.open("rb") as stream:
+        head_sha256 = hashlib.sha256(stream.read(_HEADER_BYTES)).hexdigest()
+    return {
+        "bytes": path.stat().st_size,
+        "shape": list(shape),
+        "head_sha256": head_sha256,
+        "sha256": _checksum(path),
+    }
+
+
+def _require_room(folder: Path, *, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise InputError(_no_room(folder, needed_bytes, free_bytes))
+
+
+def _no_room(folder: Path, needed_bytes: int, free_bytes: int) -> str:
+    return (
+        f"{folder} needs {needed_bytes:,} bytes for decoded images but has {free_bytes:,} free; "
+        "free some, choose another --out, or use a smaller image_size or max_images"
+    )
+
+
+def _reserve(handle: int, folder: Path, shape: tuple[int, ...]) -> None:
+    """Claim the blocks now: a disk that fills up under a memory map would kill the process, not raise."""
+    needed_bytes = math.prod(shape) + _HEADER_BYTES
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(handle, 0, needed_bytes)
+    except OSError as error:
+        raise InputError(_no_room(folder, needed_bytes, shutil.disk_usage(folder).free)) from error
+
+
+def _fill(
+    image_nhwc: np.ndarray, samples: Samples, *, num_threads: int | None, on_progress: OnProgress | None
+) -> None:
+    """Decode in threads: Pillow and NumPy let go of the interpreter for most of the work."""
+    total, size = len(samples), image_nhwc.shape[1]
+
+    def decode(index: int) -> None:
+        image_nhwc[index] = samples.source.read(index, size=size)
+
+    pool = ThreadPoolExecutor(num_threads or _usable_cores())
+    try:
+        for done, _ in enumerate(pool.map(decode, range(total)), start=1):
+            if on_progress and (done % 100 == 0 or done == total):
+                on_progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,117 @@
+"""Divide samples into train, calibration, validation and test, and check that groups are large enough.
+
+Axes: n images, j kinds of margin, m margins (sets of images whose shares are kept), s splits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from fqsweep.config import SplitFractions
+from fqsweep.data.records import Samples, Splits
+from fqsweep.errors import InputError
+
+SPLIT_NAMES = ("train", "calibration", "validation", "test")
+# Strata weigh more in the choice of a split than the coarser margins (class, each attribute, everything).
+_CROSSED_WEIGHT = 2.0
+
+
+def split_samples(samples: Samples, fractions: SplitFractions, *, attributes: Sequence[str]) -> Splits:
+    """Divide the samples so that every split has every class and group in its share.
+
+    Clusters are dealt out one by one, the largest first, then those of rare strata, in an order that a hash of
+    their ids and ``fractions.seed`` fixes. Each goes to the split that is furthest behind its share of what
+    has been dealt so far, summed over the margins the cluster's images belong to: class crossed with groups,
+    class, group of each attribute, and all images: the choice that lowers the squared distance from the shares
+    most. Because shares refer to what has been dealt so far, even small strata are spread over the splits.
+    The result depends on ids, labels, groups and clusters, not on the order of rows. O(n log n).
+
+    Args:
+        samples: what to divide; images of one cluster stay on one side.
+        fractions: shares and seed.
+        attributes: group attributes to stratify by.
+
+    Returns:
+        Disjoint ascending indices which cover all samples.
+    """
+    margin_nj, num_margins = _margins(samples, attributes)
+    share_s = np.array([getattr(fractions, name) for name in SPLIT_NAMES])
+    weight_m = np.where(np.arange(num_margins) <= margin_nj[:, 0].max(initial=-1), _CROSSED_WEIGHT, 1.0)
+    dealt_ms = np.zeros((num_margins, len(share_s)))
+    split_n = np.empty(len(samples), dtype=np.int64)
+    for members in _clusters_in_order(samples, margin_nj[:, 0], seed=fractions.seed):
+        margins, count = np.unique(margin_nj[members], return_counts=True)
+        due_ms = np.outer(dealt_ms[margins].sum(axis=1) + count, share_s)
+        chosen = int(np.argmax((weight_m[margins] * count) @ (due_ms - dealt_ms[margins])))
+        dealt_ms[margins, chosen] += count
+        split_n[members] = chosen
+    return Splits(**{name: np.flatnonzero(split_n == code) for code, name in enumerate(SPLIT_NAMES)})
+
+
+def check_groups(samples: Samples, splits: Splits, *, attributes: Sequence[str], min_count: int) -> None:
+    """Refuse splits whose figures would mean nothing.
+
+    Raises:
+        InputError: a group has fewer than ``min_count`` images in validation or test, or none in training or
+            calibration, or a class has none in training; one message lists all of them.
+    """
+    least = {"train": 1, "calibration": 1, "validation": min_count, "test": min_count}
+    problems = []
+    for attribute in attributes:
+        groups = samples.groups[attribute]
+        for split, index in splits.items():
+            count_g = np.bincount(groups.code_n[index], minlength=len(groups.names))
+            problems += [
+                f"{attribute} {name!r} has {count} of {least[split]} images in {split}"
+                for name, count in zip(groups.names, count_g, strict=True)
+                if count < least[split]
+            ]
+    count_k = np.bincount(samples.label_n[splits.train], minlength=len(samples.class_names))
+    problems += [
+        f"class {name!r} has no image in train"
+        for name, count in zip(samples.class_names, count_k, strict=True)
+        if count == 0
+    ]
+    if problems:
+        raise InputError(
+            "; ".join(problems)
+            + ". Merge groups or classes (age_edges, group_maps, label_map), give the split a "
+            "larger fraction, use more images (max_images, num_images), or lower min_group_count"
+        )
+
+
+def stable_order(id_n: np.ndarray, *, seed: int) -> np.ndarray:
+    """Float64 (n,) in [0, 1): a random-looking rank that depends on id and seed alone, not on the position."""
+    digests = (hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest() for name in id_n.tolist())
+    return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
+
+
+def strata(samples: Samples, attributes: Sequence[str]) -> np.ndarray:
+    """Int64 (n,): images with equal codes share class and group in every attribute."""
+    columns = [samples.label_n, *(samples.groups[name].code_n for name in attributes)]
+    _, code_n = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
+    return code_n.reshape(-1).astype(np.int64)
+
+
+def _margins(samples: Samples, attributes: Sequence[str]) -> tuple[np.ndarray, int]:
+    """Margins that each image belongs to, int64 (n, columns), numbered through; the first is its stratum."""
+    groups = [samples.groups[name].code_n for name in attributes]
+    columns = [strata(samples, attributes), samples.label_n, *groups, np.zeros(len(samples), np.int64)]
+    start, numbered = 0, []
+    for column in columns:
+        numbered.append(column + start)
+        start += int(column.max(initial=0)) + 1
+    return np.stack(numbered, axis=1), start
+
+
+def _clusters_in_order(samples: Samples, stratum_n: np.ndarray, *, seed: int) -> list[np.ndarray]:
+    """Index arrays of the clusters: larger first, then those of rarer strata, then by hash."""
+    rank_n = stable_order(samples.id_n, seed=seed)
+    rarity_n = np.bincount(stratum_n)[stratum_n]
+    by_cluster = np.argsort(samples.cluster_n, kind="stable")
+    borders = np.flatnonzero(np.diff(samples.cluster_n[by_cluster])) + 1
+    clusters = np.split(by_cluster, borders)
+    return sorted(clusters, key=lambda members: (-len(members), rarity_n[members].min(), rank_n[members].min()))

@@ -1,0 +1,137 @@
+"""What a sweep is expected to cost, before it starts: work in multiply-accumulates, and time from it."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from fqsweep.config import Allocating, ArchitectureConfig, BaqMethod, DatasetConfig, Resources, SearchSpace
+from fqsweep.models import build_model, count_macs
+from fqsweep.search import shared_tasks, trials_wanted
+from fqsweep.space import Cell, expand_cells, finetune_epochs
+from fqsweep.tasks import Task
+
+# Multiply-accumulates a second that training reaches, an order of magnitude for a plan and no more:
+# measured on one core of a 2-core cloud CPU (ResNet18, 32 and 64 px), and assumed for one data-centre GPU.
+CPU_CORE_MACS_PER_S = 2.0e10
+GPU_MACS_PER_S = 1.5e13
+FIXED_TASK_S = 2.0
+# Images where the set is not at hand: of the official releases.
+OFFICIAL_IMAGES = {"isic2019": 25_331, "fitzpatrick17k": 16_012}
+FORWARD_AND_BACKWARD = 3.0
+PASSES_OF_IMPORTANCE = {"taylor": 5.0, "gradient": 4.0, "grape": 4.0, "fisher": 4.0, "hawq": 50.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What ``fqsweep plan`` shows: counts, and seconds of one worker and of the whole sweep."""
+
+    num_cells: int
+    num_trials: int
+    num_baselines: int
+    num_importance: int
+    num_slots: int
+    worker_s: float
+    total_s: float
+    macs: float
+
+
+class CostModel:
+    """Expected seconds of a task on one worker of a search space."""
+
+    def __init__(self, resources: Resources, *, data_dir: Path | None) -> None:
+        self.resources = resources
+        self.data_dir = data_dir
+
+    def macs(self, task: Task) -> float:
+        """Multiply-accumulates of a task."""
+        cell = task.cell
+        images = num_images(cell.dataset, self.data_dir)
+        splits = cell.dataset.splits
+        per_image = _macs_per_image(cell.architecture.name, cell.dataset.image_size)
+        training = images * splits.train * FORWARD_AND_BACKWARD + images * splits.validation
+        if task.kind == "baseline":
+            passes = cell.recipe.epochs * training
+        elif task.kind == "importance":
+            settings = cell.point.settings
+            assert isinstance(settings, Allocating)
+            calibration = min(images * splits.calibration, cell.recipe.calibration_images or float("inf"))
+            per_choice = len(settings.choices) if settings.importance == "taylor" else 0
+            passes = calibration * (PASSES_OF_IMPORTANCE[settings.importance] + per_choice)
+        else:
+            passes = finetune_epochs(cell) * training + images * (splits.validation + splits.test)
+        return passes * per_image
+
+    def seconds(self, task: Task) -> float:
+        """Expected seconds of a task."""
+        gpus = self.resources.gpus_per_trial
+        rate = GPU_MACS_PER_S * min(gpus, 1.0) if gpus else CPU_CORE_MACS_PER_S * self.resources.cpus_per_trial
+        grids = 1.3 if isinstance(task.cell.point.settings, BaqMethod) and task.kind == "trial" else 1.0
+        return FIXED_TASK_S + grids * self.macs(task) / rate
+
+
+@lru_cache(maxsize=64)
+def _macs_per_image(architecture: str, image_size: int) -> float:
+    model = build_model(
+        ArchitectureConfig(name=architecture), num_classes=10, image_size=image_size, device="meta"
+    )
+    layers, between = count_macs(model, image_size=image_size)
+    return float(sum(layers.values()) + between)
+
+
+@lru_cache(maxsize=64)
+def _rows(path: Path) -> int | None:
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            return sum(1 for _ in csv.reader(stream)) - 1
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return None
+
+
+def num_images(dataset: DatasetConfig, data_dir: Path | None) -> int:
+    """Images of a data set: its own count, the rows of its CSV where that is at hand, else the official number."""
+    if dataset.kind == "synthderm":
+        return dataset.num_images
+    found = None
+    if data_dir is not None:
+        if dataset.kind == "isic2019":
+            found = _rows(data_dir / dataset.folder / "ISIC_2019_Training_GroundTruth.csv")
+        elif dataset.kind == "fitzpatrick17k":
+            found = _rows(data_dir / dataset.folder / "fitzpatrick17k.csv")
+        else:
+            found = _rows(data_dir / dataset.csv)
+    count = found if found is not None else OFFICIAL_IMAGES.get(dataset.kind, 10_000)
+    return min(count, dataset.max_images or count)
+
+
+def estimate(space: SearchSpace, *, data_dir: Path | None, num_slots: int) -> Plan:
+    """Count a sweep's work and estimate its time.
+
+    Args:
+        num_slots: trials that run at the same time.
+
+    Raises:
+        InputError: an architecture that timm does not know, or that does not take the image size.
+    """
+    cells = expand_cells(space)
+    shared = shared_tasks(cells)
+    model = CostModel(space.resources, data_dir=data_dir)
+    tasks: list[tuple[Task, int]] = [(task, 1) for task in shared.values()]
+    tasks += [(_as_task(cell), trials_wanted(cell, space.search)) for cell in cells]
+    worker_s = sum(model.seconds(task) * times for task, times in tasks)
+    return Plan(
+        num_cells=len(cells),
+        num_trials=sum(trials_wanted(cell, space.search) for cell in cells),
+        num_baselines=sum(task.kind == "baseline" for task in shared.values()),
+        num_importance=sum(task.kind == "importance" for task in shared.values()),
+        num_slots=num_slots,
+        worker_s=worker_s,
+        total_s=worker_s / max(num_slots, 1),
+        macs=sum(model.macs(task) * times for task, times in tasks),
+    )
+
+
+def _as_task(cell: Cell) -> Task:
+    return Task(key=cell.key, kind="trial", cell=cell)

@@ -1,0 +1,281 @@
+"""The command line. `python fqsweep/main.py ...` is the same as `fqsweep ...`, from any folder.
+
+Without arguments it runs the paper's grid, because `ray submit clusters/gpu.yaml fqsweep/main.py` does so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Run as a script, Python puts this folder first, where modules are called `data` and `search`.
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != _here]
+    if (_here / "names.py").exists():
+        sys.path.insert(0, str(_here.parent))
+
+from fqsweep import __version__
+from fqsweep.errors import InputError, SweepInterrupted
+from fqsweep.space import find_space, load_space
+
+EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 1 some cells failed, 2 bad input, 130 interrupted)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given or ["run", "paper"])
+    try:
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except InputError as error:
+        print(f"fqsweep: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except SweepInterrupted as error:
+        print(f"\nfqsweep: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        print(f"fqsweep: no space left on the device ({error.filename}); free some and run again", file=sys.stderr)
+        return EXIT_FAILED_CELLS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fqsweep", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=f"fqsweep {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a sweep, or go on with it")
+    run.add_argument("space", metavar="SPACE.yaml", help="a file, or the name of one that comes with fqsweep")
+    run.add_argument("--out", type=Path, help="output folder (default: out/<name of the space>)")
+    _add_data_dir(run)
+    run.add_argument("--tracking-uri", help="MLflow (default: a database in the output folder)")
+    run.add_argument("--address", help="a Ray cluster (default: this machine, or RAY_ADDRESS)")
+    run.add_argument("--max-concurrent", type=_positive, help="at most so many trials at a time")
+    run.set_defaults(command=_run)
+
+    plan = commands.add_parser("plan", help="cells, trials, shared work and expected cost; starts nothing")
+    plan.add_argument("space", metavar="SPACE.yaml")
+    plan.add_argument("--json", action="store_true", help="for programs")
+    _add_data_dir(plan)
+    plan.set_defaults(command=_plan)
+
+    data = commands.add_parser("data", help="look at data sets and prepare them")
+    data.add_argument("action", choices=("list", "verify", "pack"))
+    data.add_argument("space", nargs="?", metavar="SPACE.yaml", help="whose data sets (verify, pack)")
+    data.add_argument("--out", type=Path, help="output folder of the sweep, for pack")
+    _add_data_dir(data)
+    data.set_defaults(command=_data)
+
+    analyze = commands.add_parser("analyze", help="fronts, tables and the report of a sweep")
+    analyze.add_argument("--tracking-uri", required=True)
+    analyze.add_argument("--sweep", required=True)
+    analyze.add_argument("--out", type=Path, required=True)
+    analyze.set_defaults(command=_analyze)
+
+    export = commands.add_parser("export", help="the model of a run, for use elsewhere")
+    export.add_argument("run_id")
+    export.add_argument("--format", choices=("packed",), default="packed")
+    export.add_argument("--out", type=Path, required=True)
+    export.add_argument("--tracking-uri", help="MLflow (default: of the newest sweep below out/)")
+    export.set_defaults(command=_export)
+
+    ui = commands.add_parser("ui", help="open the MLflow UI of a sweep")
+    ui.add_argument("--out", type=Path, help="output folder (default: the newest below out/)")
+    ui.add_argument("--tracking-uri")
+    ui.add_argument("--port", type=_positive, default=5000)
+    ui.set_defaults(command=_ui)
+    return parser
+
+
+def _add_data_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", type=Path, help="folder that holds the data sets")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+# --- run -----------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fqsweep.sweep import SweepOptions, run_sweep
+
+    file = find_space(options.space)
+    out = options.out or Path("out") / load_space(file).name
+    try:
+        summary = run_sweep(
+            SweepOptions(
+                space_file=file,
+                out=out,
+                data_dir=options.data_dir,
+                tracking_uri=options.tracking_uri,
+                address=options.address,
+                max_concurrent=options.max_concurrent,
+            )
+        )
+    except KeyboardInterrupt as error:
+        again = f"fqsweep {' '.join(map(shlex.quote, sys.argv[1:]))}"
+        raise SweepInterrupted(f"stopped; what is finished is kept in {out}. To go on: {again}") from error
+    if summary.counts["done"] or summary.counts["failed"] < sum(summary.counts.values()):
+        _report(summary.tracking_uri, load_space(file).name, out / "report", parent_id=summary.parent_id, show=True)
+    for failure in summary.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    _print_end(options, out, summary.tracking_uri, summary.counts)
+    return EXIT_FAILED_CELLS if summary.failures else EXIT_OK
+
+
+def _print_end(options: argparse.Namespace, out: Path, uri: str, counts: dict[str, int]) -> None:
+    total = sum(counts.values())
+    print(f"\n{counts['done']} of {total} cells done" + (f", {counts['failed']} failed" if counts["failed"] else ""))
+    print(f"report:   {(out / 'report' / 'report.html').resolve()}")
+    print(f"tracking: {uri}")
+    where = f"--tracking-uri {shlex.quote(uri)}" if options.tracking_uri else f"--out {shlex.quote(str(out))}"
+    print(f"open the MLflow UI with: fqsweep ui {where}")
+
+
+def _report(uri: str, sweep: str, out: Path, *, parent_id: str | None, show: bool) -> None:
+    """Analyse in a process of its own: the analysis needs neither torch nor Ray, and nothing here imports it."""
+    command = [sys.executable, "-m", "analysis.report", "--tracking-uri", uri, "--sweep", sweep, "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
+    ended = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    if ended.returncode == EXIT_BAD_INPUT:
+        raise InputError(ended.stderr.strip().removeprefix("fqsweep: "))
+    if ended.returncode != 0:
+        raise RuntimeError(f"the analysis failed; run it again with: {shlex.join(command)}\n{ended.stderr}")
+    if show:
+        print(ended.stdout, end="")
+    if parent_id is not None:
+        from fqsweep.tracking import publish_report
+
+        publish_report(uri, parent_id, out)
+
+
+# --- the other commands --------------------------------------------------------------------------
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from fqsweep.estimate import estimate
+    from fqsweep.progress import format_duration
+    from fqsweep.space import expand_cells, method_points
+
+    space = load_space(find_space(options.space))
+    resources = space.resources
+    cores = os.cpu_count() or 1
+    slots = int(1 / resources.gpus_per_trial) if 0 < resources.gpus_per_trial <= 1 else 1
+    if not resources.gpus_per_trial:
+        slots = max(1, int(cores / resources.cpus_per_trial))
+    plan = estimate(space, data_dir=options.data_dir, num_slots=slots)
+    if options.json:
+        cells = [{"title": cell.title, "key": cell.key, "budget_bits": cell.budget_bits} for cell in expand_cells(space)]
+        print(json.dumps({"name": space.name, **dataclasses.asdict(plan), "cells": cells}, indent=1))
+        return EXIT_OK
+    points = method_points(space)
+    print(f"{space.name}: {plan.num_cells} cells, {plan.num_trials} trials")
+    for dataset in space.datasets:
+        groups = ", ".join(dataset.group_attributes)
+        print(f"  data set      {dataset.name} at {dataset.image_size} px, groups by {groups}")
+    print(f"  architectures {', '.join(a.name for a in space.architectures)}")
+    print(f"  methods       {', '.join(point.variant for point in points)}")
+    print(f"  budgets       {', '.join(f'{b:g}' for b in space.budgets_bits) or 'none'} mean bits per weight")
+    print(f"  seeds         {', '.join(map(str, space.seeds))}")
+    searched = sum(1 for point in points if point.free_weights)
+    print(f"  search        {searched} methods with free weights, {space.search.trials_per_cell} Optuna trials a cell")
+    print(f"shared: {plan.num_baselines} full-precision parents and {plan.num_importance} cost tables, each made once")
+    device = f"{slots} trials on 1 GPU" if resources.gpus_per_trial else f"{slots} trials on {cores} CPU cores"
+    print(
+        f"expected: about {format_duration(plan.total_s)} with {device} at a time "
+        f"({plan.macs:.2g} multiply-accumulates; an order of magnitude, not a promise)"
+    )
+    return EXIT_OK
+
+
+def _data(options: argparse.Namespace) -> int:
+    from fqsweep.data import open_dataset, plan_dataset
+    from fqsweep.data.report import describe_kinds, describe_set
+
+    if options.action == "list":
+        print(describe_kinds(options.data_dir))
+        return EXIT_OK
+    if options.space is None:
+        raise InputError(f"data {options.action} needs a search space: fqsweep data {options.action} SPACE.yaml")
+    space = load_space(find_space(options.space))
+    for dataset in space.datasets:
+        samples, splits = plan_dataset(dataset, data_dir=options.data_dir)
+        print(describe_set(dataset, samples, splits))
+        if options.action == "pack":
+            out = options.out or Path("out") / space.name
+            packed = open_dataset(dataset, data_dir=options.data_dir, pack_dir=out / "packs")
+            print(f"packed: {packed.image_nhwc.shape} in {out / 'packs'}")
+    return EXIT_OK
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    _report(options.tracking_uri, options.sweep, options.out, parent_id=None, show=True)
+    print(f"report:   {(options.out / 'report.html').resolve()}")
+    return EXIT_OK
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fqsweep.tracking import fetch_model
+
+    uri = options.tracking_uri or _uri_of(_newest_out())
+    fetch_model(uri, options.run_id, options.out)
+    print(f"{options.out}: {options.out.stat().st_size:,} bytes")
+    return EXIT_OK
+
+
+def _ui(options: argparse.Namespace) -> int:
+    uri = options.tracking_uri or _uri_of(options.out or _newest_out())
+    port = options.port
+    while _is_taken(port):
+        port += 1
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1"]
+    print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    try:
+        return subprocess.run([*command, "--port", str(port)], check=False).returncode
+    except KeyboardInterrupt:
+        return EXIT_OK
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _newest_out() -> Path:
+    found = sorted(Path("out").glob("*/mlflow.db"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise InputError("no sweep below out/ here: give --out DIR or --tracking-uri URI")
+    return found[-1].parent
+
+
+def _uri_of(out: Path) -> str:
+    database = (out / "mlflow.db").resolve()
+    if not database.exists():
+        raise InputError(f"{out} holds no MLflow database (mlflow.db): give the --out of a sweep, or --tracking-uri")
+    return f"sqlite:///{database}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

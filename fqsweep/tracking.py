@@ -1,0 +1,220 @@
+"""MLflow: one parent run a sweep, one nested run a trial. Only the driver writes.
+
+A trial's run carries its key as a tag. It is created, filled and ended in one go; a run that is not
+ended was cut off and is removed and written anew, so runs and trials match one to one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunStatus, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+
+from fqsweep.errors import InputError
+from fqsweep.files import SweepPaths, write_bytes
+from fqsweep.names import (
+    DEFAULT_EXPERIMENT,
+    KIND_SWEEP,
+    KIND_TRIAL,
+    TAG_KEY,
+    TAG_KIND,
+    TAG_PARENT,
+    TAG_SWEEP,
+)
+from fqsweep.trial import TrialResult
+
+MAX_BATCH = 900
+PAGE = 1000
+
+
+class Tracker:
+    """The sweep's parent run and its children."""
+
+    def __init__(self, client: MlflowClient, experiment_id: str, parent_id: str, sweep: str) -> None:
+        self.client = client
+        self.experiment_id = experiment_id
+        self.parent_id = parent_id
+        self.sweep = sweep
+        self.logged = self._logged_before()
+
+    def log_trial(self, result: TrialResult, files: Sequence[Path]) -> str | None:
+        """Write a trial's run; None if it is there already."""
+        if result.key in self.logged:
+            return None
+        tags = {
+            TAG_PARENT: self.parent_id,
+            TAG_KEY: result.key,
+            TAG_KIND: KIND_TRIAL,
+            TAG_SWEEP: self.sweep,
+            **{name: result.params[name] for name in ("method", "variant")},
+        }
+        run = self.client.create_run(self.experiment_id, tags=tags, run_name=result.title)
+        run_id = run.info.run_id
+        now = int(time.time() * 1000)
+        points = [Metric(name, value, now, 0) for name, value in result.metrics.items()]
+        for epoch, metrics in enumerate(result.history):
+            points += [Metric(f"epoch/{name}", value, now, epoch) for name, value in metrics.items()]
+        params = [Param(name, value) for name, value in result.params.items()]
+        for start in range(0, max(len(points), 1), MAX_BATCH):
+            self.client.log_batch(run_id, metrics=points[start : start + MAX_BATCH], params=params)
+            params = []
+        for file in files:
+            self.client.log_artifact(run_id, str(file))
+        self.client.set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED))
+        self.logged[result.key] = run_id
+        return run_id
+
+    def log_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Metrics of the sweep as a whole, on the parent run."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.parent_id, metrics=[Metric(k, v, now, 0) for k, v in numbers.items()])
+
+    def end(self, *, done: bool) -> None:
+        """End the parent run; a later start of the same sweep opens it again."""
+        status = RunStatus.FINISHED if done else RunStatus.FAILED
+        self.client.set_terminated(self.parent_id, RunStatus.to_string(status))
+
+    def _logged_before(self) -> dict[str, str]:
+        """Trial key -> run id of runs that an earlier start wrote; runs that were cut off are removed."""
+        query = f"tags.`{TAG_PARENT}` = '{self.parent_id}'"
+        logged = {}
+        for run in _all_runs(self.client, self.experiment_id, query):
+            key = run.data.tags.get(TAG_KEY)
+            if run.info.status != "FINISHED" or key in logged:
+                self.client.delete_run(run.info.run_id)
+            elif key is not None:
+                logged[key] = run.info.run_id
+        return logged
+
+
+def _all_runs(client: MlflowClient, experiment_id: str, query: str) -> Iterator[Any]:
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], query, ViewType.ACTIVE_ONLY, max_results=PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def default_uri(paths: SweepPaths) -> str:
+    """The sweep's own database."""
+    return f"sqlite:///{paths.tracking_db.resolve()}"
+
+
+def open_tracker(uri: str, *, paths: SweepPaths, sweep: str, space_file: Path, facts: Mapping[str, str]) -> Tracker:
+    """Open the sweep's parent run, or make it.
+
+    Args:
+        facts: parameters of the parent run (versions, hashes of data sets).
+
+    Raises:
+        InputError: the tracking server cannot be reached or refuses.
+    """
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    try:
+        with _quiet_database(uri):
+            client = MlflowClient(tracking_uri=uri)
+            experiment_id = _experiment(client, uri, paths)
+            parent_id = _parent(client, experiment_id, sweep, paths)
+        client.log_artifact(parent_id, str(space_file))
+        _log_facts(client, parent_id, facts)
+        return Tracker(client, experiment_id, parent_id, sweep)
+    except (MlflowException, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"tracking URI {uri} cannot be used: {first}\n"
+            "start the server or correct --tracking-uri; without it the sweep keeps its own database"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_database(uri: str) -> Iterator[None]:
+    """Make a sqlite file's folder, and switch it to write-ahead logging once its tables are there."""
+    parsed = urlparse(uri)
+    file = Path(parsed.path[1:] if uri.startswith("sqlite:////") else parsed.path.lstrip("/"))
+    is_sqlite = parsed.scheme == "sqlite" and bool(parsed.path)
+    if is_sqlite:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    yield
+    if is_sqlite and file.exists():
+        with contextlib.closing(sqlite3.connect(file)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _experiment(client: MlflowClient, uri: str, paths: SweepPaths) -> str:
+    found = client.get_experiment_by_name(DEFAULT_EXPERIMENT)
+    if found is not None:
+        if found.lifecycle_stage != "active":
+            raise InputError(f"experiment {DEFAULT_EXPERIMENT!r} at {uri} is deleted; restore it or use another URI")
+        return str(found.experiment_id)
+    # With a database the artifacts would follow the working directory.
+    location = paths.artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
+    return str(client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=location))
+
+
+def _parent(client: MlflowClient, experiment_id: str, sweep: str, paths: SweepPaths) -> str:
+    """The parent run of this output folder: its id lies beside the ledger."""
+    noted = paths.out / "parent_run.txt"
+    if noted.exists():
+        parent_id = noted.read_text().strip()
+        with contextlib.suppress(MlflowException):
+            client.get_run(parent_id)
+            client.update_run(parent_id, status="RUNNING")
+            return parent_id
+    tags = {TAG_KIND: KIND_SWEEP, TAG_SWEEP: sweep}
+    parent_id = str(client.create_run(experiment_id, tags=tags, run_name=sweep).info.run_id)
+    noted.parent.mkdir(parents=True, exist_ok=True)
+    noted.write_text(parent_id)
+    return parent_id
+
+
+def _log_facts(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) -> None:
+    """Parameters cannot change: what an earlier start wrote stays, and changes are tags."""
+    known = client.get_run(parent_id).data.params
+    params = [Param(name, value[:500]) for name, value in facts.items() if name not in known]
+    tags = [RunTag(name, value[:500]) for name, value in facts.items() if known.get(name, value[:500]) != value[:500]]
+    client.log_batch(parent_id, params=params, tags=tags)
+
+
+def publish_report(uri: str, parent_id: str, folder: Path) -> None:
+    """Put the files of the report on the parent run, and tag the runs on the front and the recommended ones.
+
+    ``front.csv`` has a column ``run_id``; ``recommended.json`` maps a place to ``run_id`` and ``reason``.
+    """
+    client = MlflowClient(tracking_uri=uri)
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            client.log_artifact(parent_id, str(file))
+
+
+def fetch_model(uri: str, run_id: str, target: Path) -> None:
+    """Copy the packed model of a run to ``target``.
+
+    Raises:
+        InputError: no such run, or it has no packed model.
+    """
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(client.download_artifacts(run_id, "model.fqs", folder))
+            content = file.read_bytes()
+    except (MlflowException, OSError) as error:
+        raise InputError(f"run {run_id} at {uri} has no packed model: {str(error).splitlines()[0]}") from error
+    write_bytes(target, content)

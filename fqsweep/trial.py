@@ -1,0 +1,380 @@
+"""One cell in, one result out: the story of a trial, without Ray and without MLflow.
+
+data -> parent (shared) -> importance (shared) -> allocation -> quantisers -> fine-tuning -> packed file
+-> the model read back from that file -> metrics. What is scored is what lies on disk.
+"""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import io
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fqsweep.allocation import allocate_bits, allocate_by_quantile
+from fqsweep.baseline import baseline_log, ensure_baseline, ensure_importance
+from fqsweep.config import Allocating, BaqMethod, Finetuning, Fp32Method, UniformMethod
+from fqsweep.errors import TrialError
+from fqsweep.fairness import FairnessReport
+from fqsweep.files import SweepPaths, write_bytes, write_json
+from fqsweep.importance import Importance, reduce_groups, start_steps
+from fqsweep.models import build_model, count_macs
+from fqsweep.names import group_metric_key
+from fqsweep.pictures import draw_bits
+from fqsweep.quant.baq import LearnedBits
+from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
+from fqsweep.quant.costs import FULL_PRECISION_BITS, effective_gbops, mean_weight_bits
+from fqsweep.quant.packing import pack_weights, unpack_weights
+from fqsweep.quant.units import UnitTable, list_units
+from fqsweep.setting import Setting, open_setting, seed_everything
+from fqsweep.space import Cell, finetune_epochs, run_params
+from fqsweep.training import Recorder, TrainingLog, TrainingPlan, train
+
+BITS_COLUMNS = ("layer", "units", "weights_per_unit", "mean_bits", *(f"units_at_{b}" for b in range(9)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """What a finished trial leaves.
+
+    Attributes:
+        key, title, params, weights: what was asked for.
+        metrics: every key of ``names.metric_keys`` and the groups' own; all finite.
+        history: one mapping an epoch of this trial's own training (the parent's for fp32).
+        layers: one row a layer, columns ``BITS_COLUMNS``.
+    """
+
+    key: str
+    title: str
+    params: dict[str, str]
+    weights: dict[str, float]
+    metrics: dict[str, float]
+    history: list[dict[str, float]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_result(path: Path) -> TrialResult:
+    """Read a ``result.json``."""
+    return TrialResult(**json.loads(path.read_text()))
+
+
+def run_trial(
+    cell: Cell,
+    *,
+    key: str,
+    weights: dict[str, float],
+    paths: SweepPaths,
+    data_dir: Path | None,
+    device: str,
+    recorder: Recorder,
+) -> TrialResult:
+    """Run one trial and write its folder: ``model.fqs`` (packed), ``bits.csv`` and, last, ``result.json``.
+
+    Args:
+        weights: values of the cell's free weights.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        TrialError, InputError: the trial cannot be done as asked; nothing easier is done instead.
+    """
+    start = time.perf_counter()
+    setting = open_setting(cell, paths=paths, data_dir=data_dir, device=device)
+    parent = ensure_baseline(setting, paths, recorder)
+    seed_everything(cell.seed)
+    units = list_units(parent, granularity=_granularity(cell))
+    macs = count_macs(parent, image_size=cell.dataset.image_size)
+    state, bits_u, log = _quantise(setting, parent, units, weights, paths, recorder)
+    _check_budget(cell, units, bits_u)
+    blob = pack_weights(
+        state.tensors,
+        {f"{name}.weight": bits for name, bits in state.bits.items()},
+        steps={f"{name}.weight": steps for name, steps in state.steps.items()},
+        metadata=_file_notes(setting),
+    )
+    write_bytes(paths.trial(key) / "model.fqs", blob)
+    packed = load_packed(blob, setting)
+    val_metrics, val_report = setting.score(packed, "val")
+    test_metrics, test_report = setting.score(packed, "test")
+    layers = _bits_table(units, bits_u)
+    metrics = {
+        **val_metrics,
+        **test_metrics,
+        **_group_metrics("val", val_report, setting),
+        **_group_metrics("test", test_report, setting),
+        "bits/mean_weight": mean_weight_bits(units, bits_u),
+        "size/packed_bytes": float(len(blob)),
+        "ops/effective_gbops": effective_gbops(*macs, units, bits_u),
+        "time/train_s": log.train_s,
+        "time/total_s": time.perf_counter() - start,
+    }
+    result = TrialResult(
+        key=key,
+        title=cell.title,
+        params=run_params(cell, weights=weights),
+        weights=weights,
+        metrics=metrics,
+        history=log.epochs,
+        layers=layers,
+    )
+    folder = paths.trial(key)
+    if not isinstance(cell.point.settings, Fp32Method):
+        write_bytes(folder / "bits.csv", _as_csv(layers))
+        write_bytes(folder / "bits.png", draw_bits(layers, title=cell.title))
+    write_json(paths.result(key), asdict(result))
+    return result
+
+
+def _granularity(cell: Cell) -> Any:
+    settings = cell.point.settings
+    return settings.granularity if isinstance(settings, Allocating) else "channel"
+
+
+# --- from parent to quantised state --------------------------------------------------------------
+
+
+def _quantise(
+    setting: Setting,
+    parent: nn.Module,
+    units: UnitTable,
+    weights: dict[str, float],
+    paths: SweepPaths,
+    recorder: Recorder,
+) -> tuple[QuantisedState, np.ndarray, TrainingLog]:
+    cell = setting.cell
+    settings = cell.point.settings
+    if isinstance(settings, Fp32Method):
+        noted: Any = baseline_log(setting, paths)
+        log = TrainingLog(epochs=noted["epochs"], train_s=noted["train_s"])
+        tensors = {name: tensor.cpu() for name, tensor in parent.state_dict().items()}
+        return (
+            QuantisedState(tensors=tensors, bits={}, steps={}),
+            np.full(units.num_units, FULL_PRECISION_BITS),
+            log,
+        )
+    if isinstance(settings, UniformMethod):
+        bits = settings.bits[0]
+        bits_u = np.full(units.num_units, bits)
+        batches = setting.calibration_batches()
+        step_ub = start_steps(parent, units, batches, choices=(bits,), scale=settings.scale)
+    else:
+        importance = ensure_importance(setting, parent, paths, recorder)
+        step_ub = importance.step_ub
+        bits_u = assign_bits(settings, importance, units, budget_bits=_budget(cell))
+    return _finetune(setting, parent, units, bits_u, step_ub, weights, recorder)
+
+
+def _budget(cell: Cell) -> float:
+    assert cell.budget_bits is not None
+    return cell.budget_bits
+
+
+def assign_bits(
+    settings: Allocating, importance: Importance, units: UnitTable, *, budget_bits: float
+) -> np.ndarray:
+    """Bits per unit, int64 (u,), as the method's reducer and allocator say; never over the budget.
+
+    Raises:
+        TrialError: no allocation fits the budget with the layers that are pinned.
+    """
+    num_weights_u = units.num_weights_u
+    choices = importance.choices
+    try:
+        if settings.allocator == "quantile":
+            rank_u = reduce_groups(importance.cost_gub, settings.reducer, loss_g=importance.loss_g)[:, 0]
+            return allocate_by_quantile(
+                rank_u, num_weights_u, budget_bits=budget_bits, choices=settings.choices
+            ).bits_u
+        if settings.reducer == "none":
+            cost_gub = importance.cost_gub
+        else:
+            cost_gub = reduce_groups(importance.cost_gub, settings.reducer, loss_g=importance.loss_g)[None]
+        allowed_ub = allowed_choices(settings, units, choices)
+        return allocate_bits(
+            np.where(allowed_ub, cost_gub, np.inf),
+            num_weights_u,
+            budget_bits=budget_bits,
+            choices=choices,
+            objective="mean" if settings.allocator == "mean" else "minimax",
+            group_offset=importance.loss_g if settings.allocator == "minimax_loss" else None,
+        ).bits_u
+    except ValueError as error:
+        raise TrialError(f"allocation: {error}") from error
+
+
+def allowed_choices(settings: Allocating, units: UnitTable, choices: tuple[int, ...]) -> np.ndarray:
+    """Which widths each unit may have, bool (u, b): the method's, or the pinned one of its layer.
+
+    Raises:
+        TrialError: a pin pattern that fits no layer.
+    """
+    allowed_ub = np.tile(np.isin(choices, settings.choices), (units.num_units, 1))
+    for pattern, bits in settings.pin.items():
+        fitting = [layer for layer in units.layers if fnmatch.fnmatchcase(layer.name, pattern)]
+        if not fitting:
+            names = ", ".join(layer.name for layer in units.layers[:8])
+            raise TrialError(f"pin {pattern!r} fits no quantisable layer; the first are: {names}")
+        for layer in fitting:
+            allowed_ub[layer.start : layer.stop] = np.array(choices) == bits
+    return allowed_ub
+
+
+def _finetune(
+    setting: Setting,
+    parent: nn.Module,
+    units: UnitTable,
+    bits_u: np.ndarray,
+    step_ub: np.ndarray,
+    weights: dict[str, float],
+    recorder: Recorder,
+) -> tuple[QuantisedState, np.ndarray, TrainingLog]:
+    cell = setting.cell
+    settings = cell.point.settings
+    assert isinstance(settings, Finetuning)
+    epochs = finetune_epochs(cell)
+    teacher = _copy_of(parent, setting) if settings.distillation_weight > 0 and epochs else None
+    steps = {name: torch.from_numpy(part) for name, part in units.split(step_ub).items()}
+    plan = TrainingPlan(
+        epochs=epochs,
+        learning_rate=cell.recipe.finetune_learning_rate,
+        weight_decay=cell.recipe.weight_decay,
+        warmup_frac=0.0,
+        gradient_clip=cell.recipe.gradient_clip,
+        num_groups=len(setting.group.names),
+        regulariser=settings.regulariser,
+        fairness_weight=_weight("fairness_weight", settings, weights),
+        distillation_weight=settings.distillation_weight,
+        teacher=teacher,
+        autocast=setting.autocast,
+    )
+    if isinstance(settings, BaqMethod) and epochs:
+        bits_u = _learn_bits_into(plan, settings, parent, units, bits_u, steps, _budget(cell), weights)
+    else:
+        attach_quantisers(parent, units, steps, bits_u)
+    log = TrainingLog()
+    if epochs:
+        log = train(
+            parent,
+            setting.training_batches(seed=cell.seed + 1),
+            plan,
+            evaluate=lambda model: setting.score(model, "val")[0],
+            recorder=recorder,
+        )
+    state = detach_quantisers(parent)
+    return state, units.join(state.bits), log
+
+
+def _learn_bits_into(
+    plan: TrainingPlan,
+    settings: BaqMethod,
+    model: nn.Module,
+    units: UnitTable,
+    bits_u: np.ndarray,
+    steps: dict[str, torch.Tensor],
+    budget_bits: float,
+    weights: dict[str, float],
+) -> np.ndarray:
+    """Attach quantisers with learned widths and tell the plan how they learn and when they settle."""
+    attach_quantisers(
+        model, units, steps, bits_u, learn_bits=settings.bit_gradient, smallest=settings.choices[0]
+    )
+    allowed_ub = allowed_choices(settings, units, settings.measured_choices)
+    choices = np.array(settings.measured_choices)
+    learned = LearnedBits(
+        model,
+        units,
+        lowest_u=choices[allowed_ub.argmax(axis=1)],
+        highest_u=choices[allowed_ub.shape[1] - 1 - allowed_ub[:, ::-1].argmax(axis=1)],
+        budget_bits=budget_bits,
+        learning_rate=settings.bit_learning_rate,
+    )
+    plan.learned_bits = learned
+    plan.bitrate_weight = _weight("bitrate_weight", settings, weights)
+    plan.settle_epoch = plan.epochs * (1 - settings.settle_frac)
+    plan.freeze = lambda: freeze_bits(model, units, learned.round_under_budget())
+    return bits_u
+
+
+def _weight(name: str, settings: Finetuning, weights: dict[str, float]) -> float:
+    """A weight's value: the search's, or the one that the space fixes."""
+    value = weights.get(name, getattr(settings, name))
+    if not isinstance(value, float | int):
+        raise TrialError(f"{name} is free in the search space, but the trial came without its value")
+    return float(value)
+
+
+def _copy_of(model: nn.Module, setting: Setting) -> nn.Module:
+    untrained = setting.cell.architecture.model_copy(update={"pretrained": False})
+    copy = build_model(untrained, num_classes=setting.num_classes, image_size=setting.cell.dataset.image_size)
+    copy.load_state_dict(model.state_dict())
+    return copy.to(setting.device).eval().requires_grad_(False)
+
+
+# --- from quantised state to numbers -------------------------------------------------------------
+
+
+def _check_budget(cell: Cell, units: UnitTable, bits_u: np.ndarray) -> None:
+    """The budget holds exactly, counted in whole weight bits."""
+    if cell.budget_bits is None:
+        return
+    spent = int(units.num_weights_u @ bits_u)
+    limit = cell.budget_bits * int(units.num_weights_u.sum())
+    if spent > limit * (1 + 1e-12):
+        raise TrialError(f"the model spends {spent} bits, the budget is {limit:.0f}: this is a fault of fqsweep")
+
+
+def load_packed(blob: bytes, setting: Setting) -> nn.Module:
+    """The model that a packed file holds, with nothing else from the trial that made it."""
+    architecture = setting.cell.architecture.model_copy(update={"pretrained": False})
+    model = build_model(
+        architecture, num_classes=setting.num_classes, image_size=setting.cell.dataset.image_size
+    )
+    model.load_state_dict(dict(unpack_weights(blob)))
+    return model.to(setting.device).eval()
+
+
+def _file_notes(setting: Setting) -> dict[str, str]:
+    """What a packed file says of itself, so that it can be used without the sweep."""
+    cell = setting.cell
+    return {
+        "architecture": cell.architecture.name,
+        "image_size": str(cell.dataset.image_size),
+        "classes": json.dumps(setting.dataset.samples.class_names),
+        "normalisation": json.dumps({"mean": setting.normalisation.mean, "std": setting.normalisation.std}),
+    }
+
+
+def _group_metrics(split: str, report: FairnessReport, setting: Setting) -> dict[str, float]:
+    metrics = {}
+    for name, accuracy, count in zip(
+        setting.group.names, report.acc_per_group, report.count_per_group, strict=True
+    ):
+        metrics[group_metric_key(split, "count_group", name)] = float(count)
+        if np.isfinite(accuracy):
+            metrics[group_metric_key(split, "acc_group", name)] = float(accuracy)
+    return metrics
+
+
+def _as_csv(rows: list[dict[str, Any]]) -> bytes:
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, BITS_COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue().encode()
+
+
+def _bits_table(units: UnitTable, bits_u: np.ndarray) -> list[dict[str, Any]]:
+    rows = []
+    for layer in units.layers:
+        own = bits_u[layer.start : layer.stop]
+        counts = [int((own == b).sum()) for b in range(9)]
+        values = (layer.name, layer.num_units, layer.num_weights, float(own.mean()), *counts)
+        rows.append(dict(zip(BITS_COLUMNS, values, strict=True)))
+    return rows

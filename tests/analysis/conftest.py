@@ -1,0 +1,55 @@
+"""One real MLflow store a session: its migration takes seconds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from synthetic_store import SCRIPT_NAME, Spec, grid, write_sweep
+
+from analysis.load import load_runs
+
+
+@dataclass(frozen=True)
+class Store:
+    uri: str
+    client: MlflowClient
+    parent: str
+    older_parent: str
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Sweeps: ``small`` (twice, the later counts), ``unfinished``, ``single`` (one run, one seed)."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    client = MlflowClient(uri)
+    older = write_sweep(client, "small", [Spec(variant="static", budget_bits="1")], start_ms=1_000)
+    specs = list(grid(seeds=(2, 42), architectures=("resnet18",), attributes=("sex",), budgets=("1", "2")))
+    specs += [
+        Spec(variant="static", budget_bits="1", seed=7, key="twice", metrics={"val/acc_worst": 0.5}),
+        Spec(variant="static", budget_bits="1", seed=7, key="twice", metrics={"val/acc_worst": 0.6}),
+        Spec(variant="static", budget_bits="2", seed=7, metrics={"test/auc_worst": math.nan}),
+        Spec(variant="hawq", budget_bits="2", seed=7, without=("val/acc_worst",)),
+        Spec(variant=SCRIPT_NAME, budget_bits="1", seed=2),
+        Spec(variant="baq", budget_bits="1", seed=7, status="FAILED"),
+    ]
+    parent = write_sweep(client, "small", specs, start_ms=2_000)
+    write_sweep(client, "unfinished", [Spec(variant="baq", budget_bits="1", status="FAILED")])
+    write_sweep(client, "single", [Spec(variant="baq", budget_bits="1")])
+    return Store(uri, client, parent, older)
+
+
+@pytest.fixture(scope="session")
+def small(store: Store) -> pd.DataFrame:
+    return load_runs(store.uri, "small")
+
+
+@pytest.fixture(scope="session")
+def small_csv(small: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("csv") / "small.csv"
+    small.to_csv(path, index=False)
+    return path

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs_table import run_row, runs_of
+
+from analysis.pareto import (
+    aggregate,
+    hypervolume,
+    leaders,
+    mark_front,
+    pareto_front,
+    select_cells,
+    variant_hypervolumes,
+)
+from fqsweep.errors import InputError
+
+METRIC = "val/acc_worst"
+NAN = math.nan
+COORDINATES = st.integers(0, 4).map(float)  # few values, so that ties and duplicates are common
+POINTS = st.lists(st.tuples(COORDINATES, COORDINATES), max_size=12)
+
+
+def front_by_definition(points):
+    """Fewer bits and more accuracy: marked where nobody is at least as good in both and better in one."""
+    return [
+        not any(b <= bits and a >= acc and (b < bits or a > acc) for b, a in points) for bits, acc in points
+    ]
+
+
+@given(POINTS)
+@settings(max_examples=150, deadline=None)
+def test_the_front_agrees_with_its_definition(points):
+    assert pareto_front(points, directions=["minimize", "maximize"]).tolist() == front_by_definition(points)
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=8))
+@settings(max_examples=80, deadline=None)
+def test_the_hypervolume_agrees_with_counted_unit_squares(points):
+    squares = sum(any(b <= x and a >= y + 1 for b, a in points) for x in range(8) for y in range(8))
+    assert hypervolume(points, reference=(8, 0), directions=["minimize", "maximize"]) == pytest.approx(squares)
+
+
+def test_no_points_have_no_front_and_one_point_is_its_own():
+    assert pareto_front([], directions=["minimize", "maximize"]).tolist() == []
+    assert pareto_front([[1, 0.5]], directions=["minimize", "maximize"]).tolist() == [True]
+
+
+def test_duplicates_on_the_front_are_all_marked_and_nan_never():
+    points = [[1, 0.5], [1, 0.5], [0.5, NAN], [NAN, 0.9]]
+    assert pareto_front(points, directions=["minimize", "maximize"]).tolist() == [True, True, False, False]
+
+
+def test_the_run_of_a_cell_is_chosen_on_validation_only():
+    runs = runs_of(
+        run_row("baq", 1, 0, 0.80, run_id="a", **{"test/acc_worst": 0.99}),
+        run_row("baq", 1, 0, 0.82, run_id="b", **{"test/acc_worst": 0.10}),
+        run_row("baq", 1, 0, NAN, run_id="c"),
+    )
+    cell = select_cells(runs, metric=METRIC)
+    assert cell["run_id"].tolist() == ["b"]
+    assert cell["num_runs"].tolist() == [2]
+
+
+def test_a_metric_to_minimise_chooses_the_smallest():
+    runs = runs_of(
+        run_row("baq", 1, 0, 0.8, run_id="a", **{"val/acc_gap": 0.2}),
+        run_row("baq", 1, 0, 0.8, run_id="b", **{"val/acc_gap": 0.1}),
+    )
+    assert select_cells(runs, metric="val/acc_gap")["run_id"].tolist() == ["b"]
+
+
+def test_ties_do_not_depend_on_the_order_of_rows():
+    rows = [run_row("baq", 1, 0, 0.8, run_id=name) for name in "cab"]
+    assert select_cells(runs_of(*rows), metric=METRIC)["run_id"].item() == "a"
+    assert select_cells(runs_of(*rows[::-1]), metric=METRIC)["run_id"].item() == "a"
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("test/acc_worst", "use val/acc_worst"),
+        ("val/acc_wurst", "use val/acc_worst"),
+        ("val/ece", "none of 1 has"),
+    ],
+)
+def test_a_metric_that_cannot_choose_is_refused(metric, message):
+    with pytest.raises(InputError, match=message):
+        select_cells(runs_of(run_row("baq", 1, 0, 0.8)), metric=metric)
+
+
+def test_points_average_the_chosen_runs_over_seeds():
+    runs = runs_of(run_row("baq", 1, 0, 0.80), run_row("baq", 1, 1, 0.84), run_row("fp32", NAN, 0, 0.9))
+    points = aggregate(select_cells(runs, metric=METRIC))
+    assert points["variant"].tolist() == ["fp32", "baq"]
+    baq = points.iloc[1]
+    assert baq[METRIC] == pytest.approx(0.82)
+    assert baq[f"{METRIC}:std"] == pytest.approx(np.std([0.80, 0.84], ddof=1))
+    assert (baq["num_seeds"], baq["seeds"], baq["run_ids"]) == (2, "0 1", "baq-1-0 baq-1-1")
+    assert math.isnan(points.iloc[0][f"{METRIC}:low"])
+
+
+def test_the_front_is_of_validation_and_of_each_panel_alone():
+    runs = runs_of(
+        run_row("baq", 1, 0, 0.80),
+        run_row("static", 1, 0, 0.79, **{"test/acc_worst": 0.99}),
+        run_row("static", 2, 0, 0.80),
+        run_row("static", 1, 0, 0.10, architecture="vit"),
+    )
+    points = mark_front(aggregate(select_cells(runs, metric=METRIC)), metric=METRIC)
+    marked = points.loc[points["on_front"], ["architecture", "variant", "budget_bits"]]
+    assert marked.to_numpy().tolist() == [["resnet18", "baq", 1.0], ["vit", "static", 1.0]]
+
+
+def test_the_hypervolume_of_a_variant_is_a_share_and_leaves_full_precision_out():
+    runs = runs_of(run_row("baq", 4, 0, 0.5), run_row("fp32", NAN, 0, 0.9))
+    volumes = variant_hypervolumes(aggregate(select_cells(runs, metric=METRIC)), metric=METRIC)
+    assert volumes["variant"].tolist() == ["baq"]
+    assert volumes["hypervolume_frac"].item() == pytest.approx(0.25)
+
+
+def test_leaders_are_the_best_validation_means():
+    runs = runs_of(run_row("a", 1, 0, 0.7), run_row("b", 1, 0, 0.8), run_row("a", 2, 0, 0.9))
+    lead = leaders(aggregate(select_cells(runs, metric=METRIC)), metric=METRIC)
+    assert list(zip(lead["budget_bits"], lead["variant"], strict=True)) == [(1, "b"), (2, "a")]

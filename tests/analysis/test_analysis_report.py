@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from runs_table import run_row, runs_of
+from synthetic_store import SCRIPT_NAME
+
+from analysis import answers, figures, load, pareto, report, stats, tables
+from analysis.report import find, summary_text, write_report
+from analysis.style import heat_color, looks
+from analysis.tables import MAX_WIDTH, as_csv, as_latex, as_markdown, as_text
+
+METRIC = "val/acc_worst"
+NAN = math.nan
+FILES = {
+    *("report.html", "front.html", "front.csv", "front.png", "front.svg", "front.pdf"),
+    *("table.csv", "table.md", "table.tex", "recommended.json"),
+}
+
+
+class Page(HTMLParser):
+    """Collects start tags and the text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.open = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.open = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.open not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture(scope="session")
+def out(small, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    write_report(find(small, sweep="small & <b>", metric=METRIC), folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["report.html", "front.html"])
+def page(request, out) -> Page:
+    return Page((out / request.param).read_text())
+
+
+def test_every_file_is_written(out):
+    assert {path.name for path in out.iterdir()} == FILES
+    assert (out / "report.html").stat().st_size < 8_000_000
+
+
+def test_a_page_loads_nothing(page):
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "srcset", "poster", "data"):
+            value = attrs.get(name) or "#"
+            assert value.startswith(("#", "data:")), (tag, name, value[:80])
+    policy = next(a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+
+
+def test_styles_import_nothing(out):
+    style = re.search(r"<style>(.*?)</style>", (out / "report.html").read_text(), re.S)
+    assert style
+    assert "url(" not in style[1]
+    assert "@import" not in style[1]
+
+
+def test_names_are_text_and_never_markup(page, out):
+    assert sum(tag == "b" for tag, _ in page.tags) == 0
+    assert "small & <b>" in page.text
+    for name in ("report.html", "front.html"):
+        assert SCRIPT_NAME not in (out / name).read_text()
+    assert SCRIPT_NAME not in (out / "table.md").read_text()
+
+
+def test_the_report_shows_a_variant_called_like_a_script(out):
+    assert SCRIPT_NAME in Page((out / "report.html").read_text()).text
+
+
+def test_tables_have_headers_with_scope_and_pictures_words(out):
+    page = Page((out / "report.html").read_text())
+    assert all(a.get("scope") in ("col", "row") for t, a in page.tags if t == "th")
+    assert all(a.get("alt") for t, a in page.tags if t == "img")
+    assert all(a.get("aria-label") for t, a in page.tags if a.get("role") == "img")
+    assert ("html", {"lang": "en"}) in page.tags
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"] for t, a in page.tags if t == "a"} <= {f"#{i}" for i in ids}
+
+
+def test_plotly_is_embedded_once(out):
+    assert (out / "report.html").read_text().count("<script>/**\n* plotly.js") == 1
+
+
+def test_the_recommended_run_is_the_best_on_validation_that_fits(out, small):
+    record = json.loads((out / "recommended.json").read_text())
+    cells = pareto.select_cells(small, metric=METRIC)
+    quantised = cells[cells["budget_bits"].notna()]
+    (setting,) = record["settings"]
+    assert set(setting["budgets"]) == {"1", "2", "4", "8"}
+    for budget, item in setting["budgets"].items():
+        fitting = quantised[quantised["bits/mean_weight"] <= float(budget)]
+        assert item["value"] == fitting[METRIC].max()
+        assert item["run_id"] in set(fitting["run_id"])
+        assert METRIC in item["reason"]
+
+
+def test_front_csv_holds_every_point_and_marks_the_front(out):
+    points = pd.read_csv(out / "front.csv")
+    assert points["on_front"].any()
+    assert points["run_ids"].notna().all()
+
+
+def five_seeds() -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    rows = [run_row("fp32", NAN, s, 0.86) for s in range(5)]
+    for seed in range(5):
+        rows += [run_row(v, 1, seed, x + rng.normal(0, 0.001)) for v, x in (("baq", 0.85), ("static", 0.80))]
+    return runs_of(*rows)
+
+
+def sentences(runs: pd.DataFrame) -> str:
+    return summary_text(find(runs, sweep="s", metric=METRIC))
+
+
+def test_the_headline_says_better_where_five_seeds_show_it():
+    text = sentences(five_seeds())
+    assert "At 1 bit per weight, baq serves the worst group best: 84." in text
+    assert "5 seeds" in text
+    assert "below full precision" in text
+    assert "Better than static" in text
+
+
+def test_the_headline_is_honest_about_one_seed():
+    group = {"test/acc_group/male": 0.84, "test/count_group/male": 50.0}
+    text = sentences(runs_of(run_row("baq", 1, 0, 0.85, **group), run_row("static", 1, 0, 0.80, **group)))
+    assert "cannot be told: 1 common seed, 5 are needed" in text
+    assert "One seed: the order may be chance. The worst group (male) has 50 test images" in text
+    assert "interval" not in text
+
+
+def test_the_headline_says_where_test_data_disagree():
+    text = sentences(runs_of(run_row("a", 1, 0, 0.85), run_row("b", 1, 0, 0.80, **{"test/acc_worst": 0.9})))
+    assert "on test data b (90.0 %) came out ahead" in text
+
+
+def test_the_headline_names_unequal_seeds():
+    text = sentences(runs_of(*[run_row("a", 1, s, 0.85) for s in (0, 1)], run_row("b", 1, 0, 0.80)))
+    assert "Not all variants finished the same seeds" in text
+
+
+def test_full_precision_alone_gives_a_report_and_no_answer(tmp_path):
+    findings = find(runs_of(run_row("fp32", NAN, 0, 0.9)), sweep="s", metric=METRIC)
+    assert "nothing to compare yet" in summary_text(findings)
+    assert len(write_report(findings, tmp_path)) == len(FILES)
+
+
+def test_missing_test_figures_are_dashes_and_no_crash(tmp_path):
+    gone = {"test/acc_worst": NAN, "size/packed_bytes": NAN, "time/total_s": NAN}
+    runs = runs_of(run_row("baq", 1, 0, 0.8, **gone), run_row("static", 1, 0, 0.7))
+    findings = find(runs, sweep="s", metric=METRIC)
+    write_report(findings, tmp_path)
+    assert "–" in as_text(findings.points)
+    assert "nan" not in Page((tmp_path / "report.html").read_text()).text.lower().replace("finance", "")
+
+
+def test_the_text_table_fits_the_terminal(small):
+    runs = small.assign(variant=small["variant"] + "-with-a-name-that-goes-on-and-on-and-on-and-on-and-on")
+    lines = as_text(find(runs, sweep="s", metric=METRIC).points).splitlines()
+    assert max(map(len, lines)) <= MAX_WIDTH
+
+
+def test_tables_agree_in_every_format(small):
+    points = find(small, sweep="s", metric=METRIC).points
+    assert as_markdown(points).count("\n|") == len(points) + 2
+    assert len(as_csv(points).splitlines()) == len(points) + 1
+    assert as_latex(points).count(r"\\") == len(points) + 1
+    assert r"\_" in as_latex(points.assign(variant="a_b"))
+
+
+def test_the_same_figure_gives_the_same_file(small):
+    points = find(small, sweep="s", metric=METRIC).points
+    first, second = (figures.figure_bytes(figures.front_figure(points, metric=METRIC), "svg") for _ in range(2))
+    assert first == second
+
+
+def test_names_with_dollars_are_text_in_figures(small):
+    points = find(small.assign(variant="$x_1"), sweep="s", metric=METRIC).points
+    assert figures.figure_bytes(figures.front_figure(points, metric=METRIC), "svg")
+
+
+def test_up_to_fifty_six_variants_look_different():
+    found = looks(f"v{i}" for i in range(56))
+    assert len({(look.color, look.marker) for look in found.values()}) == 56
+
+
+def test_heat_map_text_has_contrast_everywhere():
+    def luminance(color: str) -> float:
+        values = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for share in np.linspace(0, 1, 50):
+        dark, light = sorted(luminance(c) for c in heat_color(share))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+@pytest.mark.parametrize("module", [load, pareto, stats, tables, figures, answers, report])
+def test_every_script_has_help(module, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        module.main(["--help"])
+    assert f"python -m {module.__name__}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [load, pareto, stats, tables, figures, answers, report])
+def test_every_script_runs_from_a_csv_and_refuses_bad_input(module, small_csv, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "x")] if module in (load, figures, report) else []
+    assert module.main(["--csv", str(small_csv), *out]) == 0
+    assert module.main(["--csv", "nowhere.csv", *out]) == 2
+    assert "there is no file 'nowhere.csv'" in capsys.readouterr().err
+
+
+def test_a_source_is_needed(capsys):
+    assert report.main(["--out", "x"]) == 2
+    assert "--tracking-uri and --sweep, or --csv" in capsys.readouterr().err

@@ -98,7 +98,9 @@ def allocate_bits(
             raise ValueError("group_weights belongs to objective 'mean'; for 'minimax' scale the costs")
         offset_g = np.zeros(num_groups) if group_offset is None else np.asarray(group_offset, dtype=np.float64)
         if offset_g.shape != (num_groups,):
-            raise ValueError(f"group_offset must have one number per group ({num_groups}), got {offset_g.shape}")
+            raise ValueError(
+                f"group_offset must have one number per group ({num_groups}), got {offset_g.shape}"
+            )
         index_u, lower_bound = _allocate_minimax(cost_gub, num_weights_u, choice_b, capacity, offset_g)
         value = _worst(cost_gub, index_u, offset_g)
     else:
@@ -194,7 +196,7 @@ def _capacity(cost_gub: Float, num_weights_u: Int, choice_b: Int, budget_bits: f
         raise ValueError(f"budget_bits must be a number of at least 0, got {budget_bits}")
     total = int(num_weights_u.sum())
     capacity = int(np.floor(budget_bits * total * (1 + 1e-12)))
-    allowed_ub = np.isfinite(cost_gub).all(axis=0)
+    allowed_ub = np.asarray(np.isfinite(cost_gub).all(axis=0))
     if not allowed_ub.any(axis=1).all():
         unit = int(np.flatnonzero(~allowed_ub.any(axis=1))[0])
         raise ValueError(f"unit {unit} has no allowed bit choice")
@@ -300,7 +302,13 @@ def _hull_segments(cost_ub: Float, num_weights_u: Int, choice_b: Int) -> tuple[I
     if not units:
         empty = np.zeros(0, dtype=np.int64)
         return start_u, empty, empty, empty, np.zeros(0)
-    return start_u, np.concatenate(units), np.concatenate(targets), np.concatenate(sizes), np.concatenate(slopes)
+    return (
+        start_u,
+        np.concatenate(units),
+        np.concatenate(targets),
+        np.concatenate(sizes),
+        np.concatenate(slopes),
+    )
 
 
 def _relax(cost_ub: Float, num_weights_u: Int, choice_b: Int, capacity: int) -> _Relaxed:
@@ -541,7 +549,9 @@ def _mixture_program(
     units, row_p = np.unique(unit_p, return_inverse=True)
     groups = sparse.hstack([sparse.csr_array(cost_gp / scale), sparse.csr_array(-np.ones((num_groups, 1)))])
     size = sparse.csr_array(np.concatenate([size_p / max(left, 1), [0.0]])[None, :])
-    one = sparse.csr_array((np.ones(num_pairs), (row_p, np.arange(num_pairs))), shape=(len(units), num_pairs + 1))
+    one = sparse.csr_array(
+        (np.ones(num_pairs), (row_p, np.arange(num_pairs))), shape=(len(units), num_pairs + 1)
+    )
     solved = linprog(
         np.concatenate([np.zeros(num_pairs), [1.0]]),
         A_ub=sparse.vstack([groups, size]),
@@ -560,6 +570,7 @@ def _spend(
     """Raise units while the budget lasts, each time by what lowers the worst group most per bit."""
     index_u = index_u.copy()
     rows = np.arange(len(index_u))
+    allowed_ub = np.isfinite(cost_gub).all(axis=0)
     left = capacity - int(num_weights_u @ choice_b[index_u])
     for _ in range(4 * len(cost_gub) + 64):
         cost_g = cost_gub[:, rows, index_u].sum(axis=1) + offset_g
@@ -567,7 +578,7 @@ def _spend(
         size_ub = num_weights_u[:, None] * (choice_b[None, :] - choice_b[index_u][:, None])
         with np.errstate(invalid="ignore"):
             gain_ub = cost_gub[worst, rows, index_u][:, None] - cost_gub[worst]
-        fits_ub = (size_ub > 0) & (size_ub <= left) & np.isfinite(gain_ub) & (gain_ub > 0)
+        fits_ub = (size_ub > 0) & (size_ub <= left) & allowed_ub & (gain_ub > 0)
         if not fits_ub.any():
             break
         rate_ub = np.where(fits_ub, gain_ub / np.where(size_ub > 0, size_ub, 1), -np.inf)
@@ -600,7 +611,9 @@ def _solve_minimax_exactly(
     size_p = (num_weights_u[:, None] * choice_b[None, :]).ravel()
     size = sparse.csr_array(np.concatenate([size_p, [0]])[None, :].astype(np.float64))
     row_p = np.repeat(np.arange(num_units), num_choices)
-    one = sparse.csr_array((np.ones(num_pairs), (row_p, np.arange(num_pairs))), shape=(num_units, num_pairs + 1))
+    one = sparse.csr_array(
+        (np.ones(num_pairs), (row_p, np.arange(num_pairs))), shape=(num_units, num_pairs + 1)
+    )
     solved = milp(
         np.concatenate([np.zeros(num_pairs), [1.0]]),
         integrality=np.concatenate([np.ones(num_pairs), [0]]),

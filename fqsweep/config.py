@@ -160,7 +160,7 @@ class TableConfig(DatasetBase):
     label_column: str
     group_columns: dict[str, str] = Field(min_length=1)
     patient_column: str | None = None
-    group_maps: dict[str, dict[str, tuple[str | int | float, ...]]] = {}
+    group_maps: dict[str, dict[str, tuple[str | int | float, ...]]] = Field(default_factory=dict)
     unknown_groups: Literal["drop", "keep"] = "drop"
 
     @model_validator(mode="after")
@@ -209,6 +209,9 @@ class WeightRange(Record):
 Weight = Annotated[float, Field(ge=0)] | WeightRange
 
 
+Budget = Annotated[float, Field(gt=0, le=8)]
+
+
 def _check_choices(choices: Choices) -> Choices:
     if not choices or any(b < 0 or b > 8 for b in choices):
         raise ValueError("bit choices must be whole numbers from 0 to 8")
@@ -228,12 +231,14 @@ class Finetuning(Record):
         fairness_weight: weight of the group regulariser in the fine-tuning loss.
         regulariser: ``gap`` (worst minus best running group loss) or ``group_dro``.
         distillation_weight: share of the loss that follows the full-precision parent's output, 0 to 1.
+        budgets_bits: budgets of this method alone, in place of the search space's.
     """
 
     finetune_epochs: int | None = Field(default=None, ge=0)
     fairness_weight: Weight = 0.0
     regulariser: Regulariser = "gap"
     distillation_weight: float = Field(default=0.0, ge=0, le=1)
+    budgets_bits: tuple[Budget, ...] | None = None
 
 
 class Fp32Method(Record):
@@ -273,7 +278,7 @@ class Allocating(Finetuning):
     granularity: Granularity = "channel"
     choices: BitChoices = tuple(range(9))
     scale: ScaleRule = "curvature"
-    pin: dict[str, Annotated[int, Field(ge=0, le=8)]] = {}
+    pin: dict[str, Annotated[int, Field(ge=0, le=8)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _reducer_fits_allocator(self) -> Allocating:
@@ -281,7 +286,9 @@ class Allocating(Finetuning):
         if apart and self.reducer != "none":
             raise ValueError(f"allocator {self.allocator} works on the groups' own costs: set reducer to none")
         if not apart and self.reducer == "none":
-            raise ValueError(f"allocator {self.allocator} needs a reducer (max, mean, cvar, balanced, subtractive)")
+            raise ValueError(
+                f"allocator {self.allocator} needs a reducer (max, mean, cvar, balanced, subtractive)"
+            )
         if self.pin and self.allocator == "quantile":
             raise ValueError("allocator quantile gives bits by rank alone: it cannot pin layers")
         return self
@@ -319,7 +326,9 @@ class BaqMethod(Allocating):
     @model_validator(mode="after")
     def _choices_without_holes(self) -> BaqMethod:
         if self.choices != tuple(range(self.choices[0], self.choices[-1] + 1)) or len(self.choices) < 2:
-            raise ValueError("learned bits move between neighbouring widths: choices must be two or more without a hole")
+            raise ValueError(
+                "learned bits move between neighbouring widths: choices must be two or more without a hole"
+            )
         return self
 
 
@@ -333,12 +342,19 @@ class RecipeMethod(Finetuning):
 # Comparators as settings of ``static``. Sources: FairGRAPE (Lin, Kim, Joo 2022), FairQuantize (Guo et al.
 # 2024), HAWQ-V2 (Dong et al. 2020), FairQuant (Woergaard and Selvan 2026). All spend the same exact budget.
 RECIPES: dict[str, dict[str, Any]] = {
-    "fairgrape": {"importance": "grape", "reducer": "balanced", "allocator": "mean", "choices": tuple(range(2, 9))},
+    "fairgrape": {
+        "importance": "grape",
+        "reducer": "balanced",
+        "allocator": "mean",
+        "choices": tuple(range(2, 9)),
+        "scale": "absmax",
+    },
     "fairquantize": {
         "importance": "gradient",
         "reducer": "subtractive",
         "allocator": "quantile",
         "choices": (2, 4, 8),
+        "scale": "absmax",
     },
     "hawq": {
         "importance": "hawq",
@@ -346,8 +362,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "allocator": "mean",
         "granularity": "tensor",
         "choices": tuple(range(2, 9)),
+        "scale": "absmax",
     },
-    "fairquant": {"importance": "grape", "reducer": "balanced", "allocator": "quantile", "choices": (2, 4, 8)},
+    "fairquant": {
+        "importance": "grape",
+        "reducer": "balanced",
+        "allocator": "quantile",
+        "choices": (2, 4, 8),
+        "scale": "absmax",
+    },
 }
 
 MethodConfig = Annotated[
@@ -428,7 +451,7 @@ class SearchSpace(Record):
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
     architectures: tuple[Annotated[ArchitectureConfig, BeforeValidator(_named)], ...] = Field(min_length=1)
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
-    budgets_bits: tuple[Annotated[float, Field(gt=0, le=8)], ...] = ()
+    budgets_bits: tuple[Budget, ...] = ()
     seeds: tuple[int, ...] = Field(min_length=1)
     recipe: TrainingRecipe = TrainingRecipe()
     search: SearchConfig = SearchConfig()

@@ -81,7 +81,9 @@ def fairness_report(
     count_g = count_gtp.sum(axis=(1, 2))
     scored_g = count_g >= max(min_count, 1)
     if scored_g.sum() < 2:
-        raise ValueError(f"At least 2 groups with >= {min_count} samples are needed, but got counts {count_g.tolist()}.")
+        raise ValueError(
+            f"At least 2 groups with >= {min_count} samples are needed, but got counts {count_g.tolist()}."
+        )
     acc_g = _divide(np.einsum("gcc->g", count_gtp), count_g)
     acc_g[~scored_g] = np.nan
     tpr_gc, fpr_gc, rate_gc = _rates(count_gtp[scored_g])
@@ -124,13 +126,16 @@ def _checked(
             raise ValueError(f"{name} must lie in [0, {limit}), got {values.min()} to {values.max()}")
         checked.append(values.astype(np.int64))
     if not len(checked[0]) == len(checked[1]) == len(checked[2]):
-        raise ValueError(f"predictions, labels and groups must be equally long, got {[len(c) for c in checked]}")
+        raise ValueError(
+            f"predictions, labels and groups must be equally long, got {[len(c) for c in checked]}"
+        )
     return checked[0], checked[1], checked[2]
 
 
 def _divide(part: NDArray[np.integer], whole: NDArray[np.integer]) -> Float:
     """part / whole, NaN where whole is 0."""
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
+    quotient: Float = np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
+    return quotient
 
 
 def _rates(count_gtp: Int) -> tuple[Float, Float, Float]:
@@ -149,11 +154,17 @@ def _gaps(rate_gc: Float) -> Float:
     high_c = np.where(known_gc, rate_gc, -np.inf).max(axis=0)
     low_c = np.where(known_gc, rate_gc, np.inf).min(axis=0)
     comparable_c = known_gc.sum(axis=0) >= 2
-    return np.subtract(high_c, low_c, out=np.zeros(rate_gc.shape[1]), where=comparable_c)
+    gap_c: Float = np.subtract(high_c, low_c, out=np.zeros(rate_gc.shape[1]), where=comparable_c)
+    return gap_c
 
 
 def score_probabilities(
-    probability_nc: Float, labels: NDArray[np.integer], groups: NDArray[np.integer], *, num_groups: int, min_count: int
+    probability_nc: Float,
+    labels: NDArray[np.integer],
+    groups: NDArray[np.integer],
+    *,
+    num_groups: int,
+    min_count: int,
 ) -> tuple[dict[str, float], FairnessReport]:
     """Every recorded group metric (``names.GROUP_METRICS``) of one split.
 

@@ -114,7 +114,9 @@ def measure_importance(
             cost_gub = _first_order(model, units, batches, choices, count_g, squared=predictor == "grape")
             passes += 3.0
     if not np.isfinite(cost_gub).all():
-        raise TrialError(f"importance {predictor}: some costs are not finite; the parent's loss is probably not finite")
+        raise TrialError(
+            f"importance {predictor}: some costs are not finite; the parent's loss is probably not finite"
+        )
     return Importance(
         cost_gub=cost_gub,
         choices=tuple(choices),
@@ -194,10 +196,14 @@ def _input_moments(model: nn.Module, batches: Callable[[], Iterator[Image]]) -> 
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _spread(total[name], module) for name, module in quantisable_layers(model).items() if name in total}
+    return {
+        name: _spread(total[name], module)
+        for name, module in quantisable_layers(model).items()
+        if name in total
+    }
 
 
-def _spread(moment_c: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+def _spread(moment_c: torch.Tensor, layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
     """Input moments per channel in the shape of the layer's weight rows."""
     weight = layer.weight
     if not isinstance(layer, nn.Conv2d):
@@ -267,13 +273,15 @@ def _taylor(
     group_ng = torch.zeros(0)
     handles = []
 
-    def watch(unit_layer, module):  # type: ignore[no-untyped-def]
-        def on_forward(_module, inputs, output):  # type: ignore[no-untyped-def]
+    def watch(unit_layer, module):
+        def on_forward(_module, inputs, output):
             value = inputs[0].detach()
 
-            def on_gradient(gradient):  # type: ignore[no-untyped-def]
+            def on_gradient(gradient):
                 for choice, change in enumerate(cached[unit_layer.name]):
                     along_nu = _inner_products(module, value, change, gradient, unit_layer.num_units)
+                    # Windowed attention stacks the windows of an image along the first axis.
+                    along_nu = along_nu.unflatten(0, (len(group_ng), -1)).sum(dim=1)
                     rows = slice(unit_layer.start, unit_layer.stop)
                     cost_gub[:, rows, choice] += torch.einsum("ng,nu->gu", group_ng, along_nu.double().square())
 
@@ -281,13 +289,14 @@ def _taylor(
 
         return on_forward
 
-    for layer in units.layers:
-        handles.append(layers[layer.name].register_forward_hook(watch(layer, layers[layer.name])))
+    handles += [
+        layers[layer.name].register_forward_hook(watch(layer, layers[layer.name])) for layer in units.layers
+    ]
     done, total = 0, int(count_g.sum())
     try:
         for image, label, group in batches():
             group_ng = F.one_hot(group, len(count_g)).double()
-            loss = F.cross_entropy(model(image.requires_grad_()), label, reduction="sum")
+            loss = F.cross_entropy(model(image.detach().requires_grad_()), label, reduction="sum")
             loss.backward()
             done += len(image)
             progress("taylor", done / total)
@@ -299,19 +308,25 @@ def _taylor(
 
 @torch.no_grad()
 def _inner_products(
-    layer: nn.Module, value: torch.Tensor, change: torch.Tensor, gradient: torch.Tensor, num_units: int
+    layer: nn.Conv2d | nn.Linear,
+    value: torch.Tensor,
+    change: torch.Tensor,
+    gradient: torch.Tensor,
+    num_units: int,
 ) -> torch.Tensor:
     """g_i . dW_u for every image and unit, (n, u): the layer's answer to dW times the output's gradient."""
-    if type(layer) is nn.Linear:
-        product = F.linear(value, change) * gradient
+    product = _response(layer, value, change) * gradient
+    if isinstance(layer, nn.Linear):
         along_nc = product.flatten(1, -2).sum(dim=1) if product.ndim > 2 else product
     else:
-        along_nc = (_response(layer, value, change) * gradient).flatten(2).sum(dim=2)
+        along_nc = product.flatten(2).sum(dim=2)
     return along_nc if num_units == along_nc.shape[1] else along_nc.sum(dim=1, keepdim=True)
 
 
-def _response(layer: nn.Module, value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+def _response(layer: nn.Conv2d | nn.Linear, value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """Change of the layer's output for a change of its weight."""
+    if type(layer) is nn.Linear:
+        return F.linear(value, change)
     if type(layer) is nn.Conv2d:
         return layer._conv_forward(value, change, None)
     moved = torch.func.functional_call(layer, {"weight": layer.weight + change}, (value,))

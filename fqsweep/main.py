@@ -24,7 +24,9 @@ if __name__ == "__main__":
         sys.path.insert(0, str(_here.parent))
 
 from fqsweep import __version__
+from fqsweep.config import SearchConfig
 from fqsweep.errors import InputError, SweepInterrupted
+from fqsweep.names import DEFAULT_SELECTION, metric_of
 from fqsweep.space import find_space, load_space
 
 EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -47,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != 28:
             raise
-        print(f"fqsweep: no space left on the device ({error.filename}); free some and run again", file=sys.stderr)
+        print(
+            f"fqsweep: no space left on the device ({error.filename}); free some and run again", file=sys.stderr
+        )
         return EXIT_FAILED_CELLS
 
 
@@ -82,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--tracking-uri", required=True)
     analyze.add_argument("--sweep", required=True)
     analyze.add_argument("--out", type=Path, required=True)
+    analyze.add_argument(
+        "--metric", default=DEFAULT_SELECTION, help="chooses between runs (default: %(default)s)"
+    )
     analyze.set_defaults(command=_analyze)
 
     export = commands.add_parser("export", help="the model of a run, for use elsewhere")
@@ -117,7 +124,8 @@ def _run(options: argparse.Namespace) -> int:
     from fqsweep.sweep import SweepOptions, run_sweep
 
     file = find_space(options.space)
-    out = options.out or Path("out") / load_space(file).name
+    space = load_space(file)
+    out = options.out or Path("out") / space.name
     try:
         summary = run_sweep(
             SweepOptions(
@@ -132,8 +140,9 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as error:
         again = f"fqsweep {' '.join(map(shlex.quote, sys.argv[1:]))}"
         raise SweepInterrupted(f"stopped; what is finished is kept in {out}. To go on: {again}") from error
-    if summary.counts["done"] or summary.counts["failed"] < sum(summary.counts.values()):
-        _report(summary.tracking_uri, load_space(file).name, out / "report", parent_id=summary.parent_id, show=True)
+    if summary.counts["done"]:
+        metric = selection_metric(space.search)
+        _report(summary.tracking_uri, space.name, out / "report", metric=metric, parent_id=summary.parent_id)
     for failure in summary.failures:
         print(f"failed: {failure}", file=sys.stderr)
     _print_end(options, out, summary.tracking_uri, summary.counts)
@@ -142,28 +151,45 @@ def _run(options: argparse.Namespace) -> int:
 
 def _print_end(options: argparse.Namespace, out: Path, uri: str, counts: dict[str, int]) -> None:
     total = sum(counts.values())
-    print(f"\n{counts['done']} of {total} cells done" + (f", {counts['failed']} failed" if counts["failed"] else ""))
+    print(
+        f"\n{counts['done']} of {total} cells done"
+        + (f", {counts['failed']} failed" if counts["failed"] else "")
+    )
     print(f"report:   {(out / 'report' / 'report.html').resolve()}")
     print(f"tracking: {uri}")
     where = f"--tracking-uri {shlex.quote(uri)}" if options.tracking_uri else f"--out {shlex.quote(str(out))}"
     print(f"open the MLflow UI with: fqsweep ui {where}")
 
 
-def _report(uri: str, sweep: str, out: Path, *, parent_id: str | None, show: bool) -> None:
-    """Analyse in a process of its own: the analysis needs neither torch nor Ray, and nothing here imports it."""
-    command = [sys.executable, "-m", "analysis.report", "--tracking-uri", uri, "--sweep", sweep, "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])}
+def _report(uri: str, sweep: str, out: Path, *, metric: str, parent_id: str | None) -> None:
+    """Analyse in a process of its own: it needs neither torch nor Ray, and nothing here imports it.
+
+    Args:
+        metric: the validation metric that chooses between runs.
+        parent_id: the parent run that gets the files, None for none.
+    """
+    options = ["--tracking-uri", uri, "--sweep", sweep, "--out", str(out), "--metric", metric]
+    command = [sys.executable, "-m", "analysis.report", *options]
+    python_path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": python_path}
     ended = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     if ended.returncode == EXIT_BAD_INPUT:
-        raise InputError(ended.stderr.strip().removeprefix("fqsweep: "))
+        raise InputError(ended.stderr.strip().removeprefix("Error: "))
     if ended.returncode != 0:
         raise RuntimeError(f"the analysis failed; run it again with: {shlex.join(command)}\n{ended.stderr}")
-    if show:
-        print(ended.stdout, end="")
+    print(ended.stdout, end="")
     if parent_id is not None:
         from fqsweep.tracking import publish_report
 
         publish_report(uri, parent_id, out)
+
+
+def selection_metric(search: SearchConfig) -> str:
+    """What chooses between runs: the first objective that is to be maximised on validation data."""
+    rising = [
+        key for key in search.objectives if key.startswith("val/") and metric_of(key).direction == "maximize"
+    ]
+    return rising[0] if rising else DEFAULT_SELECTION
 
 
 # --- the other commands --------------------------------------------------------------------------
@@ -182,7 +208,10 @@ def _plan(options: argparse.Namespace) -> int:
         slots = max(1, int(cores / resources.cpus_per_trial))
     plan = estimate(space, data_dir=options.data_dir, num_slots=slots)
     if options.json:
-        cells = [{"title": cell.title, "key": cell.key, "budget_bits": cell.budget_bits} for cell in expand_cells(space)]
+        cells = [
+            {"title": cell.title, "key": cell.key, "budget_bits": cell.budget_bits}
+            for cell in expand_cells(space)
+        ]
         print(json.dumps({"name": space.name, **dataclasses.asdict(plan), "cells": cells}, indent=1))
         return EXIT_OK
     points = method_points(space)
@@ -195,8 +224,12 @@ def _plan(options: argparse.Namespace) -> int:
     print(f"  budgets       {', '.join(f'{b:g}' for b in space.budgets_bits) or 'none'} mean bits per weight")
     print(f"  seeds         {', '.join(map(str, space.seeds))}")
     searched = sum(1 for point in points if point.free_weights)
-    print(f"  search        {searched} methods with free weights, {space.search.trials_per_cell} Optuna trials a cell")
-    print(f"shared: {plan.num_baselines} full-precision parents and {plan.num_importance} cost tables, each made once")
+    print(
+        f"  search        {searched} methods with free weights, {space.search.trials_per_cell} Optuna trials a cell"
+    )
+    print(
+        f"shared: {plan.num_baselines} full-precision parents and {plan.num_importance} cost tables, each made once"
+    )
     device = f"{slots} trials on 1 GPU" if resources.gpus_per_trial else f"{slots} trials on {cores} CPU cores"
     print(
         f"expected: about {format_duration(plan.total_s)} with {device} at a time "
@@ -213,7 +246,9 @@ def _data(options: argparse.Namespace) -> int:
         print(describe_kinds(options.data_dir))
         return EXIT_OK
     if options.space is None:
-        raise InputError(f"data {options.action} needs a search space: fqsweep data {options.action} SPACE.yaml")
+        raise InputError(
+            f"data {options.action} needs a search space: fqsweep data {options.action} SPACE.yaml"
+        )
     space = load_space(find_space(options.space))
     for dataset in space.datasets:
         samples, splits = plan_dataset(dataset, data_dir=options.data_dir)
@@ -226,8 +261,7 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    _report(options.tracking_uri, options.sweep, options.out, parent_id=None, show=True)
-    print(f"report:   {(options.out / 'report.html').resolve()}")
+    _report(options.tracking_uri, options.sweep, options.out, metric=options.metric, parent_id=None)
     return EXIT_OK
 
 
@@ -273,7 +307,9 @@ def _newest_out() -> Path:
 def _uri_of(out: Path) -> str:
     database = (out / "mlflow.db").resolve()
     if not database.exists():
-        raise InputError(f"{out} holds no MLflow database (mlflow.db): give the --out of a sweep, or --tracking-uri")
+        raise InputError(
+            f"{out} holds no MLflow database (mlflow.db): give the --out of a sweep, or --tracking-uri"
+        )
     return f"sqlite:///{database}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def _check_known(name: str) -> None:
         return
     close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
     hint = f"; near: {', '.join(close)}" if close else ""
-    raise InputError(f"architecture {name!r}: timm {timm.__version__} does not know it{hint} (see timm.list_models())")
+    raise InputError(
+        f"architecture {name!r}: timm {timm.__version__} does not know it{hint} (see timm.list_models())"
+    )
 
 
 def _create(config: ArchitectureConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -106,8 +109,8 @@ def _check_size(model: nn.Module, name: str, image_size: int) -> None:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"architecture {name} cannot take images of {image_size} px: {reason}; set the data set's image_size "
-            f"(its own size is {model.pretrained_cfg.get('input_size', ('?',))[-1]})"
+            f"architecture {name} cannot take images of {image_size} px: {reason}; "
+            f"set the data set's image_size (its own size is {timm.get_pretrained_cfg(name).input_size[-1]})"
         ) from error
     finally:
         model.train(was_training)
@@ -123,13 +126,13 @@ def normalisation_of(config: ArchitectureConfig) -> Normalisation:
     return Normalisation(mean=tuple(own.mean), std=tuple(own.std))
 
 
-def quantisable_layers(model: nn.Module) -> dict[str, nn.Module]:
+def quantisable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     """Every Conv2d and Linear by name, in the model's order; their weights' first axis is the output channel."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
 
 
 def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], int]:
-    """Multiply-accumulates of one image: per quantisable layer, and of products between activations.
+    """Multiply-accumulates of one image: per quantisable layer, and between activations.
 
     Every token and position counts. Products between activations (attention) are what is left of the
     counted operations after the layers; 0 in convolutional networks.
@@ -143,16 +146,15 @@ def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], in
     layer_macs: dict[str, int] = {}
     handles = []
 
-    def note(name: str) -> object:
-        def hook(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-            weight = module.weight
+    def note(name: str, weight: torch.Tensor) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
             positions = output.numel() // weight.shape[0]
             layer_macs[name] = layer_macs.get(name, 0) + positions * weight.numel()
 
         return hook
 
     for name, module in quantisable_layers(model).items():
-        handles.append(module.register_forward_hook(note(name)))
+        handles.append(module.register_forward_hook(note(name, module.weight)))
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -36,10 +36,16 @@ GROUP_METRICS: tuple[Metric, ...] = (
         direction="maximize",
         meaning="lowest mean recall over classes of any group",
     ),
-    Metric(key="eopp0", unit="frac", direction="minimize", meaning="mean over classes of the TNR gap of groups"),
-    Metric(key="eopp1", unit="frac", direction="minimize", meaning="mean over classes of the TPR gap of groups"),
+    Metric(
+        key="eopp0", unit="frac", direction="minimize", meaning="mean over classes of the TNR gap of groups"
+    ),
+    Metric(
+        key="eopp1", unit="frac", direction="minimize", meaning="mean over classes of the TPR gap of groups"
+    ),
     Metric(key="eodd", unit="frac", direction="minimize", meaning="mean over classes of TPR gap + FPR gap"),
-    Metric(key="dp_gap", unit="frac", direction="minimize", meaning="mean over classes of the predicted-rate gap"),
+    Metric(
+        key="dp_gap", unit="frac", direction="minimize", meaning="mean over classes of the predicted-rate gap"
+    ),
     Metric(key="auc_macro", unit="frac", direction="maximize", meaning="one-vs-rest AUC, mean over classes"),
     Metric(key="auc_worst", unit="frac", direction="maximize", meaning="lowest macro AUC of any group"),
     Metric(key="ece", unit="frac", direction="minimize", meaning="expected calibration error, 15 bins"),
@@ -52,7 +58,9 @@ COST_METRICS: tuple[Metric, ...] = (
         direction="minimize",
         meaning="mean bits per quantised weight, weighted by parameters; 32 for full precision",
     ),
-    Metric(key="size/packed_bytes", unit="bytes", direction="minimize", meaning="size of the packed model file"),
+    Metric(
+        key="size/packed_bytes", unit="bytes", direction="minimize", meaning="size of the packed model file"
+    ),
     Metric(
         key="ops/effective_gbops",
         unit="1e9 bit operations",
@@ -88,7 +96,16 @@ RUN_PARAMS: tuple[str, ...] = (
 )
 NO_VALUE = "none"
 
-METHODS: tuple[str, ...] = ("fp32", "uniform", "static", "baq", "fairgrape", "fairquantize", "hawq", "fairquant")
+METHODS: tuple[str, ...] = (
+    "fp32",
+    "uniform",
+    "static",
+    "baq",
+    "fairgrape",
+    "fairquantize",
+    "hawq",
+    "fairquant",
+)
 
 TAG_KEY = "fqsweep.key"
 TAG_SWEEP = "fqsweep.sweep"
@@ -99,6 +116,7 @@ TAG_PARENT = "mlflow.parentRunId"
 KIND_SWEEP = "sweep"
 KIND_TRIAL = "trial"
 DEFAULT_EXPERIMENT = "fqsweep"
+DEFAULT_SELECTION = "val/acc_worst"
 
 
 def group_metric_key(split: str, what: str, group: str) -> str:

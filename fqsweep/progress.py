@@ -64,7 +64,9 @@ class Display:
     def line(self) -> str:
         """The state on one line."""
         seen = self.look()
-        counts = "  ".join(f"{number} {name}" for name, number in seen.counts.items() if number or name == "done")
+        counts = "  ".join(
+            f"{number} {name}" for name, number in seen.counts.items() if number or name == "done"
+        )
         best = " ".join(f"{label}:{value:.3f}" for label, (value, _) in seen.best.items())
         left = "" if seen.seconds_left is None else f" | about {format_duration(seen.seconds_left)} left"
         elapsed = format_duration(time.monotonic() - self._started)

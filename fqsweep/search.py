@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import optuna
 from optuna.storages import JournalStorage
@@ -86,7 +86,11 @@ class OptunaStudies:
         if cell.key in self.studies:
             return self.studies[cell.key]
         name = f"{cell.title} [{cell.key}]"
-        known = {one.study_name for one in optuna.get_all_study_summaries(self.storage)} if self._has_any() else set()
+        known = (
+            {one.study_name for one in optuna.get_all_study_summaries(self.storage)}
+            if self._has_any()
+            else set()
+        )
         study = optuna.create_study(
             study_name=name,
             storage=self.storage,
@@ -112,12 +116,14 @@ class OptunaStudies:
             return optuna.samplers.NSGAIISampler(seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True)
+            return optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True
+            )
 
 
-def _direction(key: str) -> str:
+def _direction(key: str) -> Literal["minimize", "maximize"]:
     direction = metric_of(key).direction
-    assert direction in ("maximize", "minimize")
+    assert direction != "none"
     return direction
 
 
@@ -183,7 +189,9 @@ class SweepState:
             own = self.cost(_trial(state.cell, 0, {}, state.needs)) * state.wanted
             for key in state.needs:
                 self._rank[key] += own
-        self._cell_cost = {state.cell.key: self.cost(_trial(state.cell, 0, {}, state.needs)) for state in self.cells}
+        self._cell_cost = {
+            state.cell.key: self.cost(_trial(state.cell, 0, {}, state.needs)) for state in self.cells
+        }
         self._by_key = {state.cell.key: state for state in self.cells}
         self.cells.sort(key=lambda state: -self._cell_cost[state.cell.key])
         self._shared_order = sorted(self.shared.values(), key=lambda task: -self._rank[task.key])

@@ -57,9 +57,7 @@ class Setting:
 
     def plain_batches(self, split: str) -> BatchLoader:
         """A whole split as it is, in a fixed order."""
-        return self._loader(
-            getattr(self.dataset.splits, split), batch_size=EVALUATION_BATCH, shuffle=False
-        )
+        return self._loader(getattr(self.dataset.splits, split), batch_size=EVALUATION_BATCH, shuffle=False)
 
     def calibration_batches(self) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
         """The calibration images that importance uses: the same ones at each call."""

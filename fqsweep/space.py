@@ -100,14 +100,20 @@ class Cell(Record):
     def title(self) -> str:
         """Short name for people: dataset/group, architecture, row, budget, seed."""
         budget = "" if self.budget_bits is None or self.point.bits else f"@{self.budget_bits:g}"
-        parts = (f"{self.dataset.name}/{self.group_attribute}", self.architecture.name, self.point.variant + budget)
+        parts = (
+            f"{self.dataset.name}/{self.group_attribute}",
+            self.architecture.name,
+            self.point.variant + budget,
+        )
         return " ".join((*parts, f"seed {self.seed}"))
 
     @cached_property
     def key(self) -> str:
         """Hash of what determines the result; names shown to people are left out."""
         data = self.dataset.model_dump(mode="json", exclude={"name"})
-        point = self.point.model_dump(mode="json", exclude={"variant": True, "settings": {"label"}})
+        point = self.point.model_dump(
+            mode="json", exclude={"variant": True, "settings": {"label", "budgets_bits"}}
+        )
         return content_hash(
             [
                 RESULT_VERSION,
@@ -171,12 +177,14 @@ def load_space(path: Path) -> SearchSpace:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(content, dict) or node is None:
-        raise InputError(f"{path}: a search space is a mapping with name, datasets, architectures, methods, seeds")
+        raise InputError(
+            f"{path}: a search space is a mapping with name, datasets, architectures, methods, seeds"
+        )
     lines: dict[Location, int] = {}
     problems = [(line, f"{_dotted(loc)}: given twice") for loc, line in _index_lines(node, (), lines)]
     space = None
@@ -256,7 +264,9 @@ def _describe(found: dict[str, Any], lines: dict[Location, int]) -> tuple[int, s
         context = found.get("ctx", {})
         tag = str(context.get("tag", ""))
         field = str(context.get("discriminator", "")).strip("'")
-        expected = [text.strip(" '") for text in str(context.get("expected_tags", "")).split(",") if text.strip()]
+        expected = [
+            text.strip(" '") for text in str(context.get("expected_tags", "")).split(",") if text.strip()
+        ]
         options = expected or (list(METHODS) if field == "method" else ["synthderm", "isic2019"])
         message = f"{field} {tag!r} is not known{_nearest(tag, options)}" if tag else f"{field} is required"
     else:
@@ -275,7 +285,9 @@ def _is_union_tag(loc: Location, index: int, lines: dict[Location, int]) -> bool
     plain = tuple(p for i, p in enumerate(loc[:index]) if not _is_union_tag(loc, i, lines))
     if (*plain, part) in lines:
         return False
-    return index < len(loc) - 1 or part in ("float", "bool", "str", "constrained-float") or part.endswith("Range")
+    return (
+        index < len(loc) - 1 or part in ("float", "bool", "str", "constrained-float") or part.endswith("Range")
+    )
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -304,10 +316,7 @@ def _annotation(model: type[BaseModel], field: str) -> Any:
 
 
 def _has_tag(model: type[BaseModel], tag: str) -> bool:
-    for field in ("kind", "method"):
-        if tag in typing.get_args(_annotation(model, field)):
-            return True
-    return False
+    return any(tag in typing.get_args(_annotation(model, field)) for field in ("kind", "method"))
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -333,13 +342,17 @@ def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
         for point in _points_of(method):
             settings = point.settings
             assert isinstance(settings, Allocating)
-            if not space.budgets_bits:
+            if not _budgets(space, point):
                 yield ("methods", index), f"{point.method} spends a bit budget: give budgets_bits"
             smallest = min(settings.choices)
-            for place, budget in enumerate(space.budgets_bits):
-                if budget < smallest:
+            own: Location = ("methods", index, "budgets_bits") if settings.budgets_bits else ("budgets_bits",)
+            for place, budget in enumerate(_budgets(space, point)):
+                if budget is not None and budget < smallest:
                     text = f"budget {budget:g} is below the smallest bit choice of {point.variant} ({smallest})"
-                    yield ("budgets_bits", place), f"{text}; raise it or add smaller choices"
+                    yield (
+                        (*own, place),
+                        f"{text}; raise it, add smaller choices, or give the method budgets_bits",
+                    )
 
 
 def _check_unique(loc: Location, names: list[str]) -> Iterator[tuple[Location, str]]:
@@ -379,6 +392,15 @@ def method_points(space: SearchSpace) -> list[MethodPoint]:
     return [point for method in space.methods for point in _points_of(method)]
 
 
+def _budgets(space: SearchSpace, point: MethodPoint) -> list[float | None]:
+    """The budgets of a row: its own, its one width, the space's, or none at all."""
+    if point.bits is not None:
+        return [float(point.bits)]
+    if isinstance(point.settings, Allocating):
+        return list(point.settings.budgets_bits or space.budgets_bits)
+    return [None]
+
+
 def expand_cells(space: SearchSpace) -> list[Cell]:
     """The grid: dataset x group attribute x architecture x seed x row x budget, in that order."""
     cells = []
@@ -387,9 +409,6 @@ def expand_cells(space: SearchSpace) -> list[Cell]:
             for architecture in space.architectures:
                 for seed in space.seeds:
                     for point in method_points(space):
-                        budgets: list[float | None] = list(space.budgets_bits) if point.spends_budget else [None]
-                        if point.bits is not None:
-                            budgets = [float(point.bits)]
                         cells += [
                             Cell(
                                 dataset=dataset,
@@ -400,7 +419,7 @@ def expand_cells(space: SearchSpace) -> list[Cell]:
                                 seed=seed,
                                 recipe=space.recipe,
                             )
-                            for budget in budgets
+                            for budget in _budgets(space, point)
                         ]
     return cells
 
@@ -421,7 +440,9 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
         if name in weights:
             return f"{weights[name]:.6g}"
         value = getattr(settings, name, None)
-        if value is None or (not finetunes and name in ("fairness_weight", "regulariser", "distillation_weight")):
+        if value is None or (
+            not finetunes and name in ("fairness_weight", "regulariser", "distillation_weight")
+        ):
             return NO_VALUE
         return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
 

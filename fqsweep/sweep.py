@@ -137,7 +137,9 @@ class TaskSearcher(Searcher):
         self.tasks[trial_id] = task
         return {**self.request, "task": task.model_dump_json()}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """A task ended, or its worker died."""
         task = self.tasks.pop(trial_id, None)
         if task is None:
@@ -222,7 +224,9 @@ class SweepDriver:
         left = None
         if self.spent_cost:
             left = self.state.cost_left() * (self.spent_s / self.spent_cost) / self.num_slots
-        order = sorted(self.best, key=lambda label: (label == "fp32", float(label.split()[0]) if " " in label else 0))
+        order = sorted(
+            self.best, key=lambda label: (label == "fp32", float(label.split()[0]) if " " in label else 0)
+        )
         return Snapshot(
             counts=self.state.counts(),
             running=tuple(task.title for task in list(self.state.running.values())),
@@ -292,9 +296,16 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
         digests[f"data/{dataset.name}"] = samples.content
         for architecture in space.architectures:
             untrained = architecture.model_copy(update={"pretrained": False})
-            build_model(untrained, num_classes=len(samples.class_names), image_size=dataset.image_size, device="meta")
-            if isinstance(architecture.pretrained, str) and not Path(architecture.pretrained).expanduser().is_file():
-                raise InputError(f"architecture {architecture.name}: no file {architecture.pretrained} (pretrained)")
+            build_model(
+                untrained, num_classes=len(samples.class_names), image_size=dataset.image_size, device="meta"
+            )
+            if (
+                isinstance(architecture.pretrained, str)
+                and not Path(architecture.pretrained).expanduser().is_file()
+            ):
+                raise InputError(
+                    f"architecture {architecture.name}: no file {architecture.pretrained} (pretrained)"
+                )
     _check_unchanged(paths, digests)
     return digests
 
@@ -305,7 +316,9 @@ def _check_writable(out: Path) -> None:
         write_bytes(out / ".writable", b"fqsweep")
         (out / ".writable").unlink()
     except OSError as error:
-        raise InputError(f"output folder {out} cannot be written: {error.strerror}; give another --out") from error
+        raise InputError(
+            f"output folder {out} cannot be written: {error.strerror}; give another --out"
+        ) from error
 
 
 def _check_unchanged(paths: SweepPaths, digests: dict[str, str]) -> None:
@@ -346,7 +359,11 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
     """Take over what earlier starts finished: results on disk count, whether or not they were booked."""
     booked = {line["key"] for line in read_lines(driver.paths.ledger) if line.get("event") == "done"}
     for key, task in driver.state.shared.items():
-        whole = driver.paths.baseline(key) / "meta.json" if task.kind == "baseline" else driver.paths.importance(key)
+        whole = (
+            driver.paths.baseline(key) / "meta.json"
+            if task.kind == "baseline"
+            else driver.paths.importance(key)
+        )
         if whole.exists():
             driver.state.complete(task)
     for cell_state in list(driver.state.cells):
@@ -480,4 +497,3 @@ def _ticking(display: Display) -> Iterator[None]:
     finally:
         over.set()
         thread.join(timeout=2 * TICK_S)
-

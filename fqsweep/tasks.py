@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from fqsweep.baseline import ensure_baseline, ensure_importance
 from fqsweep.config import Record
@@ -39,7 +40,7 @@ class Task(Record):
     kind: TaskKind
     cell: Cell
     number: int = 0
-    weights: dict[str, float] = {}
+    weights: dict[str, float] = Field(default_factory=dict)
     needs: tuple[str, ...] = ()
 
     @property
@@ -88,7 +89,9 @@ def perform(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: str
         _do(task, paths=paths, data_dir=data_dir, device=device, log=log)
     except Exception as error:
         log.note(traceback.format_exc())
-        return Outcome(done=False, reason=_reason(error, paths.log(task.key)), seconds=time.perf_counter() - start)
+        return Outcome(
+            done=False, reason=_reason(error, paths.log(task.key)), seconds=time.perf_counter() - start
+        )
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

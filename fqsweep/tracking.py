@@ -7,6 +7,8 @@ ended was cut off and is removed and written anew, so runs and trials match one 
 from __future__ import annotations
 
 import contextlib
+import csv
+import json
 import logging
 import os
 import sqlite3
@@ -31,9 +33,11 @@ from fqsweep.names import (
     DEFAULT_EXPERIMENT,
     KIND_SWEEP,
     KIND_TRIAL,
+    TAG_FRONT,
     TAG_KEY,
     TAG_KIND,
     TAG_PARENT,
+    TAG_RECOMMENDED,
     TAG_SWEEP,
 )
 from fqsweep.trial import TrialResult
@@ -105,7 +109,9 @@ class Tracker:
 def _all_runs(client: MlflowClient, experiment_id: str, query: str) -> Iterator[Any]:
     token = None
     while True:
-        page = client.search_runs([experiment_id], query, ViewType.ACTIVE_ONLY, max_results=PAGE, page_token=token)
+        page = client.search_runs(
+            [experiment_id], query, ViewType.ACTIVE_ONLY, max_results=PAGE, page_token=token
+        )
         yield from page
         token = page.token
         if not token:
@@ -117,7 +123,9 @@ def default_uri(paths: SweepPaths) -> str:
     return f"sqlite:///{paths.tracking_db.resolve()}"
 
 
-def open_tracker(uri: str, *, paths: SweepPaths, sweep: str, space_file: Path, facts: Mapping[str, str]) -> Tracker:
+def open_tracker(
+    uri: str, *, paths: SweepPaths, sweep: str, space_file: Path, facts: Mapping[str, str]
+) -> Tracker:
     """Open the sweep's parent run, or make it.
 
     Args:
@@ -162,7 +170,9 @@ def _experiment(client: MlflowClient, uri: str, paths: SweepPaths) -> str:
     found = client.get_experiment_by_name(DEFAULT_EXPERIMENT)
     if found is not None:
         if found.lifecycle_stage != "active":
-            raise InputError(f"experiment {DEFAULT_EXPERIMENT!r} at {uri} is deleted; restore it or use another URI")
+            raise InputError(
+                f"experiment {DEFAULT_EXPERIMENT!r} at {uri} is deleted; restore it or use another URI"
+            )
         return str(found.experiment_id)
     # With a database the artifacts would follow the working directory.
     location = paths.artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
@@ -189,19 +199,47 @@ def _log_facts(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) -
     """Parameters cannot change: what an earlier start wrote stays, and changes are tags."""
     known = client.get_run(parent_id).data.params
     params = [Param(name, value[:500]) for name, value in facts.items() if name not in known]
-    tags = [RunTag(name, value[:500]) for name, value in facts.items() if known.get(name, value[:500]) != value[:500]]
+    tags = [
+        RunTag(name, value[:500])
+        for name, value in facts.items()
+        if known.get(name, value[:500]) != value[:500]
+    ]
     client.log_batch(parent_id, params=params, tags=tags)
 
 
 def publish_report(uri: str, parent_id: str, folder: Path) -> None:
     """Put the files of the report on the parent run, and tag the runs on the front and the recommended ones.
 
-    ``front.csv`` has a column ``run_id``; ``recommended.json`` maps a place to ``run_id`` and ``reason``.
+    Tags of an earlier report that no longer hold are taken away.
+
+    Args:
+        folder: with ``front.csv`` (columns ``on_front`` and ``run_ids``) and ``recommended.json``.
     """
     client = MlflowClient(tracking_uri=uri)
     for file in sorted(folder.iterdir()):
         if file.is_file():
             client.log_artifact(parent_id, str(file))
+    wanted = {TAG_FRONT: _runs_on_front(folder), TAG_RECOMMENDED: _recommended_runs(folder)}
+    experiment_id = client.get_run(parent_id).info.experiment_id
+    for run in _all_runs(client, experiment_id, f"tags.`{TAG_PARENT}` = '{parent_id}'"):
+        for tag, values in wanted.items():
+            value, now = values.get(run.info.run_id), run.data.tags.get(tag)
+            if value is not None and value != now:
+                client.set_tag(run.info.run_id, tag, value)
+            elif value is None and now is not None:
+                client.delete_tag(run.info.run_id, tag)
+
+
+def _runs_on_front(folder: Path) -> dict[str, str]:
+    with (folder / "front.csv").open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["on_front"] == "True"]
+    return {run_id: "true" for row in rows for run_id in row["run_ids"].split()}
+
+
+def _recommended_runs(folder: Path) -> dict[str, str]:
+    record = json.loads((folder / "recommended.json").read_text(encoding="utf-8"))
+    chosen = [budget for setting in record["settings"] for budget in setting["budgets"].values()]
+    return {one["run_id"]: one["reason"] for one in chosen}
 
 
 def fetch_model(uri: str, run_id: str, target: Path) -> None:

@@ -48,6 +48,9 @@ class GroupRegulariser(nn.Module):
     - ``group_dro``: sum of group losses under weights that grow with the running loss (Sagawa et al. 2020).
     """
 
+    running_g: torch.Tensor
+    seen_g: torch.Tensor
+
     def __init__(self, kind: Regulariser, num_groups: int) -> None:
         super().__init__()
         self.kind = kind
@@ -179,7 +182,9 @@ def _train_epoch(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         if plan.gradient_clip is not None:
-            nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], plan.gradient_clip)
+            nn.utils.clip_grad_norm_(
+                [p for g in optimiser.param_groups for p in g["params"]], plan.gradient_clip
+            )
         optimiser.step()
         schedule.step()
         if learning_bits:

@@ -283,7 +283,7 @@ def _learn_bits_into(
 ) -> np.ndarray:
     """Attach quantisers with learned widths and tell the plan how they learn and when they settle."""
     attach_quantisers(
-        model, units, steps, bits_u, learn_bits=settings.bit_gradient, smallest=settings.choices[0]
+        model, units, steps, bits_u, learn_bits=settings.bit_gradient, smallest=settings.measured_choices[0]
     )
     allowed_ub = allowed_choices(settings, units, settings.measured_choices)
     choices = np.array(settings.measured_choices)
@@ -327,7 +327,9 @@ def _check_budget(cell: Cell, units: UnitTable, bits_u: np.ndarray) -> None:
     spent = int(units.num_weights_u @ bits_u)
     limit = cell.budget_bits * int(units.num_weights_u.sum())
     if spent > limit * (1 + 1e-12):
-        raise TrialError(f"the model spends {spent} bits, the budget is {limit:.0f}: this is a fault of fqsweep")
+        raise TrialError(
+            f"the model spends {spent} bits, the budget is {limit:.0f}: this is a fault of fqsweep"
+        )
 
 
 def load_packed(blob: bytes, setting: Setting) -> nn.Module:

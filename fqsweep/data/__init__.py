@@ -18,7 +18,7 @@ from fqsweep.config import (
 )
 from fqsweep.data import fitzpatrick17k, isic2019, synthderm, table
 from fqsweep.data.duplicates import join_near_duplicates
-from fqsweep.data.packs import OnProgress, open_pack
+from fqsweep.data.packs import OnProgress, open_pack, pack_path
 from fqsweep.data.records import Dataset, Samples, Splits
 from fqsweep.data.splits import check_groups, split_samples
 from fqsweep.data.subset import stratified_subset
@@ -87,7 +87,7 @@ def open_dataset(
     samples, splits = plan_dataset(config, data_dir=data_dir)
     image_nhwc = open_pack(samples, size=config.image_size, pack_dir=pack_dir, on_progress=on_progress)
     if not isinstance(config, SynthdermConfig):
-        joined = join_near_duplicates(samples, image_nhwc)
+        joined = join_near_duplicates(samples, image_nhwc, cache=_pairs_path(samples, config, pack_dir))
         if joined is not samples:
             samples, splits = joined, _checked_splits(joined, config)
     for note in samples.notes:
@@ -98,6 +98,10 @@ def open_dataset(
         image_nhwc=image_nhwc,
         digest=_digest(samples, splits, config.image_size),
     )
+
+
+def _pairs_path(samples: Samples, config: DatasetConfig, pack_dir: Path) -> Path:
+    return pack_path(samples, size=config.image_size, pack_dir=pack_dir).with_suffix(".pairs.npy")
 
 
 def _checked_splits(samples: Samples, config: DatasetConfig) -> Splits:

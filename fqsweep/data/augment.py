@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torchvision.transforms import v2
 
 Augment = Literal["none", "flips", "standard", "autoaugment"]

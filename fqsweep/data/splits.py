@@ -15,8 +15,8 @@ from fqsweep.data.records import Samples, Splits
 from fqsweep.errors import InputError
 
 SPLIT_NAMES = ("train", "calibration", "validation", "test")
-# Strata weigh more in the choice of a split than the coarser margins (class, each attribute, everything).
-_CROSSED_WEIGHT = 2.0
+# Groups weigh more in the choice of a split than strata, classes and the whole: they are what is compared.
+_GROUP_WEIGHT = 2.0
 
 
 def split_samples(samples: Samples, fractions: SplitFractions, *, attributes: Sequence[str]) -> Splits:
@@ -37,10 +37,9 @@ def split_samples(samples: Samples, fractions: SplitFractions, *, attributes: Se
     Returns:
         Disjoint ascending indices which cover all samples.
     """
-    margin_nj, num_margins = _margins(samples, attributes)
+    margin_nj, weight_m = _margins(samples, attributes)
     share_s = np.array([getattr(fractions, name) for name in SPLIT_NAMES])
-    weight_m = np.where(np.arange(num_margins) <= margin_nj[:, 0].max(initial=-1), _CROSSED_WEIGHT, 1.0)
-    dealt_ms = np.zeros((num_margins, len(share_s)))
+    dealt_ms = np.zeros((len(weight_m), len(share_s)))
     split_n = np.empty(len(samples), dtype=np.int64)
     for members in _clusters_in_order(samples, margin_nj[:, 0], seed=fractions.seed):
         margins, count = np.unique(margin_nj[members], return_counts=True)
@@ -96,15 +95,17 @@ def strata(samples: Samples, attributes: Sequence[str]) -> np.ndarray:
     return code_n.reshape(-1).astype(np.int64)
 
 
-def _margins(samples: Samples, attributes: Sequence[str]) -> tuple[np.ndarray, int]:
-    """Margins that each image belongs to, int64 (n, columns), numbered through; the first is its stratum."""
+def _margins(samples: Samples, attributes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Margins that each image belongs to, int64 (n, j), numbered through, and their weights, float64 (m,).
+
+    The columns are the image's stratum, its class, its group in each attribute, and the whole set.
+    """
     groups = [samples.groups[name].code_n for name in attributes]
     columns = [strata(samples, attributes), samples.label_n, *groups, np.zeros(len(samples), np.int64)]
-    start, numbered = 0, []
-    for column in columns:
-        numbered.append(column + start)
-        start += int(column.max(initial=0)) + 1
-    return np.stack(numbered, axis=1), start
+    weights = [1.0, 1.0, *[_GROUP_WEIGHT] * len(groups), 1.0]
+    sizes = [int(column.max(initial=-1)) + 1 for column in columns]
+    starts = np.cumsum([0, *sizes[:-1]])
+    return np.stack(columns, axis=1) + starts, np.repeat(weights, sizes)
 
 
 def _clusters_in_order(samples: Samples, stratum_n: np.ndarray, *, seed: int) -> list[np.ndarray]:

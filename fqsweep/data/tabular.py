@@ -7,6 +7,7 @@ data set to say, not for a CSV reader to guess.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def plain_text(value: str | int | float) -> str:
     try:
         number = float(text)
     except ValueError:
+        return text
+    if not math.isfinite(number):
         return text
     return str(int(number)) if number.is_integer() else repr(number)
 

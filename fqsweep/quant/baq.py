@@ -83,7 +83,9 @@ class LearnedBits:
         velocity_u = self.velocity_u / (1 - MOMENTUM**self.num_steps)
         scale = self.scale / (1 - SCALE_MOMENTUM**self.num_steps)
         move_u = velocity_u / scale.clamp(min=1e-20) * (self.learning_rate * rate_frac)
-        bits_u = torch.cat([p.detach() for p in self.parameters]) - move_u.clamp_(-LARGEST_MOVE_BITS, LARGEST_MOVE_BITS)
+        bits_u = torch.cat([p.detach() for p in self.parameters]) - move_u.clamp_(
+            -LARGEST_MOVE_BITS, LARGEST_MOVE_BITS
+        )
         self._store(project_on_budget(bits_u, self.share_u, self.lowest_u, self.highest_u, self.budget_bits))
         for parameter in self.parameters:
             parameter.grad = None
@@ -121,7 +123,11 @@ class LearnedBits:
 
 
 def project_on_budget(
-    bits_u: torch.Tensor, share_u: torch.Tensor, lowest_u: torch.Tensor, highest_u: torch.Tensor, budget_bits: float
+    bits_u: torch.Tensor,
+    share_u: torch.Tensor,
+    lowest_u: torch.Tensor,
+    highest_u: torch.Tensor,
+    budget_bits: float,
 ) -> torch.Tensor:
     """The nearest widths (metric: squared distance weighted by size) within limits and budget.
 

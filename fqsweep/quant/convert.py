@@ -9,6 +9,7 @@ Axes: u units of a layer, b bit choices.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ class QuantisedWeight(nn.Module):
         log_gain_u: learned factor of a unit's step, as its logarithm.
         bits_u: whole widths in use, int64 (u,).
     """
+
+    step_ub: torch.Tensor
+    bits_u: torch.Tensor
 
     def __init__(self, step_ub: torch.Tensor, bits_u: torch.Tensor) -> None:
         super().__init__()
@@ -55,12 +59,16 @@ class LearnedBitsWeight(QuantisedWeight):
     gradient of Uhlich et al. 2020 down to 2 bits, and the difference below, where it has no meaning.
     """
 
-    def __init__(self, step_ub: torch.Tensor, bits_u: torch.Tensor, *, bit_gradient: str, smallest: int) -> None:
+    def __init__(
+        self, step_ub: torch.Tensor, bits_u: torch.Tensor, *, bit_gradient: str, smallest: int
+    ) -> None:
         super().__init__(step_ub, bits_u)
         self.free_bits_u = nn.Parameter(bits_u.float())
         self.bit_gradient = bit_gradient
         self.smallest = smallest
         self.largest = int(torch.isfinite(step_ub).any(dim=0).nonzero().max())
+        # A pinned width may have no neighbour that is a choice: its grid then has share 0, and must not be NaN.
+        self.step_ub.nan_to_num_(nan=0.0)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         weight_un = as_units(weight, len(self.bits_u))
@@ -129,8 +137,15 @@ def quantisers_of(model: nn.Module) -> dict[str, QuantisedWeight]:
     found = {}
     for name, module in quantisable_layers(model).items():
         if parametrize.is_parametrized(module, "weight"):
-            found[name] = module.parametrizations.weight[0]
+            found[name] = _quantiser_of(module)
     return found
+
+
+def _quantiser_of(layer: nn.Module) -> QuantisedWeight:
+    chain: Any = layer.parametrizations
+    quantiser = chain.weight[0]
+    assert isinstance(quantiser, QuantisedWeight)
+    return quantiser
 
 
 def freeze_bits(model: nn.Module, units: UnitTable, bits_u: np.ndarray) -> None:
@@ -138,11 +153,12 @@ def freeze_bits(model: nn.Module, units: UnitTable, bits_u: np.ndarray) -> None:
     layers = quantisable_layers(model)
     for name, layer_bits in units.split(bits_u).items():
         module = layers[name]
-        learned = module.parametrizations.weight[0]
+        learned = _quantiser_of(module)
         bits = torch.as_tensor(np.asarray(layer_bits), dtype=torch.long, device=learned.bits_u.device)
         frozen = QuantisedWeight(learned.step_ub, bits)
         frozen.log_gain_u = learned.log_gain_u
-        module.parametrizations.weight[0] = frozen
+        chain: Any = module.parametrizations
+        chain.weight[0] = frozen
 
 
 @torch.no_grad()

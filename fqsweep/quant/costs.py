@@ -31,7 +31,7 @@ def effective_gbops(
         layer_macs: layer name -> multiply-accumulates, every token and position counted.
         activation_macs: multiply-accumulates between activations.
     """
-    total = activation_macs * ACTIVATION_BITS * ACTIVATION_BITS
+    total = float(activation_macs) * ACTIVATION_BITS * ACTIVATION_BITS
     for layer in units.layers:
         # All units of a layer do the same number of operations.
         mean_bits = float(np.mean(bits_u[layer.start : layer.stop]))

@@ -42,16 +42,16 @@ class _Quantise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight_un, step_u1, limit_u1, offset_u1):  # type: ignore[no-untyped-def]
+    def forward(ctx, weight_un, step_u1, limit_u1, offset_u1):
         quantised = round_to_levels(weight_un, step_u1, limit_u1, offset_u1).mul_(step_u1)
         ctx.save_for_backward(weight_un, quantised, step_u1, limit_u1, offset_u1)
         return quantised
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_un):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_un):
         weight_un, quantised, step_u1, limit_u1, offset_u1 = ctx.saved_tensors
-        # Clipped weights get no gradient. At 1 bit there is no clipping; a dropped unit (limit 0) has none at all.
+        # Clipped weights get no gradient. At 1 bit nothing is clipped; a dropped unit has no gradient.
         one_bit = offset_u1 > 0
         reach = torch.where(one_bit, torch.inf, limit_u1 * step_u1 * (1 + 1e-6))
         reach = torch.where(step_u1 > 0, reach, -1.0)
@@ -114,7 +114,9 @@ def fake_quantize(weight: torch.Tensor, bits: int | torch.Tensor) -> torch.Tenso
     if given.is_floating_point() or given.dtype == torch.bool:
         raise ValueError(f"bits must be whole numbers, got {given.dtype}")
     if given.ndim > 1 or (given.ndim == 1 and len(given) != len(weight)):
-        raise ValueError(f"bits must be one number or {len(weight)} (one per channel), got shape {tuple(given.shape)}")
+        raise ValueError(
+            f"bits must be one number or {len(weight)} (one per channel), got shape {tuple(given.shape)}"
+        )
     if given.numel() and (int(given.min()) < 0 or int(given.max()) > MAX_BITS):
         raise ValueError(f"bits must lie in 0..{MAX_BITS}, got {int(given.min())} to {int(given.max())}")
     bits_u = given.expand(len(weight)) if given.ndim == 0 else given

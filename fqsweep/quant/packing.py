@@ -128,7 +128,9 @@ def read_metadata(blob: bytes) -> dict[str, str]:
     if metadata.get("format") != FORMAT:
         raise PackedFileError(f"not a packed model: its format is {metadata.get('format', 'not named')!r}")
     if metadata.get("version") != VERSION:
-        raise PackedFileError(f"packed model of version {metadata.get('version')}: this fqsweep reads {VERSION}")
+        raise PackedFileError(
+            f"packed model of version {metadata.get('version')}: this fqsweep reads {VERSION}"
+        )
     return dict(metadata)
 
 

@@ -17,7 +17,11 @@ NARROW_UP_TO_BITS = 4
 
 
 def choose_steps(
-    weight_un: torch.Tensor, choices: tuple[int, ...], *, rule: ScaleRule, curvature_un: torch.Tensor | None = None
+    weight_un: torch.Tensor,
+    choices: tuple[int, ...],
+    *,
+    rule: ScaleRule,
+    curvature_un: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Steps per unit and choice.
 

@@ -44,7 +44,9 @@ class UnitTable:
     @property
     def num_weights_u(self) -> np.ndarray:
         """int64 (u,): weights per unit."""
-        return np.repeat([l.num_weights for l in self.layers], [l.num_units for l in self.layers]).astype(np.int64)
+        return np.concatenate(
+            [np.full(layer.num_units, layer.num_weights, dtype=np.int64) for layer in self.layers]
+        )
 
     def split(self, value_u: np.ndarray) -> dict[str, np.ndarray]:
         """An array over units as one array per layer name."""

@@ -101,9 +101,9 @@ def test_a_csv_that_holds_no_runs_is_an_input_error(tmp_path: Path, text, messag
 
 
 def test_analysis_imports_neither_torch_nor_ray_even_when_it_reads_mlflow(store, tmp_path):
+    arguments = ["--tracking-uri", store.uri, "--sweep", "single", "--out", str(tmp_path)]
     code = (
-        "import sys; from analysis.report import main; "
-        f"assert main(['--tracking-uri', {store.uri!r}, '--sweep', 'single', '--out', {str(tmp_path)!r}]) == 0; "
+        f"import sys; from analysis.report import main; assert main({arguments!r}) == 0; "
         "assert not {'torch', 'ray'} & set(sys.modules)"
     )
     root = str(Path(load.__file__).parents[1])

@@ -1,0 +1,52 @@
+"""Data sets in words: what can be used, and what one holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fqsweep.config import DatasetConfig
+from fqsweep.data.records import Samples, Splits
+
+KINDS = {
+    "synthderm": "procedural skin images, six skin types; needs no files",
+    "isic2019": "dermoscopy, 8 diagnoses, groups by sex and age; DATA/isic2019 in the official layout",
+    "fitzpatrick17k": "clinical photos, 114 conditions, groups by skin type; DATA/fitzpatrick17k",
+    "table": "any CSV with an image folder; columns are named in the search space",
+}
+
+
+def describe_kinds(data_dir: Path | None) -> str:
+    """One line a kind of data set: what it is, and whether it lies in ``data_dir``."""
+    lines = []
+    for kind, text in KINDS.items():
+        state = ""
+        if kind in ("isic2019", "fitzpatrick17k"):
+            there = data_dir is not None and (data_dir / kind).is_dir()
+            state = "installed" if there else "not found" if data_dir else "unknown without --data-dir"
+        lines.append(f"{kind:<15} {text}{f' [{state}]' if state else ''}")
+    return "\n".join(lines)
+
+
+def describe_set(config: DatasetConfig, samples: Samples, splits: Splits) -> str:
+    """Counts of a data set: images by split, class and group, and what was left out."""
+    parts = ", ".join(f"{name} {len(index):,}" for name, index in splits.items())
+    lines = [f"{config.name}: {len(samples):,} images ({parts})", *(f"  {note}" for note in samples.notes)]
+    lines.append(_counts("class", samples.label_n, samples.class_names, splits))
+    for attribute in config.group_attributes:
+        groups = samples.groups[attribute]
+        lines.append(_counts(attribute, groups.code_n, groups.names, splits))
+    return "\n".join(lines)
+
+
+def _counts(title: str, code_n: np.ndarray, names: tuple[str, ...], splits: Splits) -> str:
+    """A small table: one row a name, one column a split."""
+    width = max(len(title), *(len(name) for name in names))
+    columns = [(name, np.bincount(code_n[index], minlength=len(names))) for name, index in splits.items()]
+    head = f"  {title:<{width}}" + "".join(f"  {name:>11}" for name, _ in columns)
+    rows = [
+        f"  {name:<{width}}" + "".join(f"  {counts[code]:>11,}" for _, counts in columns)
+        for code, name in enumerate(names)
+    ]
+    return "\n".join([head, *rows])

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fqsweep.config import Fitzpatrick17kConfig
+from fqsweep.data import describe_samples
+from fqsweep.errors import InputError
+
+
+def config(**changes: object) -> Fitzpatrick17kConfig:
+    return Fitzpatrick17kConfig(kind="fitzpatrick17k", **changes)  # type: ignore[arg-type]
+
+
+def test_tone_joins_types_one_to_three_and_four_to_six(fitzpatrick_root: Path) -> None:
+    samples = describe_samples(
+        config(group_attributes=("skin_tone", "skin_type")), data_dir=fitzpatrick_root.parent
+    )
+    assert samples.groups["skin_tone"].names == ("1-3", "4-6")
+    assert samples.groups["skin_tone"].code_n.tolist() == [0, 0, 1, 1]
+    assert samples.groups["skin_type"].names == ("1", "3", "4", "6")
+    assert samples.class_names == ("acne", "vitiligo")
+    assert "1 images of unknown skin_tone are left out." in samples.notes
+
+
+def test_unknown_types_can_be_kept(fitzpatrick_root: Path) -> None:
+    samples = describe_samples(config(unknown_groups="keep"), data_dir=fitzpatrick_root.parent)
+    assert samples.groups["skin_tone"].names == ("1-3", "4-6", "unknown")
+
+
+@pytest.mark.parametrize("folder", ["data/finalfitz17k", "finalfitz17k", "."])
+def test_folder_names_found_in_the_wild_are_accepted(fitzpatrick_root: Path, folder: str) -> None:
+    images = list((fitzpatrick_root / "images").iterdir())
+    (fitzpatrick_root / folder).mkdir(parents=True, exist_ok=True)
+    for path in images:
+        path.rename(fitzpatrick_root / folder / path.name)
+    assert len(describe_samples(config(), data_dir=fitzpatrick_root.parent)) == 4
+
+
+def test_the_column_may_be_called_fitzpatrick(fitzpatrick_root: Path) -> None:
+    path = fitzpatrick_root / "fitzpatrick17k.csv"
+    text = path.read_text()
+    path.write_text(text.replace("fitzpatrick_scale", "fitzpatrick"))
+    assert len(describe_samples(config(), data_dir=fitzpatrick_root.parent)) == 4
+    path.write_text(text.replace("fitzpatrick_scale", "fitz_scale"))
+    with pytest.raises(InputError, match=r"no column 'fitzpatrick_scale' \(nearest: 'fitz_scale'\)"):
+        describe_samples(config(), data_dir=fitzpatrick_root.parent)
+
+
+def test_a_type_that_is_none_is_named_with_its_line(fitzpatrick_root: Path) -> None:
+    path = fitzpatrick_root / "fitzpatrick17k.csv"
+    path.write_text(path.read_text().replace(",6,", ",7,"))
+    with pytest.raises(
+        InputError, match="line 5: fitzpatrick_scale must be 1 to 6, or -1 for unknown, but is 7"
+    ):
+        describe_samples(config(), data_dir=fitzpatrick_root.parent)
+
+
+def test_the_complete_public_csv_is_read(shared_data: Path, tmp_path: Path) -> None:
+    """All 16,577 rows, with empty files in place of images: describing decodes nothing."""
+    root = tmp_path / "fitzpatrick17k"
+    (root / "images").mkdir(parents=True)
+    text = (shared_data / "labels" / "fitzpatrick17k.csv").read_text()
+    (root / "fitzpatrick17k.csv").write_text(text)
+    for line in text.splitlines()[1:]:
+        (root / "images" / f"{line.split(',')[0]}.jpg").touch()
+    samples = describe_samples(config(group_attributes=("skin_type",)), data_dir=tmp_path)
+    assert len(samples) == 16_577 - 565
+    assert len(samples.class_names) == 114
+    assert np.bincount(samples.groups["skin_type"].code_n).tolist() == [2947, 4808, 3308, 2781, 1533, 635]
+    partition = describe_samples(config(label_level="three_partition_label"), data_dir=tmp_path)
+    assert partition.class_names == ("benign", "malignant", "non-neoplastic")

@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fqsweep.data.folder import ImageFolder, decode_square, first_folder
+from fqsweep.errors import InputError
+from tests.data.conftest import write_photo
+
+
+def test_the_centre_is_kept_and_the_sides_are_cut(tmp_path: Path) -> None:
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = (10, 200, 30)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert (decode_square(tmp_path / "wide.png", size=20) == (10, 200, 30)).all()
+
+
+def test_scaling_down_averages_over_the_area(tmp_path: Path) -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 200
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    assert np.abs(decode_square(tmp_path / "stripes.png", size=8).astype(int) - 100).max() <= 13
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned 90 degrees clockwise for display
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    decoded = decode_square(tmp_path / "turned.jpg", size=32)
+    assert decoded[:, -6:].mean() > 240
+    assert decoded[:, :22].mean() < 15
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "suffix", "expected"),
+    [
+        ("L", 90, "png", (90, 90, 90)),
+        ("I;16", 0x5A5A, "png", (90, 90, 90)),
+        ("CMYK", (255, 0, 0, 0), "jpg", (0, 255, 255)),
+        ("RGBA", (0, 0, 0, 0), "png", (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 255), "png", (10, 20, 30)),
+        ("LA", (40, 255), "png", (40, 40, 40)),
+        ("1", 1, "png", (255, 255, 255)),
+    ],
+)
+def test_every_mode_becomes_the_same_rgb(
+    tmp_path: Path, mode: str, value: object, suffix: str, expected: tuple[int, int, int]
+) -> None:
+    path = tmp_path / f"image.{suffix}"
+    if mode == "I;16":
+        Image.fromarray(np.full((16, 16), value, np.uint16)).save(path)
+    else:
+        Image.new(mode, (16, 16), value).save(path)  # type: ignore[arg-type]
+    decoded = decode_square(path, size=16)
+    assert decoded.shape == (16, 16, 3)
+    assert decoded.dtype == np.uint8
+    assert np.abs(decoded.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10, 300])
+def test_a_truncated_or_empty_jpeg_is_refused_by_name(tmp_path: Path, kept_bytes: int) -> None:
+    path = tmp_path / "short.jpg"
+    write_photo(path, side=64)
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(InputError, match=r"short\.jpg cannot be decoded .*; fetch it again"):
+        decode_square(path, size=32)
+
+
+def test_a_text_file_with_an_image_suffix_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "page.png").write_text("<html>not found</html>")
+    with pytest.raises(InputError, match=r"page\.png cannot be decoded"):
+        decode_square(tmp_path / "page.png", size=32)
+
+
+def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone\.jpg is not there any more"):
+        decode_square(tmp_path / "gone.jpg", size=32)
+
+
+def test_a_missing_suffix_is_looked_up_and_subfolders_are_seen(tmp_path: Path) -> None:
+    write_photo(tmp_path / "a" / "one.JPG")
+    folder = ImageFolder(tmp_path)
+    assert folder.find("a/one") == "a/one.JPG"
+    assert folder.find("./a/one.JPG") == "a/one.JPG"
+    assert folder.find("one") is None
+
+
+def test_missing_images_are_counted_and_the_first_three_named(tmp_path: Path) -> None:
+    write_photo(tmp_path / "there.jpg")
+    with pytest.raises(InputError, match=r"4 of 5 images .*first: .*m0, .*m1, .*m2; complete the folder"):
+        ImageFolder(tmp_path).open(["there", "m0", "m1", "m2", "m3"])
+
+
+def test_the_content_changes_with_a_files_size(tmp_path: Path) -> None:
+    write_photo(tmp_path / "a.jpg")
+    _, before = ImageFolder(tmp_path).open(["a"])
+    write_photo(tmp_path / "a.jpg", side=48)
+    _, after = ImageFolder(tmp_path).open(["a"])
+    assert before != after
+
+
+def test_a_folder_nested_in_its_twin_is_found(tmp_path: Path) -> None:
+    write_photo(tmp_path / "X" / "X" / "a.jpg")
+    assert first_folder(tmp_path, ["X"]) == tmp_path / "X" / "X"
+    with pytest.raises(InputError, match="no folder with images; looked for: Y, the folder itself"):
+        first_folder(tmp_path, ["Y", "."])

@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+import torch
+
+from fqsweep.data.augment import change_light, random_flips, rotate_and_shift
+from fqsweep.data.loading import BatchLoader
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def loader(count: int = 20, *, side: int = 16, **changes: object) -> BatchLoader:
+    rng = np.random.default_rng(0)
+    settings: dict[str, object] = {
+        "images": rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8),
+        "labels": np.arange(count) % 3,
+        "groups": np.arange(count) % 2,
+        "indices": np.arange(count),
+        "batch_size": 6,
+        "device": "cpu",
+        "mean": MEAN,
+        "std": STD,
+    }
+    return BatchLoader(**settings | changes)  # type: ignore[arg-type]
+
+
+def test_evaluation_gives_every_image_normalised_and_in_order() -> None:
+    plain = loader(19, indices=np.array([5, 3, 18, 0, 7, 9, 1]), shuffle=False)
+    batches = list(plain.epoch(0))
+    assert [len(batch.label_b) for batch in batches] == [6, 1]
+    image_bchw = torch.cat([batch.image_bchw for batch in batches])
+    pixels = plain.images[plain.indices].transpose(0, 3, 1, 2) / 255
+    expected = (pixels - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    assert np.allclose(image_bchw.numpy(), expected, atol=1e-5)
+    assert image_bchw.dtype == torch.float32
+    assert torch.cat([batch.label_b for batch in batches]).tolist() == (plain.indices % 3).tolist()
+    assert torch.cat([batch.group_b for batch in batches]).tolist() == (plain.indices % 2).tolist()
+
+
+@pytest.mark.parametrize(
+    ("count", "shuffle", "sizes"),
+    [(13, True, [6, 6]), (13, False, [6, 6, 1]), (14, True, [6, 6, 2]), (12, True, [6, 6]), (1, True, [1])],
+)
+def test_a_last_single_image_is_left_out_of_training_alone(count: int, shuffle: bool, sizes: list[int]) -> None:
+    batches = loader(count, shuffle=shuffle)
+    assert [len(batch.label_b) for batch in batches.epoch(0)] == sizes
+    assert batches.num_batches == len(sizes)
+
+
+@pytest.mark.parametrize("augment", ["none", "flips", "standard", "autoaugment"])
+@pytest.mark.parametrize("class_balance", ["none", "sampler"])
+def test_an_epoch_depends_on_seed_and_number_alone(augment: str, class_balance: str) -> None:
+    def pixels(seed: int, epoch: int) -> torch.Tensor:
+        batches = loader(augment=augment, class_balance=class_balance, seed=seed)
+        return torch.cat([batch.image_bchw for batch in batches.epoch(epoch)])
+
+    torch.manual_seed(1)
+    first = pixels(7, 3)
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    assert torch.equal(first, pixels(7, 3))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not torch.equal(first, pixels(7, 4))
+    assert not torch.equal(first, pixels(8, 3))
+
+
+def test_shuffling_gives_every_training_image_once() -> None:
+    labels = np.arange(18)
+    batches = loader(18, labels=labels)
+    seen = torch.cat([batch.label_b for batch in batches.epoch(0)]).tolist()
+    assert sorted(seen) == labels.tolist()
+    assert seen != labels.tolist()
+
+
+def test_the_sampler_draws_classes_equally_and_no_image_twice_before_all_others() -> None:
+    labels = np.array([0] * 50 + [1] * 8 + [2] * 2)
+    batches = loader(60, labels=labels, groups=np.arange(60), class_balance="sampler", batch_size=10)
+    drawn = list(batches.epoch(0))
+    label = torch.cat([batch.label_b for batch in drawn])
+    assert torch.bincount(label).tolist() == [20, 20, 20]
+    image = torch.cat([batch.group_b for batch in drawn])
+    times = torch.bincount(image, minlength=60)
+    assert times[:50].max() == 1
+    assert times[50:58].tolist().count(2) == 4
+    assert times[58:].tolist() == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"augment": "flip"}, "augment must be one of .* but is 'flip'"),
+        ({"class_balance": "loss"}, "class_balance must be one of"),
+        ({"class_balance": "sampler", "shuffle": False}, "set shuffle=True"),
+        ({"indices": np.array([], int)}, "indices is empty"),
+        ({"labels": np.zeros(3, int)}, "must have one length, but have 20, 3, 20"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loader(**changes)  # type: ignore[arg-type]
+
+
+def test_flips_give_each_of_the_four_mirrorings_and_nothing_else() -> None:
+    image = torch.arange(4.0).view(1, 1, 2, 2).expand(400, 1, 2, 2)
+    flipped = random_flips(image, generator=torch.Generator().manual_seed(0))
+    kinds, counts = torch.unique(flipped.reshape(400, 4), dim=0, return_counts=True)
+    assert {tuple(kind) for kind in kinds.int().tolist()} == {
+        (0, 1, 2, 3),
+        (1, 0, 3, 2),
+        (2, 3, 0, 1),
+        (3, 2, 1, 0),
+    }
+    assert counts.min() > 60
+
+
+def test_rotation_and_shift_keep_the_centre_in_place_and_invent_no_black() -> None:
+    image = torch.full((64, 3, 32, 32), 120.0)
+    image[:, :, 14:18, 14:18] = 250.0
+    moved = rotate_and_shift(image, generator=torch.Generator().manual_seed(0))
+    assert moved.min() >= 119.9
+    brightest = moved[:, 0].reshape(64, -1).argmax(dim=1)
+    offset = torch.stack((brightest // 32, brightest % 32)).float() - 15.5
+    assert offset.abs().max() <= 4.5
+
+
+def test_light_changes_stay_in_their_bounds() -> None:
+    image = torch.rand((200, 3, 8, 8), generator=torch.Generator().manual_seed(1)) * 100 + 80
+    lit = change_light(image, generator=torch.Generator().manual_seed(0))
+    ratio = lit.mean(dim=(1, 2, 3)) / image.mean(dim=(1, 2, 3))
+    assert 0.9 - 1e-4 <= float(ratio.min()) < 0.92
+    assert 1.08 < float(ratio.max()) <= 1.1 + 1e-4
+    spread = (lit.std(dim=(1, 2, 3)) / image.std(dim=(1, 2, 3))) / ratio
+    assert float(spread.min()) >= 0.9 - 1e-3
+    assert float(spread.max()) <= 1.1 + 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("augment", ["none", "flips", "standard", "autoaugment"])
+def test_a_gpu_gives_the_same_batches(augment: str) -> None:
+    for here, there in zip(
+        loader(augment=augment).epoch(0), loader(augment=augment, device="cuda").epoch(0), strict=True
+    ):
+        assert torch.allclose(here.image_bchw, there.image_bchw.cpu(), atol=2e-2)
+        assert torch.equal(here.label_b, there.label_b.cpu())

@@ -1,0 +1,142 @@
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fqsweep.config import SynthdermConfig
+from fqsweep.data import describe_samples, packs
+from fqsweep.data.folder import FolderSource
+from fqsweep.data.packs import open_pack, pack_path, verify_pack
+from fqsweep.data.records import Samples
+from fqsweep.data.subset import stratified_subset, take
+from fqsweep.errors import InputError
+from tests.data.conftest import write_photo
+
+
+def synthetic(num_images: int = 100) -> Samples:
+    return describe_samples(SynthdermConfig(kind="synthderm", num_images=num_images), data_dir=None)
+
+
+def few(count: int = 6) -> Samples:
+    return take(synthetic(), np.arange(count))
+
+
+def _open_in_process(pack_dir: Path, ready: object, queue: object) -> None:
+    ready.wait()  # type: ignore[attr-defined]
+    queue.put(int(open_pack(few(30), size=16, pack_dir=pack_dir, num_threads=1).sum()))  # type: ignore[attr-defined]
+
+
+def test_a_pack_holds_every_image_in_order(tmp_path: Path) -> None:
+    samples = few()
+    image_nhwc = open_pack(samples, size=32, pack_dir=tmp_path)
+    assert image_nhwc.shape == (6, 32, 32, 3)
+    for index in range(6):
+        assert np.array_equal(image_nhwc[index], samples.source.read(index, size=32))
+    with pytest.raises(ValueError, match="read-only"):
+        image_nhwc[0] = 0
+
+
+def test_a_second_opening_decodes_nothing(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report: Callable[[int, int], None] = lambda done, total: seen.append((done, total))  # noqa: E731
+    open_pack(few(), size=16, pack_dir=tmp_path, on_progress=report)
+    open_pack(few(), size=16, pack_dir=tmp_path, on_progress=report)
+    assert seen == [(6, 6)]
+
+
+def test_another_size_subset_or_content_is_another_pack(tmp_path: Path) -> None:
+    paths = {
+        pack_path(few(), size=16, pack_dir=tmp_path),
+        pack_path(few(), size=17, pack_dir=tmp_path),
+        pack_path(few(5), size=16, pack_dir=tmp_path),
+        pack_path(replace(few(), content="other"), size=16, pack_dir=tmp_path),
+    }
+    assert len(paths) == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no record", "bad record", "bad header"])
+def test_a_damaged_pack_is_made_again(tmp_path: Path, damage: str) -> None:
+    before = np.array(open_pack(few(), size=16, pack_dir=tmp_path))
+    path = pack_path(few(), size=16, pack_dir=tmp_path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "no record":
+        path.with_suffix(".json").unlink()
+    elif damage == "bad record":
+        path.with_suffix(".json").write_text("[1")
+    else:
+        path.write_bytes(b"\0" * 64 + path.read_bytes()[64:])
+    assert np.array_equal(open_pack(few(), size=16, pack_dir=tmp_path), before)
+    verify_pack(path)
+
+
+def test_full_verification_finds_one_changed_byte(tmp_path: Path) -> None:
+    open_pack(few(), size=32, pack_dir=tmp_path)
+    path = pack_path(few(), size=32, pack_dir=tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="is not as it was written; delete it"):
+        verify_pack(path)
+
+
+def test_processes_that_ask_at_once_share_one_pack(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, queue = context.Event(), context.Queue()
+    workers = [context.Process(target=_open_in_process, args=(tmp_path, ready, queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    ready.set()
+    sums = {queue.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join()
+    assert len(sums) == 1
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+
+
+def test_an_unreadable_image_is_named_and_leaves_no_pack(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        write_photo(tmp_path / name)
+    (tmp_path / "b.jpg").write_bytes(b"")
+    source = FolderSource((tmp_path / "a.jpg", tmp_path / "b.jpg"))
+    with pytest.raises(InputError, match=r"b\.jpg cannot be decoded"):
+        open_pack(replace(few(2), source=source), size=16, pack_dir=tmp_path / "packs")
+    assert [path.name for path in (tmp_path / "packs").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_disk_without_room_is_refused_before_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packs.shutil, "disk_usage", lambda folder: _Usage(free=1000))
+    with pytest.raises(InputError, match=r"needs 8,704 bytes .* has 1,000 free; .*max_images"):
+        open_pack(few(), size=16, pack_dir=tmp_path)
+
+
+class _Usage:
+    def __init__(self, *, free: int) -> None:
+        self.free = free
+
+
+def test_a_subset_keeps_the_shares_and_the_images(tmp_path: Path) -> None:
+    samples = synthetic(600)
+    subset = stratified_subset(samples, max_images=300, attributes=["skin_type"], seed=3)
+    assert len(subset) == 300
+    type_whole, type_subset = (
+        np.bincount(s.groups["skin_type"].code_n, minlength=6) for s in (samples, subset)
+    )
+    assert np.abs(type_subset - type_whole / 2).max() <= 4
+    position = samples.id_n.tolist().index(subset.id_n[7])
+    assert np.array_equal(subset.source.read(7, size=16), samples.source.read(position, size=16))
+    assert "300 images are left out by max_images = 300." in subset.notes
+    assert stratified_subset(samples, max_images=None, attributes=["skin_type"], seed=3) is samples
+
+
+def test_a_larger_subset_of_one_seed_differs_from_another_seeds() -> None:
+    first, again, other = (
+        set(stratified_subset(synthetic(), max_images=50, attributes=["skin_type"], seed=seed).id_n.tolist())
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other

@@ -1,0 +1,124 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fqsweep.config import SplitFractions
+from fqsweep.data.records import Samples
+from fqsweep.data.splits import check_groups, split_samples, stable_order
+from fqsweep.errors import InputError
+
+SHARES = {"train": 0.6, "calibration": 0.1, "validation": 0.15, "test": 0.15}
+Make = Callable[..., Samples]
+relaxed = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@relaxed
+@given(seed=st.integers(0, 2**16), count=st.integers(1, 400), clusters=st.integers(1, 300))
+def test_splits_are_disjoint_cover_everything_and_keep_clusters_whole(
+    make_samples: Make, seed: int, count: int, clusters: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    cluster_n = rng.integers(0, clusters, count)
+    samples = make_samples(rng.integers(0, 4, count), rng.integers(0, 3, count), cluster_n)
+    splits = split_samples(samples, SplitFractions(seed=seed), attributes=["site"])
+    together = np.concatenate([index for _, index in splits.items()])
+    assert np.array_equal(np.sort(together), np.arange(count))
+    cluster_sets = [set(cluster_n[index].tolist()) for _, index in splits.items()]
+    assert sum(map(len, cluster_sets)) == len(set.union(*cluster_sets))
+    assert all((np.diff(index) > 0).all() for _, index in splits.items())
+
+
+@relaxed
+@given(seed=st.integers(0, 2**16), count=st.integers(20, 600))
+def test_every_stratum_class_and_group_has_its_share_to_within_three_images(
+    make_samples: Make, seed: int, count: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    samples = make_samples(
+        rng.choice(4, count, p=[0.7, 0.15, 0.1, 0.05]), rng.choice(3, count, p=[0.6, 0.3, 0.1])
+    )
+    splits = split_samples(samples, SplitFractions(seed=seed), attributes=["site"])
+    label_n, group_n = samples.label_n, samples.groups["site"].code_n
+    for code_n in (label_n * 3 + group_n, label_n, group_n, np.zeros(count, np.int64)):
+        total = np.bincount(code_n)
+        for name, index in splits.items():
+            got = np.bincount(code_n[index], minlength=len(total))
+            assert np.abs(got - SHARES[name] * total).max() <= 3
+
+
+def test_clustered_images_keep_their_shares_to_within_a_percent(make_samples: Make) -> None:
+    rng = np.random.default_rng(1)
+    cluster_n = np.repeat(np.arange(2000), rng.integers(1, 5, 2000))
+    label_c, group_c = rng.choice(5, 2000, p=[0.5, 0.2, 0.15, 0.1, 0.05]), rng.integers(0, 2, 2000)
+    samples = make_samples(label_c[cluster_n], group_c[cluster_n], cluster_n)
+    splits = split_samples(samples, SplitFractions(), attributes=["site"])
+    for name, index in splits.items():
+        share_k = np.bincount(samples.label_n[index], minlength=5) / np.bincount(samples.label_n)
+        assert share_k == pytest.approx(SHARES[name], abs=0.01)
+
+
+def test_the_split_does_not_depend_on_the_order_of_rows(make_samples: Make) -> None:
+    rng = np.random.default_rng(2)
+    label_n, group_n = rng.integers(0, 4, 300), rng.integers(0, 2, 300)
+    cluster_n, id_n = rng.integers(0, 200, 300), np.array([f"image{number}" for number in range(300)])
+    order = rng.permutation(300)
+    plain = make_samples(label_n, group_n, cluster_n, id_n)
+    mixed = make_samples(label_n[order], group_n[order], 500 - cluster_n[order], id_n[order])
+    for (_, first), (_, second) in zip(
+        split_samples(plain, SplitFractions(), attributes=["site"]).items(),
+        split_samples(mixed, SplitFractions(), attributes=["site"]).items(),
+        strict=True,
+    ):
+        assert set(plain.id_n[first]) == set(mixed.id_n[second])
+
+
+def test_another_seed_gives_another_split(make_samples: Make) -> None:
+    samples = make_samples(np.zeros(200), np.zeros(200))
+    tests = [split_samples(samples, SplitFractions(seed=seed), attributes=["site"]).test for seed in (0, 1)]
+    assert not np.array_equal(*tests)
+
+
+def test_ten_images_of_one_kind_are_divided_by_hand(make_samples: Make) -> None:
+    fractions = SplitFractions(train=0.4, calibration=0.2, validation=0.2, test=0.2)
+    splits = split_samples(make_samples(np.zeros(10), np.zeros(10)), fractions, attributes=["site"])
+    assert [len(index) for _, index in splits.items()] == [4, 2, 2, 2]
+
+
+def test_the_order_of_an_id_does_not_depend_on_the_machine() -> None:
+    order = stable_order(np.array(["ISIC_0000001", "ISIC_0000002"]), seed=0)
+    assert order == pytest.approx([0.0013432876430673484, 0.3573562140071001], abs=1e-12)
+
+
+def test_small_groups_and_untrained_classes_are_all_named_in_one_message(make_samples: Make) -> None:
+    samples = make_samples([0] * 60 + [1], [0] * 58 + [1] * 3)
+    splits = split_samples(samples, SplitFractions(), attributes=["site"])
+    with pytest.raises(InputError, match="group1") as caught:
+        check_groups(samples, splits, attributes=["site"], min_count=5)
+    for split in ("calibration", "validation", "test"):
+        assert f"in {split}" in str(caught.value)
+    assert "of 5 images" in str(caught.value)
+    assert "min_group_count" in str(caught.value)
+
+
+def test_a_class_without_training_images_is_refused(make_samples: Make) -> None:
+    samples = make_samples([0] * 99 + [1], [0] * 100)
+    splits = split_samples(samples, SplitFractions(), attributes=["site"])
+    where = next(name for name, index in splits.items() if 99 in index)
+    if where == "train":
+        moved = splits.train[splits.train != 99]
+        splits = type(splits)(**dict(splits.items()) | {"train": moved, "test": np.append(splits.test, 99)})
+    with pytest.raises(InputError, match="class 'class1' has no image in train"):
+        check_groups(samples, splits, attributes=["site"], min_count=1)
+
+
+def test_large_enough_groups_pass(make_samples: Make) -> None:
+    samples = make_samples([0, 1] * 100, [0] * 100 + [1] * 100)
+    check_groups(
+        samples,
+        split_samples(samples, SplitFractions(), attributes=["site"]),
+        attributes=["site"],
+        min_count=10,
+    )

@@ -1,0 +1,125 @@
+"""Tiny sweeps for the tests, and looking at what they left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+from fqsweep.files import SweepPaths, read_lines
+from fqsweep.names import TAG_KEY, TAG_PARENT
+
+PROJECT = Path(__file__).resolve().parents[1]
+TINY = """
+name: tiny
+datasets:
+  - {kind: synthderm, group_attributes: [skin_tone], image_size: 32, num_images: 300, min_group_count: 5}
+architectures: [test_resnet]
+budgets_bits: [1, 3]
+seeds: [0, 1]
+methods:
+  - method: fp32
+  - {method: uniform, bits: [4]}
+  - {method: static, fairness_weight: {low: 0.0, high: 1.0}}
+  - {method: baq, bitrate_weight: 0.01}
+recipe: {epochs: EPOCHS, batch_size: 32, finetune_epochs: 1, calibration_images: 30}
+search: {trials_per_cell: 2}
+"""
+NUM_CELLS = 12
+NUM_TRIALS = 16
+
+
+def write_tiny(folder: Path, *, epochs: int = 1, text: str = TINY) -> Path:
+    file = folder / "tiny.yaml"
+    file.write_text(text.replace("EPOCHS", str(epochs)))
+    return file
+
+
+def start(space: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        str(PROJECT / "fqsweep" / "main.py"),
+        "run",
+        str(space),
+        "--out",
+        str(out),
+        *more,
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=space.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], *, timeout_s: float = 240) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=timeout_s)
+    return process.returncode, output
+
+
+def wait_for(condition: Callable[[], bool], *, what: str, timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
+        time.sleep(0.05)
+
+
+def done_trials(out: Path) -> Counter[str]:
+    lines = read_lines(SweepPaths(out).ledger)
+    return Counter(line["key"] for line in lines if line["event"] == "done" and line["kind"] == "trial")
+
+
+def events(out: Path, name: str) -> list[dict[str, object]]:
+    return [line for line in read_lines(SweepPaths(out).ledger) if line["event"] == name]
+
+
+def child_keys(out: Path) -> Counter[str]:
+    """Trial keys of the finished child runs of the sweep's parent."""
+    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("fqsweep")
+    parent = (out / "parent_run.txt").read_text()
+    runs = client.search_runs([experiment.experiment_id], f"tags.`{TAG_PARENT}` = '{parent}'", max_results=1000)
+    assert all(run.info.status == "FINISHED" for run in runs)
+    return Counter(run.data.tags[TAG_KEY] for run in runs)
+
+
+def kill_worker_of(driver: int) -> bool:
+    """kill -9 one process that is doing a task for this driver; False if there is none yet."""
+    for process in _descendants(driver):
+        name = Path(f"/proc/{process}/cmdline")
+        try:
+            words = name.read_bytes().split(b"\0")[0]
+        except OSError:
+            continue
+        if words.startswith(b"ray::") and b"TaskActor" in words and b"step" in words.lower():
+            os.kill(process, signal.SIGKILL)
+            return True
+    return False
+
+
+def _descendants(root: int) -> list[int]:
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+    found, queue = [], [root]
+    while queue:
+        above = queue.pop()
+        children = [child for child, parent in parents.items() if parent == above]
+        found += children
+        queue += children
+    return found

@@ -1,0 +1,150 @@
+"""Whole sweeps through the command line: finished, killed, gone on with, failing in part."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from sweeps import (
+    NUM_CELLS,
+    NUM_TRIALS,
+    TINY,
+    child_keys,
+    done_trials,
+    events,
+    finish,
+    kill_worker_of,
+    start,
+    wait_for,
+    write_tiny,
+)
+
+from fqsweep.files import SweepPaths
+from fqsweep.names import RUN_PARAMS, metric_keys
+from fqsweep.trial import read_result
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    folder = tmp_path_factory.mktemp("sweep")
+    space = write_tiny(folder)
+    code, output = finish(start(space, folder / "out"))
+    assert code == 0, output
+    return space, folder / "out", output
+
+
+def test_a_sweep_does_every_cell_once_and_mlflow_matches_one_to_one(finished: tuple[Path, Path, str]) -> None:
+    _, out, output = finished
+    keys = done_trials(out)
+    assert len(keys) == NUM_TRIALS
+    assert set(keys.values()) == {1}
+    assert child_keys(out) == keys
+    assert f"{NUM_CELLS} of {NUM_CELLS} cells done" in output
+
+
+def test_the_end_names_report_tracking_and_ui_command_and_shows_no_framework_noise(
+    finished: tuple[Path, Path, str],
+) -> None:
+    _, out, output = finished
+    last = output.strip().splitlines()[-3:]
+    assert last[0].startswith("report:") and (out / "report" / "report.html").exists()
+    assert last[1] == f"tracking: sqlite:///{out}/mlflow.db"
+    assert last[2].startswith("open the MLflow UI with: fqsweep ui")
+    for noise in ("Warning", "INFO", "(raylet", "alembic", "Traceback", "Trial status"):
+        assert noise not in output
+
+
+def test_parents_and_cost_tables_are_computed_once(finished: tuple[Path, Path, str]) -> None:
+    _, out, _ = finished
+    done = [line["kind"] for line in events(out, "done")]
+    assert done.count("baseline") == 2
+    assert done.count("importance") == 2
+    assert len(list((out / "baselines").glob("*/meta.json"))) == 2
+
+
+def test_every_run_has_the_same_params_and_all_metrics_and_keeps_its_budget(
+    finished: tuple[Path, Path, str],
+) -> None:
+    _, out, _ = finished
+    paths = SweepPaths(out)
+    for key in done_trials(out):
+        result = read_result(paths.result(key))
+        assert tuple(result.params) == RUN_PARAMS
+        assert set(metric_keys()) <= set(result.metrics)
+        if result.params["budget_bits"] != "none":
+            assert result.metrics["bits/mean_weight"] <= float(result.params["budget_bits"])
+        assert result.metrics["size/packed_bytes"] == (paths.trial(key) / "model.fqs").stat().st_size
+
+
+def test_the_report_tags_the_recommended_runs(finished: tuple[Path, Path, str]) -> None:
+    _, out, _ = finished
+    front = pd.read_csv(out / "report" / "front.csv")
+    assert len(front) and {"variant", "on_front"} <= set(front.columns)
+    record = json.loads((out / "report" / "recommended.json").read_text())
+    assert record["settings"][0]["budgets"]
+
+
+def test_the_same_command_again_runs_nothing(finished: tuple[Path, Path, str]) -> None:
+    space, out, _ = finished
+    before = (out / "ledger.jsonl").read_bytes(), child_keys(out)
+    code, output = finish(start(space, out))
+    assert code == 0, output
+    assert ((out / "ledger.jsonl").read_bytes(), child_keys(out)) == before
+
+
+def test_a_driver_killed_twice_goes_on_and_does_every_trial_once(tmp_path: Path) -> None:
+    space, out = write_tiny(tmp_path), tmp_path / "out"
+    for wanted in (2, 7):
+        process = start(space, out)
+        wait_for(lambda n=wanted: len(done_trials(out)) >= n, what=f"{wanted} finished trials")
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert len(done_trials(out)) < NUM_TRIALS
+    code, output = finish(start(space, out))
+    assert code == 0, output
+    keys = done_trials(out)
+    assert len(keys) == NUM_TRIALS
+    assert set(keys.values()) == {1}
+    assert child_keys(out) == keys
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+    space, out = write_tiny(tmp_path, epochs=12), tmp_path / "out"
+    process = start(space, out)
+    wait_for(lambda: kill_worker_of(process.pid), what="a worker with a task")
+    code, output = finish(process)
+    assert code == 0, output
+    assert len(events(out, "lost")) == 1
+    assert set(done_trials(out).values()) == {1}
+    assert child_keys(out) == done_trials(out)
+    assert len(done_trials(out)) == NUM_TRIALS
+
+
+def test_cells_that_fail_are_named_and_the_others_go_on(tmp_path: Path) -> None:
+    text = TINY.replace("calibration_images: 30", "calibration_images: 30, finetune_learning_rate: 1.0e+30")
+    space, out = write_tiny(tmp_path, text=text.replace("seeds: [0, 1]", "seeds: [0]")), tmp_path / "out"
+    code, output = finish(start(space, out))
+    assert code == 1, output
+    assert "2 of 6 cells done, 4 failed" in output
+    assert "loss is" in output or "output is not finite" in output
+    assert "at epoch 1, step" in output
+    failed = events(out, "failed")
+    assert failed and all(Path(str(line["reason"]).split("log: ")[1].rstrip(")")).exists() for line in failed)
+    assert len(child_keys(out)) == 2
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> None:
+    space, out = write_tiny(tmp_path, epochs=3), tmp_path / "out"
+    process = start(space, out)
+    wait_for(lambda: len(done_trials(out)) >= 1, what="a finished trial")
+    os.kill(process.pid, signal.SIGINT)
+    code, output = finish(process, timeout_s=60)
+    assert code == 130, output
+    assert "To go on: fqsweep run" in output
+    assert "Traceback" not in output

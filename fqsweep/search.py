@@ -58,9 +58,11 @@ class OptunaStudies:
         study = self._study(cell)
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if (cell.key, trial.number) not in self.handed_out:
-                self.handed_out.add((cell.key, trial.number))
-                return trial.number, dict(trial.params)
-        asked = study.ask()
+                return self._hand_out(cell, optuna.Trial(study, trial._trial_id))
+        return self._hand_out(cell, study.ask())
+
+    def _hand_out(self, cell: Cell, asked: optuna.Trial) -> tuple[int, dict[str, float]]:
+        """Number and values; values that a driver killed between two of them left open are drawn now."""
         for name, limits in cell.point.free_weights.items():
             asked.suggest_float(name, limits.low, limits.high, log=limits.log)
         self.handed_out.add((cell.key, asked.number))
@@ -82,15 +84,15 @@ class OptunaStudies:
         return [(trial.number, dict(trial.params)) for trial in known]
 
     def _study(self, cell: Cell) -> optuna.Study:
-        """The cell's study; a new one begins with the start values of its ranges."""
+        """The cell's study; a new one begins with the start values of its ranges.
+
+        It is found by the cell's key: the title before it may have changed.
+        """
         if cell.key in self.studies:
             return self.studies[cell.key]
-        name = f"{cell.title} [{cell.key}]"
-        known = (
-            {one.study_name for one in optuna.get_all_study_summaries(self.storage)}
-            if self._has_any()
-            else set()
-        )
+        tag = f"[{cell.key}]"
+        known = [one.study_name for one in self.storage.get_all_studies() if one.study_name.endswith(tag)]
+        name = known[0] if known else f"{cell.title} {tag}"
         study = optuna.create_study(
             study_name=name,
             storage=self.storage,
@@ -98,16 +100,13 @@ class OptunaStudies:
             sampler=self._sampler(cell),
             load_if_exists=True,
         )
-        if name not in known:
+        if not study.get_trials(deepcopy=False):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 study.set_metric_names([key.replace("/", " ") for key in self.config.objectives])
             study.enqueue_trial({n: _start(limits) for n, limits in cell.point.free_weights.items()})
         self.studies[cell.key] = study
         return study
-
-    def _has_any(self) -> bool:
-        return bool(self.storage.get_all_studies())
 
     def _sampler(self, cell: Cell) -> optuna.samplers.BaseSampler:
         # Each cell its own stream, the same at every start.
@@ -237,8 +236,9 @@ class SweepState:
     def complete(self, task: Task, metrics: Mapping[str, float] | None = None) -> None:
         """A task is done; of a trial with free weights, its metrics go to the study."""
         self.running.pop(task.key, None)
-        if task.key in self.done:
+        if task.key in self.done or task.key in self.failed:
             return
+        self.lost = [other for other in self.lost if other.key != task.key]
         self.done.add(task.key)
         if task.kind == "trial":
             self._state_of(task.cell).done += 1

@@ -75,7 +75,8 @@ class LearnedBits:
             rate_frac: current share of ``learning_rate`` (its schedule).
         """
         gradient_u = torch.cat([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters])
-        per_weight_u = gradient_u / self.num_weights_u
+        is_free_u = self.highest_u > self.lowest_u
+        per_weight_u = torch.where(is_free_u, gradient_u / self.num_weights_u, 0.0)
         self.num_steps += 1
         self.velocity_u.mul_(MOMENTUM).add_(per_weight_u, alpha=1 - MOMENTUM)
         typical = (self.share_u * per_weight_u.square()).sum().sqrt()

@@ -68,7 +68,7 @@ class LearnedBitsWeight(QuantisedWeight):
         self.smallest = smallest
         self.largest = int(torch.isfinite(step_ub).any(dim=0).nonzero().max())
         # A pinned width may have no neighbour that is a choice: its grid then has share 0, and must not be NaN.
-        self.step_ub.nan_to_num_(nan=0.0)
+        self.step_ub = step_ub.nan_to_num(nan=0.0)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         weight_un = as_units(weight, len(self.bits_u))

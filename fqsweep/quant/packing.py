@@ -1,7 +1,8 @@
 """Quantised models on disk: what a weight costs in bits is what it takes in the file.
 
-Format ``fqsweep-packed`` version 1: a safetensors file. Its metadata holds the format, the version and,
-as JSON under ``layers``, name, shape, dtype and number of units of every quantised tensor in order.
+Format ``fqsweep-packed`` version 1: a safetensors file. Its metadata holds the format, the version, under
+``crc32`` a checksum of everything else and, as JSON under ``layers``, name, shape, dtype and number of units
+of every quantised tensor in order.
 Tensors:
 - ``codes.B`` for each width B from 1 to 8 in use: uint8, the B-bit codes of all units of that width, in
   the order of layers, units and weights, most significant bit first, the last byte padded with zeros.
@@ -14,6 +15,7 @@ A weight is code level times step in float32, so packing is exact for weights th
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +29,21 @@ from fqsweep.quant.grid import LIMIT_BY_BITS, MAX_BITS, absmax_steps, limits_of,
 
 FORMAT = "fqsweep-packed"
 VERSION = "1"
+CHECKSUM = "crc32"
 Bits = int | np.ndarray | torch.Tensor
+
+
+# What reading a header that lies can raise.
+_DAMAGE = (
+    safetensors.SafetensorError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class PackedFileError(ValueError):
@@ -92,7 +108,8 @@ def pack_weights(
     tensors["bits"] = torch.from_numpy(_pair(np.concatenate(all_bits) if all_bits else np.zeros(0, np.uint8)))
     tensors["steps"] = torch.from_numpy(np.concatenate(all_steps) if all_steps else np.zeros(0, np.float32))
     header = {"format": FORMAT, "version": VERSION, "layers": json.dumps(layers, separators=(",", ":"))}
-    return save_tensors(tensors, metadata={**(metadata or {}), **header})
+    notes = {**(metadata or {}), **header}
+    return save_tensors(tensors, metadata={**notes, CHECKSUM: _checksum(tensors, notes)})
 
 
 def unpack_weights(blob: bytes) -> UnpackedWeights:
@@ -104,8 +121,10 @@ def unpack_weights(blob: bytes) -> UnpackedWeights:
     metadata = read_metadata(blob)
     try:
         tensors = load_tensors(blob)
+        if metadata.pop(CHECKSUM, "none") != _checksum(tensors, metadata):
+            raise PackedFileError("damaged packed model: its checksum does not fit; export it again")
         return _rebuild(tensors, json.loads(metadata["layers"]))
-    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
+    except _DAMAGE as error:
         if isinstance(error, PackedFileError):
             raise
         raise PackedFileError(f"damaged packed model: {error}; export it again") from error
@@ -132,6 +151,15 @@ def read_metadata(blob: bytes) -> dict[str, str]:
             f"packed model of version {metadata.get('version')}: this fqsweep reads {VERSION}"
         )
     return dict(metadata)
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> str:
+    """CRC-32 of the metadata and of every tensor's name, type, shape and bytes, as 8 hexadecimal digits."""
+    crc = zlib.crc32(json.dumps(sorted(notes.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def _rebuild(tensors: dict[str, torch.Tensor], layers: list[dict[str, Any]]) -> UnpackedWeights:

@@ -1,0 +1,463 @@
+"""Allocation against brute force, HiGHS and its own certificate.
+
+Axes: g groups, u units, b bit choices.
+"""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+
+from fqsweep.allocation import _spend, allocate_bits, allocate_by_quantile
+
+OBJECTIVES = ("mean", "minimax")
+
+
+# --- instances and oracles -----------------------------------------------------------------------
+
+
+def realistic(seed: int, *, groups: int = 2, units: int = 60, choices: tuple[int, ...] = tuple(range(9))) -> Any:
+    """Costs that fall about fourfold a bit, units of very different size and sensitivity, groups that disagree."""
+    generator = np.random.default_rng(seed)
+    scale_gu = generator.lognormal(0.0, 1.5, units) * generator.lognormal(0.0, 0.7, (groups, units))
+    noise_gub = generator.lognormal(0.0, 0.2, (groups, units, len(choices)))
+    cost_gub = scale_gu[:, :, None] * 4.0 ** -np.array(choices, dtype=float) * noise_gub
+    return cost_gub, generator.choice([9, 27, 64, 576, 1152], units)
+
+
+def objective_of(cost_gub: np.ndarray, bits_u: np.ndarray, choices: Any, objective: str) -> float:
+    index_u = np.searchsorted(choices, bits_u)
+    total_g = cost_gub[:, np.arange(len(bits_u)), index_u].sum(axis=1)
+    return float(total_g.mean() if objective == "mean" else total_g.max())
+
+
+def brute_force(
+    cost_gub: np.ndarray, num_weights_u: np.ndarray, *, budget_bits: float, choices: Any, objective: str
+) -> float:
+    """The optimum over every allocation; +inf where none fits."""
+    best = np.inf
+    limit = Fraction(budget_bits) * int(num_weights_u.sum()) * (1 + Fraction(1, 10**12))
+    for bits in itertools.product(choices, repeat=len(num_weights_u)):
+        if int(num_weights_u @ np.array(bits)) <= limit:
+            best = min(best, objective_of(cost_gub, np.array(bits), choices, objective))
+    return best
+
+
+def by_highs(
+    cost_gub: np.ndarray,
+    num_weights_u: np.ndarray,
+    *,
+    budget_bits: float,
+    choices: Any,
+    objective: str,
+    relaxed: bool = False,
+) -> float:
+    """The same problem as one dense program; ``relaxed`` lets units lie between choices."""
+    num_groups, num_units, num_choices = cost_gub.shape
+    pairs = num_units * num_choices
+    flat_gp = cost_gub.reshape(num_groups, pairs)
+    one = np.zeros((num_units, pairs + 1))
+    one[np.repeat(np.arange(num_units), num_choices), np.arange(pairs)] = 1
+    size = np.append(np.outer(num_weights_u, choices).ravel(), 0)
+    limit = np.floor(budget_bits * num_weights_u.sum())
+    if objective == "mean":
+        target = np.append(flat_gp.mean(axis=0), 0)
+        groups = np.zeros((1, pairs + 1))
+    else:
+        target = np.append(np.zeros(pairs), 1)
+        groups = np.hstack([flat_gp, -np.ones((num_groups, 1))])
+    if relaxed:
+        solved = linprog(
+            target,
+            A_ub=np.vstack([groups, size]),
+            b_ub=np.append(np.zeros(len(groups)), limit),
+            A_eq=one,
+            b_eq=np.ones(num_units),
+            bounds=[(0, 1)] * pairs + [(None, None)],
+        )
+    else:
+        solved = milp(
+            target,
+            integrality=np.append(np.ones(pairs), 0),
+            bounds=Bounds(np.append(np.zeros(pairs), -np.inf), np.append(np.ones(pairs), np.inf)),
+            constraints=[
+                LinearConstraint(groups, -np.inf, 0),
+                LinearConstraint(size[None], -np.inf, limit),
+                LinearConstraint(one, 1, 1),
+            ],
+            options={"mip_rel_gap": 1e-6, "time_limit": 20.0},
+        )
+    assert solved.status == 0, solved.message
+    return float(solved.fun)
+
+
+@st.composite
+def small_instances(draw: Any) -> dict[str, Any]:
+    """Up to five units with small whole costs, so that ties, zeros and rising costs are common."""
+    choices = sorted(draw(st.sets(st.integers(0, 8), min_size=1, max_size=4)))
+    groups, units = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    count = groups * units * len(choices)
+    cost = draw(st.lists(st.integers(0, 12), min_size=count, max_size=count))
+    weights = draw(st.lists(st.integers(1, 9), min_size=units, max_size=units))
+    budget = draw(st.floats(choices[0], choices[-1] + 1))
+    return {
+        "cost_gub": np.array(cost, dtype=float).reshape(groups, units, len(choices)),
+        "num_weights_u": np.array(weights),
+        "budget_bits": budget,
+        "choices": choices,
+        "objective": draw(st.sampled_from(OBJECTIVES)),
+    }
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def test_bits_go_where_they_save_most_per_weight() -> None:
+    # Unit 0 saves 8 per bit and weight; unit 1 saves more in total (10), but 1 per bit and weight.
+    cost = np.array([[[8.0, 0.0], [10.0, 0.0]]])
+    allocation = allocate_bits(cost, np.array([1, 10]), budget_bits=1.0, choices=[0, 1])
+    assert allocation.bits_u.tolist() == [1, 1]
+    allocation = allocate_bits(cost, np.array([1, 10]), budget_bits=0.5, choices=[0, 1])
+    assert allocation.bits_u.tolist() == [1, 0]
+    assert allocation.objective == 10.0
+    assert allocation.mean_bits == pytest.approx(1 / 11)
+
+
+def test_minimax_splits_what_mean_gives_to_one_group() -> None:
+    # One bit for two units: unit 0 saves group 0 all of its 10, unit 1 saves group 1 all of its 9.
+    cost = np.array([[[10.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [9.0, 0.0]]])
+    weights = np.array([1, 1])
+    mean = allocate_bits(cost, weights, budget_bits=0.5, choices=[0, 1], objective="mean")
+    assert mean.bits_u.tolist() == [1, 0] and mean.objective == 4.5
+    worst = allocate_bits(cost, weights, budget_bits=0.5, choices=[0, 1], objective="minimax")
+    assert worst.bits_u.tolist() == [1, 0] and worst.objective == 9.0
+
+
+def test_the_groups_losses_turn_the_worst_increase_into_the_worst_resulting_loss() -> None:
+    cost = np.array([[[10.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [9.0, 0.0]]])
+    allocation = allocate_bits(
+        cost, np.array([1, 1]), budget_bits=0.5, choices=[0, 1], objective="minimax", group_offset=[0.0, 5.0]
+    )
+    assert allocation.bits_u.tolist() == [0, 1]
+    assert allocation.objective == 10.0
+
+
+def test_group_weights_shift_the_mean() -> None:
+    cost = np.array([[[10.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [9.0, 0.0]]])
+    allocation = allocate_bits(
+        cost, np.array([1, 1]), budget_bits=0.5, choices=[0, 1], objective="mean", group_weights=[1, 3]
+    )
+    assert allocation.bits_u.tolist() == [0, 1]
+    assert allocation.objective == pytest.approx(10 / 4)
+
+
+def test_a_budget_of_exactly_one_choice_is_spent_exactly() -> None:
+    cost, weights = realistic(0, units=50, choices=(2, 4, 8))
+    equal = np.tile(cost[:, :1], (1, 50, 1))
+    allocation = allocate_bits(equal, np.full(50, 7), budget_bits=4, choices=[2, 4, 8])
+    assert allocation.mean_bits == 4
+    assert len(weights) == 50
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_choice_that_costs_more_than_fewer_bits_is_not_bought(objective: Any) -> None:
+    cost = np.array([[[1.0, 5.0, 0.5], [1.0, 0.0, 3.0]]])
+    allocation = allocate_bits(cost, np.array([1, 1]), budget_bits=8, choices=[2, 4, 8], objective=objective)
+    assert allocation.bits_u.tolist() == [8, 4]
+    assert allocation.objective == allocation.lower_bound == 0.5
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_infinite_cost_forbids_a_choice_for_every_group(objective: Any) -> None:
+    cost = np.array([[[0.0, 1.0, 2.0], [3.0, 2.0, 1.0]], [[np.inf, 1.0, 2.0], [3.0, 2.0, np.inf]]])
+    allocation = allocate_bits(cost, np.array([1, 1]), budget_bits=8, choices=[0, 2, 4], objective=objective)
+    assert allocation.bits_u.tolist() == [2, 2]
+    assert np.isfinite(allocation.objective)
+
+
+def test_a_forbidden_choice_stays_forbidden_where_its_group_has_weight_zero() -> None:
+    cost = np.array([[[5.0, 0.0]], [[0.0, np.inf]]])
+    allocation = allocate_bits(cost, np.array([1]), budget_bits=8, choices=[2, 4], group_weights=[1, 0])
+    assert allocation.bits_u.tolist() == [2]
+
+
+def test_what_is_left_of_the_budget_is_not_spent_on_a_choice_forbidden_for_another_group() -> None:
+    cost = np.array([[[9.0, 4.0, 0.0]], [[1.0, 1.0, np.inf]]])
+    found_u = _spend(cost, np.array([1]), np.array([0, 2, 4]), 4, np.zeros(2), np.array([0]))
+    assert found_u.tolist() == [1]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_group_one_unit_one_choice(objective: Any) -> None:
+    allocation = allocate_bits(np.array([[[3.0]]]), np.array([5]), budget_bits=2, choices=[2], objective=objective)
+    assert allocation.bits_u.tolist() == [2]
+    assert (allocation.objective, allocation.lower_bound, allocation.mean_bits) == (3.0, 3.0, 2.0)
+    assert allocation.gap_frac == 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_equal_costs_fill_the_budget_as_far_as_whole_units_go(objective: Any) -> None:
+    cost = np.tile(np.array([4.0, 1.0]), (2, 10, 1))
+    allocation = allocate_bits(cost, np.full(10, 3), budget_bits=0.75, choices=[0, 1], objective=objective)
+    assert sorted(allocation.bits_u) == [0] * 3 + [1] * 7
+    assert allocation.objective == 3 * 4 + 7
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_costs_of_zero_need_no_bits(objective: Any) -> None:
+    allocation = allocate_bits(
+        np.zeros((2, 4, 3)), np.ones(4, int), budget_bits=3, choices=[0, 2, 4], objective=objective
+    )
+    assert allocation.objective == allocation.lower_bound == 0
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget_bits": 1.9}, "no allocation fits: the smallest allowed bits already spend 2 mean bits"),
+        ({"budget_bits": float("nan")}, "budget_bits must be a number of at least 0, got nan"),
+        ({"budget_bits": -1.0}, "budget_bits must be a number of at least 0"),
+        ({"choices": [4, 2]}, "ascending"),
+        ({"choices": [2, 2]}, "ascending"),
+        ({"choices": [-1, 2]}, "ascending"),
+        ({"choices": [2, 4, 8]}, "choices must be 2 ascending"),
+        ({"num_weights_u": np.array([1, 2, 3])}, "num_weights_u must have 2 entries"),
+        ({"num_weights_u": np.array([1, 0])}, "positive whole numbers"),
+        ({"num_weights_u": np.array([1.0, 1.5])}, "positive whole numbers"),
+        ({"cost_gub": np.array([[[1.0, np.nan], [1.0, 0.0]]])}, "cost_gub holds NaN"),
+        ({"cost_gub": np.array([[[1.0, -np.inf], [1.0, 0.0]]])}, "cost_gub holds NaN or -inf"),
+        ({"cost_gub": np.zeros((2, 2))}, "must be .groups, units, choices. and not empty"),
+        ({"cost_gub": np.zeros((0, 2, 2))}, "not empty, got shape"),
+        ({"cost_gub": np.array([[[1.0, 0.0], [np.inf, np.inf]]])}, "unit 1 has no allowed bit choice"),
+        ({"cost_gub": np.array([[[np.inf, 0.0], [1.0, 0.0]]]), "budget_bits": 2.9}, "already spend 3 mean bits"),
+        ({"objective": "median"}, "objective must be 'mean' or 'minimax', got 'median'"),
+        ({"group_weights": [1.0, 1.0]}, "group_weights must be 1 numbers"),
+        ({"group_weights": [0.0]}, "must not all be 0"),
+        ({"group_weights": [-1.0]}, "at least 0"),
+        ({"objective": "minimax", "group_weights": [1.0]}, "group_weights belongs to objective 'mean'"),
+        ({"objective": "minimax", "group_offset": [1.0, 2.0]}, "group_offset must have one number per group"),
+    ],
+)
+def test_unusable_input_is_refused_with_its_reason(change: dict[str, Any], message: str) -> None:
+    usable: dict[str, Any] = {
+        "cost_gub": np.array([[[1.0, 0.0], [1.0, 0.0]]]),
+        "num_weights_u": np.array([1, 1]),
+        "budget_bits": 3.0,
+        "choices": [2, 4],
+    }
+    assert allocate_bits(**usable).mean_bits == 3
+    with pytest.raises(ValueError, match=message):
+        allocate_bits(**{**usable, **change})
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_inputs_are_not_changed(objective: Any) -> None:
+    cost, weights = realistic(3, units=30)
+    before = cost.copy(), weights.copy()
+    allocate_bits(cost, weights, budget_bits=1.5, choices=range(9), objective=objective)
+    assert np.array_equal(cost, before[0]) and np.array_equal(weights, before[1])
+
+
+# --- oracles -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=120, deadline=None)
+@given(instance=small_instances())
+def test_small_instances_are_solved_to_the_optimum(instance: dict[str, Any]) -> None:
+    best = brute_force(**instance)
+    allocation = allocate_bits(**instance)
+    assert allocation.objective == pytest.approx(best, rel=1e-9, abs=1e-9)
+    assert allocation.objective == pytest.approx(
+        objective_of(instance["cost_gub"], allocation.bits_u, instance["choices"], instance["objective"]),
+        rel=1e-12,
+        abs=1e-12,
+    )
+    assert allocation.lower_bound <= allocation.objective
+    assert allocation.lower_bound == pytest.approx(best, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_negative_costs_are_solved_to_the_optimum(objective: Any, seed: int) -> None:
+    """``subtractive`` importance keeps its sign."""
+    generator = np.random.default_rng(seed)
+    cost = generator.normal(size=(2, 5, 3))
+    instance = {
+        "cost_gub": cost,
+        "num_weights_u": generator.integers(1, 9, 5),
+        "budget_bits": 3.3,
+        "choices": [2, 3, 6],
+        "objective": objective,
+    }
+    assert allocate_bits(**instance).objective == pytest.approx(brute_force(**instance), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(("units", "budget_bits"), [(60, 0.5), (100, 1.5), (150, 3.0)])
+def test_mean_is_as_good_as_highs_on_middling_instances(units: int, budget_bits: float) -> None:
+    cost, weights = realistic(units, units=units, groups=3)
+    instance = {
+        "cost_gub": cost,
+        "num_weights_u": weights,
+        "budget_bits": budget_bits,
+        "choices": range(9),
+        "objective": "mean",
+    }
+    allocation = allocate_bits(**instance)
+    assert allocation.objective == pytest.approx(by_highs(**instance), rel=3e-6)
+    assert allocation.lower_bound == allocation.objective
+
+
+@pytest.mark.parametrize(("units", "budget_bits"), [(60, 1.0), (90, 3.0)])
+def test_minimax_is_as_good_as_highs_on_middling_instances(units: int, budget_bits: float) -> None:
+    cost, weights = realistic(units, units=units, groups=2, choices=(0, 1, 2, 4, 8))
+    instance = {
+        "cost_gub": cost,
+        "num_weights_u": weights,
+        "budget_bits": budget_bits,
+        "choices": (0, 1, 2, 4, 8),
+        "objective": "minimax",
+    }
+    allocation = allocate_bits(**instance)
+    best = by_highs(**instance)
+    assert allocation.objective <= best * (1 + 1e-5)
+    assert allocation.lower_bound <= best * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("budget_bits", [0.5, 2.25, 5.0])
+def test_large_instances_lie_near_a_bound_that_highs_confirms(objective: Any, budget_bits: float) -> None:
+    cost, weights = realistic(11, units=400, groups=3)
+    instance = {
+        "cost_gub": cost,
+        "num_weights_u": weights,
+        "budget_bits": budget_bits,
+        "choices": range(9),
+        "objective": objective,
+    }
+    allocation = allocate_bits(**instance)
+    relaxed = by_highs(**instance, relaxed=True)
+    assert allocation.lower_bound <= relaxed * (1 + 1e-6)
+    assert allocation.lower_bound >= relaxed * (1 - 1e-3)
+    assert 0 <= allocation.gap_frac < (1e-3 if objective == "mean" else 2e-2)
+    assert weights @ allocation.bits_u <= budget_bits * weights.sum()
+
+
+# --- invariants ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(instance=small_instances())
+def test_allocation_never_exceeds_the_budget(instance: dict[str, Any]) -> None:
+    allocation = allocate_bits(**instance)
+    weights = instance["num_weights_u"]
+    assert allocation.mean_bits <= instance["budget_bits"] * (1 + 1e-12)
+    assert allocation.mean_bits == int(weights @ allocation.bits_u) / int(weights.sum())
+    assert set(allocation.bits_u.tolist()) <= set(instance["choices"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(instance=small_instances(), seed=st.integers(0, 99))
+def test_the_order_of_units_does_not_change_the_cost(instance: dict[str, Any], seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(len(instance["num_weights_u"]))
+    permuted = {
+        **instance,
+        "cost_gub": instance["cost_gub"][:, order],
+        "num_weights_u": instance["num_weights_u"][order],
+    }
+    assert allocate_bits(**permuted).objective == pytest.approx(
+        allocate_bits(**instance).objective, rel=1e-9, abs=1e-9
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(instance=small_instances(), more=st.floats(0, 4))
+def test_a_larger_budget_never_costs_more(instance: dict[str, Any], more: float) -> None:
+    richer = {**instance, "budget_bits": instance["budget_bits"] + more}
+    assert allocate_bits(**richer).objective <= allocate_bits(**instance).objective + 1e-9
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_scale_of_the_costs_does_not_change_the_bits(objective: Any, factor: float) -> None:
+    cost, weights = realistic(5, units=40)
+    plain = allocate_bits(cost, weights, budget_bits=1.3, choices=range(9), objective=objective)
+    scaled = allocate_bits(cost * factor, weights, budget_bits=1.3, choices=range(9), objective=objective)
+    assert scaled.objective / factor == pytest.approx(plain.objective, rel=1e-6)
+
+
+def test_a_group_without_costs_does_not_change_minimax() -> None:
+    cost, weights = realistic(6, units=40, groups=1)
+    alone = allocate_bits(cost, weights, budget_bits=1.3, choices=range(9), objective="minimax")
+    beside = allocate_bits(
+        np.concatenate([cost, np.zeros_like(cost)]),
+        weights,
+        budget_bits=1.3,
+        choices=range(9),
+        objective="minimax",
+    )
+    assert beside.objective == pytest.approx(alone.objective, rel=1e-9)
+
+
+def test_minimax_of_one_group_is_mean() -> None:
+    cost, weights = realistic(7, units=60, groups=1)
+    values = [
+        allocate_bits(cost, weights, budget_bits=0.7, choices=range(9), objective=o).objective for o in OBJECTIVES
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
+# --- quantile ------------------------------------------------------------------------------------
+
+
+def test_quantile_gives_the_published_mix_where_the_budget_is_what_the_mix_spends() -> None:
+    # Ten units of one size: 2 of 2 bits, 4 of 4 bits, 4 of 8 bits spend 5.2 mean bits.
+    importance = np.arange(10.0)[::-1]
+    allocation = allocate_by_quantile(importance, np.full(10, 3), budget_bits=5.2, choices=(2, 4, 8))
+    assert allocation.bits_u.tolist() == [8, 8, 8, 8, 4, 4, 4, 4, 2, 2]
+    assert np.isnan(allocation.objective) and allocation.lower_bound == -np.inf
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    importance=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    budget_bits=st.floats(2, 9),
+    seed=st.integers(0, 9),
+)
+def test_quantile_keeps_the_budget_and_the_ranks(importance: list[int], budget_bits: float, seed: int) -> None:
+    weights = np.random.default_rng(seed).integers(1, 50, len(importance))
+    allocation = allocate_by_quantile(
+        np.array(importance, float), weights, budget_bits=budget_bits, choices=(2, 4, 8)
+    )
+    assert weights @ allocation.bits_u <= budget_bits * weights.sum() * (1 + 1e-12)
+    order = np.argsort(importance, kind="stable")
+    assert (np.diff(allocation.bits_u[order]) >= 0).all()
+
+
+@pytest.mark.parametrize("budget_bits", [2.0, 3.1, 5.5, 7.9])
+def test_quantile_spends_nearly_all_of_the_budget(budget_bits: float) -> None:
+    generator = np.random.default_rng(0)
+    weights = generator.integers(1, 20, 2000)
+    allocation = allocate_by_quantile(generator.random(2000), weights, budget_bits=budget_bits, choices=(2, 4, 8))
+    assert budget_bits - 0.02 < allocation.mean_bits <= budget_bits
+
+
+def test_quantile_gives_all_units_the_highest_choice_where_that_fits() -> None:
+    allocation = allocate_by_quantile(np.zeros(5), np.ones(5, int), budget_bits=8, choices=(2, 4, 8))
+    assert allocation.bits_u.tolist() == [8] * 5
+
+
+def test_quantile_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="no allocation fits"):
+        allocate_by_quantile(np.zeros(3), np.ones(3, int), budget_bits=1, choices=(2, 4))
+    with pytest.raises(ValueError, match="importance must be finite"):
+        allocate_by_quantile(np.array([0.0, np.nan]), np.ones(2, int), budget_bits=4, choices=(2, 4))

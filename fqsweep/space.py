@@ -54,6 +54,9 @@ BASELINE_FIELDS = (
     "gradient_clip",
     "precision",
 )
+# How pydantic names the branches of a weight, which is a number or a range.
+NUMBER_BRANCHES = ("float", "constrained-float")
+RANGE_BRANCHES = ("WeightRange", "WeightRange]")
 Location = tuple[str | int, ...]
 
 
@@ -201,7 +204,8 @@ def load_space(path: Path) -> SearchSpace:
 
 
 def _innermost(found: list[Any]) -> list[Any]:
-    """Findings that are no mere consequence of a finding further inside."""
+    """Findings that are no mere consequence of a finding further inside, nor of a branch that was not meant."""
+    found = [one for one in found if not _is_of_other_branch(one)]
     places = [tuple(one["loc"]) for one in found]
     return [
         one
@@ -210,9 +214,15 @@ def _innermost(found: list[Any]) -> list[Any]:
     ]
 
 
+def _is_of_other_branch(one: Any) -> bool:
+    """Whether a weight was tried as a number where a mapping is given, or as a range where none is."""
+    branch, is_mapping = str(one["loc"][-1]) if one["loc"] else "", isinstance(one["input"], dict)
+    return branch in NUMBER_BRANCHES if is_mapping else branch.endswith(RANGE_BRANCHES)
+
+
 def _within(inner: Location, outer: Location) -> bool:
     """Whether ``outer`` is a part of the way to ``inner``; pydantic's union branches are passed over."""
-    if outer and outer[-1] in ("float", "constrained-float"):
+    if outer and outer[-1] in NUMBER_BRANCHES:
         outer = outer[:-1]
     return inner[: len(outer)] == outer
 
@@ -286,7 +296,9 @@ def _is_union_tag(loc: Location, index: int, lines: dict[Location, int]) -> bool
     if (*plain, part) in lines:
         return False
     return (
-        index < len(loc) - 1 or part in ("float", "bool", "str", "constrained-float") or part.endswith("Range")
+        index < len(loc) - 1
+        or part in (*NUMBER_BRANCHES, "bool", "str")
+        or part.endswith(RANGE_BRANCHES)
     )
 
 

@@ -109,7 +109,7 @@ def pack_weights(
     tensors["steps"] = torch.from_numpy(np.concatenate(all_steps) if all_steps else np.zeros(0, np.float32))
     header = {"format": FORMAT, "version": VERSION, "layers": json.dumps(layers, separators=(",", ":"))}
     notes = {**(metadata or {}), **header}
-    return save_tensors(tensors, metadata={**notes, CHECKSUM: _checksum(tensors, notes)})
+    return _with_sorted_header(save_tensors(tensors, metadata={**notes, CHECKSUM: _checksum(tensors, notes)}))
 
 
 def unpack_weights(blob: bytes) -> UnpackedWeights:
@@ -153,12 +153,23 @@ def read_metadata(blob: bytes) -> dict[str, str]:
     return dict(metadata)
 
 
+def _with_sorted_header(blob: bytes) -> bytes:
+    """The same file with the metadata in alphabetical order: safetensors leaves it in an arbitrary one."""
+    length = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + blob[8 + length :]
+
+
 def _checksum(tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> str:
     """CRC-32 of the metadata and of every tensor's name, type, shape and bytes, as 8 hexadecimal digits."""
     crc = zlib.crc32(json.dumps(sorted(notes.items())).encode())
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().tobytes(), crc)
+        if tensor.numel():
+            crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), crc)
     return f"{crc:08x}"
 
 

@@ -1,0 +1,185 @@
+"""The command line: plans, bad input, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fqsweep.main import main, selection_metric
+from fqsweep.config import SearchConfig
+
+PROJECT = Path(__file__).resolve().parents[1]
+SPACE = """
+name: bad
+datasets:
+  - {kind: table, name: photos, csv: photos.csv, images: photos, image_column: file, label_column: diagnosis,
+     group_columns: {sex: sex}, group_attributes: [sex], image_size: 32, min_group_count: 2, patient_column: patient}
+architectures: [test_resnet]
+budgets_bits: [2]
+seeds: [0]
+methods: [{method: fp32}, {method: static}]
+recipe: {epochs: 1, batch_size: 16, finetune_epochs: 1}
+"""
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with 80 small photos, a CSV and a search space."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    rows = []
+    for i in range(80):
+        Image.fromarray(rng.integers(0, 255, (36, 36, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+        row = {"file": f"{i}.png", "diagnosis": "ab"[i % 2], "sex": "mf"[(i // 2) % 2], "patient": f"p{i}"}
+        rows.append(row)
+    pd.DataFrame(rows).to_csv(tmp_path / "photos.csv", index=False)
+    (tmp_path / "bad.yaml").write_text(SPACE)
+    return tmp_path
+
+
+def run(folder: Path, *more: str) -> int:
+    return main(["run", str(folder / "bad.yaml"), "--out", str(folder / "out"), "--data-dir", str(folder), *more])
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    text = (folder / "bad.yaml").read_text()
+    assert old in text
+    (folder / "bad.yaml").write_text(text.replace(old, new))
+
+
+def assert_nothing_started(folder: Path) -> None:
+    assert not (folder / "out" / "ledger.jsonl").exists()
+    assert not (folder / "out" / "baselines").exists()
+
+
+def test_plan_of_the_paper_prints_the_whole_grid_from_any_folder(tmp_path: Path) -> None:
+    command = [sys.executable, str(PROJECT / "fqsweep" / "main.py"), "plan", "search_spaces/paper.yaml"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    for part in ("fitzpatrick17k", "isic2019", "resnet50", "tiny_vit_5m_224", "uniform-8-ft", "baq", "4, 5, 6"):
+        assert part in ended.stdout
+    assert "40 full-precision parents" in ended.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_as_json_counts_cells_and_shared_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "demo", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["num_cells"] == len(plan["cells"])
+    assert plan["num_baselines"] == 1 and plan["num_importance"] == 1
+    assert plan["num_trials"] > plan["num_cells"]
+
+
+def test_an_unknown_search_space_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "papr"]) == 2
+    assert "with fqsweep come: demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("file,", "fil,", "fil"),
+        ("label_column: diagnosis", "label_column: diagnose", "'diagnosis'"),
+        ("{sex: sex}", "{sex: gender}", "gender"),
+        ("test_resnet", "tset_resnet", "near: test_resnet"),
+        ("csv: photos.csv", "csv: foto.csv", "foto.csv"),
+        ("images: photos,", "images: pictures,", "pictures"),
+        ("min_group_count: 2", "min_group_count: 30", "of 30 images in validation"),
+        ("budgets_bits: [2]", "budgets_bits: [0.5]\nbudgets_bit: 3", "budgets_bit: unknown key"),
+        ("{method: static}", "{method: static, choices: [2, 4]}", "below the smallest bit choice"),
+        ("image_size: 32", "image_size: 32, label_map: {x: [a], y: [c]}", "'c'"),
+        ("architectures: [test_resnet]", "architectures: [{name: test_resnet, pretrained: no.pth}]", "no.pth"),
+    ],
+)
+def test_bad_input_ends_with_2_before_anything_starts(
+    photos: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
+) -> None:
+    edit(photos, old, new)
+    if "budgets_bits: [2]" in old or "choices" in new:
+        edit(photos, "budgets_bits: [", "budgets_bits: [1, ")
+    assert run(photos) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") < 25
+    assert "Traceback" not in error
+    assert_nothing_started(photos)
+
+
+def test_a_missing_image_is_named_before_anything_starts(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "photos" / "7.png").unlink()
+    assert run(photos) == 2
+    assert "7.png" in capsys.readouterr().err
+    assert_nothing_started(photos)
+
+
+def test_a_data_folder_that_was_not_given_is_asked_for(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(photos / "bad.yaml"), "--out", str(photos / "out")]) == 2
+    assert "--data-dir" in capsys.readouterr().err
+
+
+def test_a_tracking_server_that_is_away_is_said_before_anything_starts(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(photos, "--tracking-uri", "http://127.0.0.1:9") == 2
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:9" in error and "start the server or correct --tracking-uri" in error
+    assert "Traceback" not in error
+    assert_nothing_started(photos)
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "out").write_text("a file")
+    assert run(photos) == 2
+    assert "give another --out" in capsys.readouterr().err
+
+
+def test_data_that_changed_since_the_sweep_began_is_refused(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "out").mkdir()
+    (photos / "out" / "data.json").write_text(json.dumps({"data/photos": "another digest"}))
+    assert run(photos) == 2
+    assert "have changed since" in capsys.readouterr().err
+
+
+def test_a_second_driver_is_told_who_holds_the_folder(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from filelock import FileLock
+
+    (photos / "out").mkdir()
+    (photos / "out" / "driver.txt").write_text("process 12 on ward3")
+    with FileLock(photos / "out" / "driver.lock"):
+        assert run(photos) == 2
+    assert "is in use by process 12 on ward3" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_broken_photo_fails_its_cells_and_names_the_file(photos: Path) -> None:
+    (photos / "photos" / "7.png").write_bytes((photos / "photos" / "8.png").read_bytes()[:100])
+    command = [sys.executable, str(PROJECT / "fqsweep" / "main.py"), "run", str(photos / "bad.yaml")]
+    command += ["--out", str(photos / "out"), "--data-dir", str(photos)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert ended.returncode == 1, ended.stderr
+    assert "7.png" in ended.stderr
+    assert "0 of 2 cells done, 2 failed" in ended.stdout
+
+
+def test_data_list_and_verify_show_counts(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "list"]) == 0
+    assert "isic2019" in capsys.readouterr().out
+    assert main(["data", "verify", str(photos / "bad.yaml"), "--data-dir", str(photos)]) == 0
+    assert "photos: 80 images" in capsys.readouterr().out
+
+
+def test_the_metric_that_chooses_is_the_first_rising_objective_on_validation() -> None:
+    assert selection_metric(SearchConfig(objectives=("bits/mean_weight", "val/auc_worst"))) == "val/auc_worst"
+    assert selection_metric(SearchConfig(objectives=("bits/mean_weight",))) == "val/acc_worst"
+
+
+def test_real_isic_images_are_described(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "verify", "isic2019_cpu", "--data-dir", str(shared_data)]) == 0
+    assert "3,584 images" in capsys.readouterr().out

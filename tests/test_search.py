@@ -1,0 +1,426 @@
+"""The state machine by simulation on a virtual clock, and Optuna's studies on a real journal."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import optuna
+import pytest
+from small_spaces import small_space
+
+from fqsweep.config import SearchConfig, SearchSpace
+from fqsweep.search import OptunaStudies, SweepState, plan_sweep, shared_tasks, trials_wanted
+from fqsweep.space import Cell, expand_cells
+from fqsweep.tasks import Task
+
+METRICS = {"val/acc_worst": 0.5, "bits/mean_weight": 1.0}
+MANY = (
+    ("seeds: [0, 1]", "seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]"),
+    ("architectures: [test_resnet]", "architectures: [test_resnet, resnet18]"),
+    ("budgets_bits: [1, 3]", "budgets_bits: [1, 2, 3, 4, 5, 6]"),
+    ("    fairness_weight: {low: 0.0, high: 1.0, start: 0.25}\n", ""),
+    ("    bits: [4]", "    bits: [3, 4]"),
+)
+
+
+class FakeStudy:
+    """Numbers trials as they are asked for; remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.told: list[tuple[str, int]] = []
+        self.given_up: list[tuple[str, int]] = []
+
+    def ask(self, cell: Cell) -> tuple[int, dict[str, float]]:
+        number = self.asked[cell.key]
+        self.asked[cell.key] += 1
+        return number, {name: float(number) for name in cell.point.free_weights}
+
+    def tell(self, cell: Cell, number: int, metrics: Mapping[str, float]) -> None:
+        self.told.append((cell.key, number))
+
+    def give_up(self, cell: Cell, number: int) -> None:
+        self.given_up.append((cell.key, number))
+
+
+def one_each(_task: Task) -> float:
+    return 1.0
+
+
+def simulate(
+    state: SweepState,
+    *,
+    slots: int,
+    duration: Callable[[Task], float],
+    ends: Callable[[Task, int], str] = lambda _task, _attempt: "done",
+) -> tuple[float, list[tuple[float, float, Task]]]:
+    """Run a sweep on a virtual clock; ``ends`` says how each attempt ends.
+
+    Returns:
+        the makespan, and (start, end, task) of every attempt. Checks on the way that a task starts after
+        what it needs, that no task runs twice at once, and that nothing that is done runs again.
+    """
+    now, order = 0.0, 0
+    busy: list[tuple[float, int, Task]] = []
+    log: list[tuple[float, float, Task]] = []
+    done: set[str] = set()
+    attempts: Counter[str] = Counter()
+    while True:
+        while len(busy) < slots and (task := state.next_task()) is not None:
+            assert set(task.needs) <= done, f"{task.title} starts before what it needs"
+            assert task.key not in done, f"{task.title} runs again"
+            assert task.key not in {other.key for _, _, other in busy}, f"{task.title} runs twice at once"
+            attempts[task.key] += 1
+            order += 1
+            end = now + duration(task)
+            heapq.heappush(busy, (end, order, task))
+            log.append((now, end, task))
+        if not busy:
+            assert state.finished, "nothing runs, nothing is ready and the sweep does not end"
+            return now, log
+        assert not state.finished
+        now, _, task = heapq.heappop(busy)
+        outcome = ends(task, attempts[task.key])
+        if outcome == "done":
+            done.add(task.key)
+            state.complete(task, METRICS)
+        elif outcome == "lost":
+            state.lose(task, "its worker died")
+        else:
+            state.fail(task, outcome)
+
+
+# --- the state machine ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 3, 50])
+def test_every_task_runs_once_and_after_what_it_needs(tmp_path: Path, slots: int) -> None:
+    space, study = small_space(tmp_path), FakeStudy()
+    state = plan_sweep(space, study, one_each)
+    _, log = simulate(state, slots=slots, duration=one_each)
+    runs = Counter(task.key for _, _, task in log)
+    assert set(runs.values()) == {1}
+    # Two seeds: a parent and a cost table each; fp32, uniform, two static cells of two trials, two baq.
+    assert Counter(task.kind for _, _, task in log) == {"baseline": 2, "importance": 2, "trial": 2 * (1 + 1 + 4 + 2)}
+    assert state.counts() == {"done": 12, "failed": 0, "running": 0, "waiting": 0}
+    assert len(study.told) == 8
+    assert state.failures == []
+
+
+def test_a_sweep_of_300_cells_on_8_slots_takes_little_more_than_the_work_divided_by_8(tmp_path: Path) -> None:
+    space = small_space(tmp_path, *MANY)
+    generator = random.Random(0)
+    cost = {"baseline": 20.0, "importance": 6.0, "trial": 4.0}
+    slow = {"resnet18": 2.5, "test_resnet": 1.0}
+
+    def expected(task: Task) -> float:
+        return cost[task.kind] * slow[task.cell.architecture.name]
+
+    state = plan_sweep(space, FakeStudy(), expected)
+    assert len(state.cells) == 300
+    makespan, log = simulate(state, slots=8, duration=lambda task: expected(task) * generator.uniform(0.9, 1.1))
+    work = sum(end - start for start, end, _ in log)
+    chain = max(
+        sum(end - start for start, end, task in log if task.key in (*last.needs, last.key)) for *_, last in log
+    )
+    assert makespan <= 1.05 * max(work / 8, chain)
+
+
+def test_shared_work_is_done_once_for_all_cells(tmp_path: Path) -> None:
+    cells = expand_cells(small_space(tmp_path, *MANY))
+    kinds = Counter(task.kind for task in shared_tasks(cells).values())
+    assert kinds == {"baseline": 20, "importance": 20}
+
+
+def test_a_parent_that_fails_blocks_exactly_what_needs_it(tmp_path: Path) -> None:
+    space, study = small_space(tmp_path), FakeStudy()
+    state = plan_sweep(space, study, one_each)
+    doomed = next(t for t in state.shared.values() if t.kind == "baseline" and t.cell.seed == 1)
+    _, log = simulate(
+        state,
+        slots=4,
+        duration=one_each,
+        ends=lambda task, _n: "loss is not finite" if task.key == doomed.key else "done",
+    )
+    assert all(task.cell.seed == 0 for _, _, task in log if task.key != doomed.key)
+    (failure,) = state.failures
+    assert failure.task == doomed and failure.reason == "loss is not finite"
+    assert sorted(failure.blocked) == sorted(c.title for c in expand_cells(space) if c.seed == 1)
+    assert state.counts() == {"done": 6, "failed": 6, "running": 0, "waiting": 0}
+
+
+def test_a_cost_table_that_fails_blocks_the_methods_that_allocate_and_no_other(tmp_path: Path) -> None:
+    state = plan_sweep(small_space(tmp_path), FakeStudy(), one_each)
+    doomed = next(t for t in state.shared.values() if t.kind == "importance" and t.cell.seed == 0)
+    simulate(
+        state, slots=2, duration=one_each, ends=lambda task, _n: "no" if task.key == doomed.key else "done"
+    )
+    (failure,) = state.failures
+    assert {title.split()[2].split("@")[0] for title in failure.blocked} == {"static", "baq"}
+    assert all(title.endswith("seed 0") for title in failure.blocked)
+    assert state.counts() == {"done": 8, "failed": 4, "running": 0, "waiting": 0}
+
+
+def test_a_trial_that_fails_fails_its_cell_alone(tmp_path: Path) -> None:
+    study = FakeStudy()
+    state = plan_sweep(small_space(tmp_path), study, one_each)
+    doomed = "synthderm/skin_tone test_resnet static@3 seed 1"
+    simulate(
+        state,
+        slots=2,
+        duration=one_each,
+        ends=lambda t, _n: "no" if t.kind == "trial" and t.cell.title == doomed and t.number == 0 else "done",
+    )
+    (failure,) = state.failures
+    assert failure.task.cell.title == doomed and failure.blocked == ()
+    assert study.given_up == [(failure.task.cell.key, 0)]
+    assert (failure.task.cell.key, 1) in study.told
+    assert state.counts() == {"done": 11, "failed": 1, "running": 0, "waiting": 0}
+
+
+def test_a_lost_task_comes_again_until_it_was_tried_max_attempts_times(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("search:", "resources: {max_attempts: 4}\nsearch:"))
+    state = plan_sweep(space, FakeStudy(), one_each)
+    unlucky = next(t for t in state.shared.values() if t.kind == "baseline")
+    _, log = simulate(
+        state,
+        slots=3,
+        duration=one_each,
+        ends=lambda task, n: "lost" if task.key == unlucky.key and n < 4 else "done",
+    )
+    assert Counter(task.key for *_, task in log)[unlucky.key] == 4
+    assert state.counts()["done"] == 12
+
+
+def test_a_task_that_is_always_lost_fails_and_says_how_often_it_was_tried(tmp_path: Path) -> None:
+    state = plan_sweep(small_space(tmp_path), FakeStudy(), one_each)
+    unlucky = next(t for t in state.shared.values() if t.kind == "baseline")
+    _, log = simulate(
+        state, slots=3, duration=one_each, ends=lambda task, _n: "lost" if task.key == unlucky.key else "done"
+    )
+    assert Counter(task.key for *_, task in log)[unlucky.key] == 3
+    assert [failure.reason for failure in state.failures] == ["its worker died (3 attempts)"]
+    assert state.counts() == {"done": 6, "failed": 6, "running": 0, "waiting": 0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_dies_and_fails_every_cell_ends(tmp_path: Path, seed: int) -> None:
+    generator = random.Random(seed)
+    state = plan_sweep(small_space(tmp_path), FakeStudy(), one_each)
+    simulate(
+        state,
+        slots=3,
+        duration=lambda _task: generator.uniform(0.5, 2),
+        ends=lambda _task, _n: generator.choices(["done", "lost", "no"], [6, 3, 1])[0],
+    )
+    counts = state.counts()
+    assert counts["done"] + counts["failed"] == 12
+    assert counts["running"] == counts["waiting"] == 0
+    assert state.cost_left() == pytest.approx(
+        sum(s.wanted - s.done - s.failed for s in state.cells)
+        + sum(key not in state.done | state.failed for key in state.shared)
+    )
+
+
+def test_telling_twice_changes_nothing(tmp_path: Path) -> None:
+    study = FakeStudy()
+    state = plan_sweep(small_space(tmp_path), study, one_each)
+    simulate(state, slots=1, duration=one_each)
+    trial = next(Task(key=key, kind="trial", cell=state.cells[0].cell) for key in [state.cells[0].cell.key])
+    before = state.counts(), len(study.told), set(state.done)
+    for task in [*state.shared.values(), trial.model_copy(update={"key": next(iter(state.done))})]:
+        state.complete(task, METRICS)
+        state.lose(task, "again")
+        state.fail(task, "again")
+    assert (state.counts(), len(study.told), set(state.done)) == before
+    assert state.finished and state.failures == []
+
+
+def test_the_result_of_a_worker_that_was_thought_dead_counts_and_is_not_made_again(tmp_path: Path) -> None:
+    state = plan_sweep(small_space(tmp_path), FakeStudy(), one_each)
+    task = state.next_task()
+    assert task is not None
+    state.lose(task, "its worker died")
+    state.complete(task)
+    _, log = simulate_from(state, done={task.key})
+    assert task.key not in {other.key for *_, other in log}
+
+
+def simulate_from(state: SweepState, *, done: set[str]) -> tuple[float, list[tuple[float, float, Task]]]:
+    """Run what is left, one at a time."""
+    log = []
+    while (task := state.next_task()) is not None:
+        assert set(task.needs) <= done
+        done.add(task.key)
+        log.append((0.0, 1.0, task))
+        state.complete(task, METRICS)
+    assert state.finished
+    return 0.0, log
+
+
+def test_a_result_that_comes_after_the_task_was_given_up_does_not_count_twice(tmp_path: Path) -> None:
+    state = plan_sweep(small_space(tmp_path), FakeStudy(), one_each)
+    task = state.next_task()
+    assert task is not None
+    state.fail(task, "too long")
+    before = state.counts()
+    state.complete(task)
+    assert state.counts() == before and task.key not in state.done
+
+
+def test_adopted_results_are_not_made_again(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    first = plan_sweep(space, FakeStudy(), one_each)
+    _, log = simulate(first, slots=1, duration=one_each)
+    kept = [task for *_, task in log if task.kind == "trial"][::2]
+    second = plan_sweep(space, FakeStudy(), one_each)
+    for task in second.shared.values():
+        second.complete(task)
+    for task in kept:
+        second.adopt(task, METRICS)
+        second.adopt(task, METRICS)
+    assert sum(state.asked for state in second.cells) == len(kept)
+
+
+def test_a_finished_sweep_that_is_planned_again_has_nothing_to_do(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    first = plan_sweep(space, FakeStudy(), one_each)
+    _, log = simulate(first, slots=2, duration=one_each)
+    second = plan_sweep(space, FakeStudy(), one_each)
+    for *_, task in log:
+        if task.kind == "trial":
+            second.adopt(task, METRICS)
+        else:
+            second.complete(task)
+    assert second.finished and second.next_task() is None
+    assert second.counts()["done"] == 12
+    assert second.cost_left() == 0
+
+
+def test_what_waits_for_more_work_starts_first(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("[test_resnet]", "[test_resnet, resnet18]"))
+    state = plan_sweep(space, FakeStudy(), lambda t: 5.0 if t.cell.architecture.name == "resnet18" else 1.0)
+    started = [state.next_task() for _ in range(4)]
+    assert [task.cell.architecture.name for task in started if task] == ["resnet18"] * 2 + ["test_resnet"] * 2
+    assert state.next_task() is None and not state.finished
+
+
+def test_the_expected_cost_left_falls_to_zero(tmp_path: Path) -> None:
+    state = plan_sweep(small_space(tmp_path), FakeStudy(), one_each)
+    left = [state.cost_left()]
+    while (task := state.next_task()) is not None:
+        left.append(state.cost_left())
+        state.complete(task, METRICS)
+        left.append(state.cost_left())
+    assert left[0] == 20 and left[-1] == 0
+    assert all(after < before for before, after in zip(left, left[1:], strict=False))
+
+
+# --- Optuna --------------------------------------------------------------------------------------
+
+
+def searched_cell(space: SearchSpace) -> Cell:
+    return next(cell for cell in expand_cells(space) if cell.point.free_weights)
+
+
+def test_only_cells_with_free_weights_have_more_than_one_trial(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    assert {trials_wanted(cell, space.search) for cell in expand_cells(space) if cell.point.free_weights} == {2}
+    assert {trials_wanted(c, space.search) for c in expand_cells(space) if not c.point.free_weights} == {1}
+
+
+def test_the_first_trial_has_the_start_values_and_all_lie_in_their_range(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    studies = OptunaStudies(space.search, tmp_path / "journal")
+    asked = [studies.ask(searched_cell(space)) for _ in range(6)]
+    assert asked[0] == (0, {"fairness_weight": 0.25})
+    assert [number for number, _ in asked] == list(range(6))
+    assert len({weights["fairness_weight"] for _, weights in asked}) == 6
+    assert all(0 <= weights["fairness_weight"] <= 1 for _, weights in asked)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_a_driver_that_starts_again_gets_the_running_trials_again(tmp_path: Path, sampler: str) -> None:
+    space = small_space(tmp_path, ("{trials_per_cell: 2}", f"{{trials_per_cell: 2, sampler: {sampler}}}"))
+    cell = searched_cell(space)
+    first = OptunaStudies(space.search, tmp_path / "journal")
+    asked = [first.ask(cell) for _ in range(3)]
+    first.tell(cell, 1, METRICS)
+    second = OptunaStudies(space.search, tmp_path / "journal")
+    assert second.asked_before(cell) == asked
+    assert [second.ask(cell), second.ask(cell)] == [asked[0], asked[2]]
+    number, weights = second.ask(cell)
+    assert number == 3 and weights not in [known for _, known in asked]
+
+
+def test_telling_a_study_twice_changes_nothing(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    cell = searched_cell(space)
+    studies = OptunaStudies(space.search, tmp_path / "journal")
+    for _ in range(2):
+        studies.ask(cell)
+    studies.tell(cell, 0, METRICS)
+    studies.tell(cell, 0, {name: 0.0 for name in METRICS})
+    studies.give_up(cell, 0)
+    studies.give_up(cell, 1)
+    studies.tell(cell, 1, METRICS)
+    trials = studies._study(cell).get_trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL"]
+    assert trials[0].values == [0.5, 1.0]
+    assert [number for number, _ in studies.asked_before(cell)] == [0]
+
+
+def test_the_objectives_have_the_directions_of_their_metrics(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    study = OptunaStudies(space.search, tmp_path / "journal")._study(searched_cell(space))
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+
+
+def test_the_same_start_gives_the_same_values_and_another_seed_others(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    cell = searched_cell(space)
+
+    def values(config: SearchConfig, journal: str) -> list[dict[str, float]]:
+        studies = OptunaStudies(config, tmp_path / journal)
+        return [studies.ask(cell)[1] for _ in range(4)]
+
+    plain = values(space.search, "a")
+    assert values(space.search, "b") == plain
+    assert values(space.search.model_copy(update={"seed": 1}), "c")[1:] != plain[1:]
+
+
+def test_a_trial_whose_driver_died_before_its_values_were_drawn_gets_them_when_it_comes_again(
+    tmp_path: Path,
+) -> None:
+    space = small_space(tmp_path)
+    cell = searched_cell(space)
+    OptunaStudies(space.search, tmp_path / "journal")._study(cell).ask()
+    number, weights = OptunaStudies(space.search, tmp_path / "journal").ask(cell)
+    assert (number, weights) == (0, {"fairness_weight": 0.25})
+
+
+def test_a_new_label_finds_the_study_of_the_same_cell(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    renamed = small_space(tmp_path, ("  - method: static\n", "  - method: static\n    label: mine\n"))
+    asked = OptunaStudies(space.search, tmp_path / "journal").ask(searched_cell(space))
+    assert searched_cell(renamed).title != searched_cell(space).title
+    assert OptunaStudies(space.search, tmp_path / "journal").asked_before(searched_cell(renamed)) == [asked]
+
+
+def test_a_journal_cut_short_by_a_crash_goes_on(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    cell = searched_cell(space)
+    first = OptunaStudies(space.search, tmp_path / "journal")
+    first.ask(cell)
+    first.tell(cell, 0, METRICS)
+    journal = tmp_path / "journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[: len(whole) - 7])
+    again = OptunaStudies(space.search, journal)
+    number, _ = again.ask(cell)
+    again.tell(cell, number, METRICS)
+    assert optuna.trial.TrialState.COMPLETE in {t.state for t in again._study(cell).get_trials()}

@@ -1,0 +1,368 @@
+"""Search spaces: what a file may say, what is refused and how, and what makes a cell the same cell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from small_spaces import SMALL, small_space, write_space
+
+from fqsweep.config import RECIPES, Allocating, SearchSpace, content_hash
+from fqsweep.errors import InputError
+from fqsweep.names import METHODS, RUN_PARAMS
+from fqsweep.space import (
+    SHIPPED_SPACES,
+    Cell,
+    expand_cells,
+    find_space,
+    finetune_epochs,
+    load_space,
+    method_points,
+    run_params,
+    trial_key,
+)
+
+SHIPPED = sorted(path for folder in SHIPPED_SPACES for path in folder.glob("*.yaml"))
+
+
+def cell_of(space: SearchSpace, method: str) -> Cell:
+    return next(cell for cell in expand_cells(space) if cell.point.method == method)
+
+
+def problems_of(folder: Path, *changes: tuple[str, str]) -> str:
+    with pytest.raises(InputError, match="nothing was started") as caught:
+        small_space(folder, *changes)
+    return str(caught.value)
+
+
+# --- what comes with fqsweep ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_space_loads_and_says_its_question_and_command_first(path: Path) -> None:
+    space = load_space(path)
+    assert space.name == path.stem
+    head = path.read_text().split("name:")[0]
+    assert "?" in head
+    assert f"fqsweep run search_spaces/{path.name}" in head
+    assert expand_cells(space)
+
+
+def test_the_demo_the_paper_and_the_real_cpu_space_are_shipped() -> None:
+    assert {"demo", "paper", "isic2019_cpu"} <= {path.stem for path in SHIPPED}
+
+
+def test_the_papers_grid_is_whole() -> None:
+    space = load_space(find_space("paper"))
+    cells = expand_cells(space)
+    assert {cell.dataset.kind for cell in cells} == {"fitzpatrick17k", "isic2019"}
+    assert len({cell.architecture.name for cell in cells}) == 4
+    assert {cell.seed for cell in cells} == {2, 42, 107, 1337, 2026}
+    assert {cell.point.method for cell in cells} == set(METHODS)
+    blocks = Counter(
+        (cell.dataset.name, cell.group_attribute, cell.architecture.name, cell.seed) for cell in cells
+    )
+    assert len(blocks) == 2 * 4 * 5
+    # fp32, uniform 4 and 8 with and without fine-tuning, and six methods at three budgets.
+    assert set(blocks.values()) == {1 + 4 + 6 * 3}
+    for method in set(METHODS) - {"fp32", "uniform"}:
+        assert {cell.budget_bits for cell in cells if cell.point.method == method} == {4, 5, 6}
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert len({cell.baseline_key for cell in cells}) == 2 * 4 * 5
+
+
+def test_a_shipped_space_is_found_by_name_and_by_path() -> None:
+    found = [find_space(name).resolve() for name in ("demo", "demo.yaml", "search_spaces/demo.yaml")]
+    assert set(found) == {found[0]}
+    assert found[0].name == "demo.yaml"
+    with pytest.raises(InputError, match=r"search space 'dem': no such file .with fqsweep come: demo"):
+        find_space("dem")
+
+
+# --- cells ---------------------------------------------------------------------------------------
+
+
+def test_cells_are_the_grid_in_its_order(tmp_path: Path) -> None:
+    titles = [cell.title for cell in expand_cells(small_space(tmp_path))]
+    one = ["fp32", "uniform-4", "static@1", "static@3", "baq@1", "baq@3"]
+    assert titles == [f"synthderm/skin_tone test_resnet {row} seed {seed}" for seed in (0, 1) for row in one]
+
+
+def test_every_group_attribute_has_cells_that_share_the_parent(tmp_path: Path) -> None:
+    cells = expand_cells(small_space(tmp_path, ("[skin_tone]", "[skin_tone, skin_type]")))
+    assert len(cells) == 24
+    assert len({cell.baseline_key for cell in cells}) == 2
+    tables = {cell.importance_key for cell in cells} - {None}
+    assert len(tables) == 4
+
+
+def test_a_methods_own_budgets_stand_in_place_of_the_spaces(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("    bitrate_weight: 0.01", "    budgets_bits: [2, 2.5, 5]"))
+    assert [c.budget_bits for c in expand_cells(space) if c.point.method == "baq" and c.seed == 0] == [2, 2.5, 5]
+    assert [c.budget_bits for c in expand_cells(space) if c.point.method == "static"] == [1, 3, 1, 3]
+
+
+def test_uniform_has_a_row_for_each_width_and_fine_tuning(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("bits: [4]", "bits: [2, 8]\n    finetune: [false, true]"))
+    points = [point for point in method_points(space) if point.method == "uniform"]
+    assert [point.variant for point in points] == ["uniform-2", "uniform-2-ft", "uniform-8", "uniform-8-ft"]
+    cells = {cell.point.variant: cell for cell in expand_cells(space)}
+    assert cells["uniform-8"].budget_bits == 8.0
+    assert finetune_epochs(cells["uniform-8"]) == 0
+    assert finetune_epochs(cells["uniform-8-ft"]) == 1
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_a_comparator_is_static_with_what_its_paper_fixes(tmp_path: Path, recipe: str) -> None:
+    space = small_space(
+        tmp_path, ("method: baq\n    bitrate_weight: 0.01", f"method: {recipe}\n    budgets_bits: [4]")
+    )
+    cell = cell_of(space, recipe)
+    settings = cell.point.settings
+    assert isinstance(settings, Allocating)
+    for name, value in RECIPES[recipe].items():
+        assert getattr(settings, name) == value
+    assert run_params(cell, weights={})["method"] == recipe
+
+
+def test_every_run_has_the_same_parameters(tmp_path: Path) -> None:
+    for cell in expand_cells(small_space(tmp_path)):
+        params = run_params(cell, weights={})
+        assert tuple(sorted(params)) == tuple(sorted(RUN_PARAMS))
+        assert all(isinstance(value, str) and value for value in params.values())
+
+
+def test_what_a_method_does_not_have_is_recorded_as_none(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    plain = run_params(cell_of(space, "fp32"), weights={})
+    assert {plain[name] for name in ("budget_bits", "fairness_weight", "importance", "choices")} == {"none"}
+    untuned = run_params(cell_of(space, "uniform"), weights={})
+    assert (untuned["fairness_weight"], untuned["budget_bits"], untuned["finetune_epochs"]) == ("none", "4", "0")
+    searched = run_params(cell_of(space, "static"), weights={"fairness_weight": 0.125})
+    assert (searched["fairness_weight"], searched["choices"]) == ("0.125", "0,1,2,3,4,5,6,7,8")
+
+
+# --- identity ------------------------------------------------------------------------------------
+
+
+def test_cells_of_a_space_have_keys_of_their_own_and_the_same_each_time(tmp_path: Path) -> None:
+    keys = [cell.key for cell in expand_cells(small_space(tmp_path))]
+    assert len(set(keys)) == len(keys)
+    assert keys == [cell.key for cell in expand_cells(small_space(tmp_path))]
+
+
+SAME = {
+    "label": ("  - method: static\n", "  - method: static\n    label: mine\n"),
+    "name of the data set": ("kind: synthderm\n", "kind: synthderm\n    name: shown\n"),
+    "name of the sweep": ("name: small", "name: other"),
+    "other budgets": ("budgets_bits: [1, 3]", "budgets_bits: [1, 2, 3, 7]"),
+    "other seeds": ("seeds: [0, 1]", "seeds: [0, 5]"),
+    "more trials": ("trials_per_cell: 2", "trials_per_cell: 9"),
+    "other resources": ("search:", "resources: {cpus_per_trial: 2}\nsearch:"),
+    "defaults written out": ("recipe:\n", "recipe:\n  batch_size: 64\n"),
+    "order of choices": ("  - method: static\n", "  - method: static\n    choices: [8,7,6,5,4,3,2,1,0]\n"),
+}
+OTHER = {
+    "learning rate": ("learning_rate: 1.0e-3", "learning_rate: 1.0e-4"),
+    "fine-tuning": ("finetune_epochs: 1", "finetune_epochs: 2"),
+    "number of images": ("num_images: 500", "num_images: 501"),
+    "image size": ("image_size: 32", "image_size: 64"),
+    "architecture": ("[test_resnet]", "[resnet18]"),
+    "seed": ("seeds: [0, 1]", "seeds: [7]"),
+    "budget": ("budgets_bits: [1, 3]", "budgets_bits: [1.001, 3]"),
+    "range of a weight": ("high: 1.0", "high: 2.0"),
+    "scale": ("  - method: static\n", "  - method: static\n    scale: absmax\n"),
+    "choices": ("  - method: static\n", "  - method: static\n    choices: [0, 2, 4]\n"),
+    "group": ("[skin_tone]", "[skin_type]"),
+    "split": ("num_images: 500\n", "num_images: 500\n    splits: {seed: 1}\n"),
+}
+
+
+@pytest.mark.parametrize("change", SAME.values(), ids=SAME)
+def test_what_does_not_change_the_result_does_not_change_the_key(tmp_path: Path, change: Any) -> None:
+    before, after = cell_of(small_space(tmp_path), "static"), cell_of(small_space(tmp_path, change), "static")
+    assert after.key == before.key
+    assert after.baseline_key == before.baseline_key
+
+
+@pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
+def test_what_changes_the_result_changes_the_key(tmp_path: Path, change: Any) -> None:
+    before, after = cell_of(small_space(tmp_path), "static"), cell_of(small_space(tmp_path, change), "static")
+    assert after.key != before.key
+
+
+def test_two_rows_that_differ_in_their_label_alone_are_one_result(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("- method: uniform\n", "- method: uniform\n    label: plain\n"))
+    assert cell_of(space, "uniform").point.variant == "plain-4"
+    assert cell_of(space, "uniform").key == cell_of(small_space(tmp_path), "uniform").key
+
+
+@pytest.mark.parametrize("change", ["fine-tuning", "budget", "range of a weight", "scale", "choices"])
+def test_the_parent_does_not_depend_on_what_comes_after_it(tmp_path: Path, change: str) -> None:
+    before, after = small_space(tmp_path), small_space(tmp_path, OTHER[change])
+    assert cell_of(after, "static").baseline_key == cell_of(before, "static").baseline_key
+
+
+@pytest.mark.parametrize("change", ["learning rate", "number of images", "architecture", "seed", "split"])
+def test_the_parent_depends_on_its_data_and_training(tmp_path: Path, change: str) -> None:
+    before, after = small_space(tmp_path), small_space(tmp_path, OTHER[change])
+    assert cell_of(after, "static").baseline_key != cell_of(before, "static").baseline_key
+
+
+def test_static_and_baq_of_every_budget_share_one_cost_table(tmp_path: Path) -> None:
+    cells = [cell for cell in expand_cells(small_space(tmp_path)) if cell.seed == 0]
+    assert len({cell.importance_key for cell in cells if cell.point.spends_budget}) == 1
+    assert {cell.importance_key for cell in cells if not cell.point.spends_budget} == {None}
+
+
+def test_a_trials_key_depends_on_its_number_and_weights(tmp_path: Path) -> None:
+    cell = cell_of(small_space(tmp_path), "static")
+    keys = {trial_key(cell, number=n, weights={"fairness_weight": w}) for n in (0, 1) for w in (0.1, 0.2)}
+    assert len(keys) == 4
+
+
+def test_a_cell_survives_the_way_through_json(tmp_path: Path) -> None:
+    for cell in expand_cells(small_space(tmp_path)):
+        again = Cell.model_validate_json(cell.model_dump_json())
+        assert again == cell
+        assert (again.key, again.baseline_key, again.importance_key) == (
+            cell.key,
+            cell.baseline_key,
+            cell.importance_key,
+        )
+
+
+def test_a_hash_does_not_depend_on_the_order_of_keys() -> None:
+    assert content_hash({"a": 1, "b": [2.5]}) == content_hash({"b": [2.5], "a": 1})
+    assert content_hash({"a": 1}) != content_hash({"a": 2})
+    with pytest.raises(TypeError, match="set has no content hash"):
+        content_hash({1, 2})
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+WRONG = [
+    ("  epochs: 2", "  epoch: 2", "19: recipe.epoch: unknown key; did you mean 'epochs'?"),
+    ("  epochs: 2", "  epochs: 0", "recipe.epochs: Input should be greater than or equal to 1 (given: 0)"),
+    ("  epochs: 2", "  epochs: two", "(given: 'two')"),
+    ("seeds: [0, 1]\n", "", "seeds: is required"),
+    ("seeds: [0, 1]\n", "seed: [0, 1]\n", "seed: unknown key; did you mean 'seeds'?"),
+    ("seeds: [0, 1]", "seeds: [0, 1, 0]", "9: seeds[2]: '0' stands here twice"),
+    ("seeds: [0, 1]", "seeds: []", "9: seeds: "),
+    ("method: baq", "method: bqa", "method 'bqa' is not known; did you mean 'baq'?"),
+    ("  - method: fp32\n", "  - label: x\n", "methods[0]: method is required"),
+    ("kind: synthderm", "kind: synthdrem", "kind 'synthdrem' is not known; did you mean 'synthderm'?"),
+    ("image_size: 32", "imagesize: 32", "datasets[0].imagesize: unknown key; did you mean 'image_size'?"),
+    ("[skin_tone]", "[skin_tome]", "4: datasets[0].group_attributes[0]: "),
+    ("low: 0.0, high: 1.0, start: 0.25", "low: 2.0, high: 1.0", "high (1) must be above low (2)"),
+    ("low: 0.0, high: 1.0, start: 0.25", "low: 0.0, hihg: 1.0", "hihg: unknown key; did you mean 'high'?"),
+    ("low: 0.0, high: 1.0, start: 0.25", "low: 0.0, high: 1.0, start: 3", "start (3) must lie between"),
+    ("low: 0.0, high: 1.0, start: 0.25", "low: 0.0, high: 1.0, log: true", "a log range must start above 0"),
+    ("bitrate_weight: 0.01", "bitrate_weight: -1", "methods[3].bitrate_weight: "),
+    ("bitrate_weight: 0.01", "choices: [2, 4, 8]", "choices must be two or more without a hole"),
+    ("bitrate_weight: 0.01", "choices: [2, 9]", "bit choices must be whole numbers from 0 to 8"),
+    ("bitrate_weight: 0.01", "reducer: mean", "set reducer to none"),
+    ("bitrate_weight: 0.01", "allocator: mean", "allocator mean needs a reducer"),
+    ("bitrate_weight: 0.01", "label: static", "'static' stands here twice; give one of them another label"),
+    ("bitrate_weight: 0.01", "choices: [2, 3, 4]", "8: budgets_bits[0]: budget 1 is below the smallest bit choice"),
+    ("budgets_bits: [1, 3]\n", "", "static spends a bit budget: give budgets_bits"),
+    ("budgets_bits: [1, 3]", "budgets_bits: [1, 9]", "budgets_bits[1]: "),
+    ("budgets_bits: [1, 3]", "budgets_bits: [1, 1.0]", "budgets_bits[1]: '1' stands here twice"),
+    ("budgets_bits: [1, 3]", "budgets_bits: [1, .nan]", "budgets_bits[1]: "),
+    ("architectures: [test_resnet]", "architectures: [a, a]", "architectures[1]: 'a' stands here twice"),
+    ("{trials_per_cell: 2}", "{objectives: [test/acc_worst]}", "test data may not choose a model; use val/acc_worst"),
+    ("{trials_per_cell: 2}", "{objectives: [val/acc]}", "'val/acc' is no recorded metric"),
+    ("{trials_per_cell: 2}", "{sampler: grid}", "search.sampler: "),
+    ("name: small", "name: a b", "1: name: "),
+    ("recipe:\n", "recipe:\n  epochs: 3\n", "recipe.epochs: given twice"),
+    ("num_images: 500\n", "splits: {train: 0.9}\n", "must be 1, but is 1.3"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), WRONG, ids=[new.strip() or old for old, new, _ in WRONG])
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = problems_of(tmp_path, (old, new))
+    assert message in text
+    assert "WeightRange" not in text and "float" not in text
+
+
+@pytest.mark.parametrize(
+    "new", ["low: 2.0, high: 1.0", "low: 0.0, high: 1.0, start: 3", "low: 0.0, high: 1.0, extra: 3", "high: 1.0"]
+)
+def test_a_wrong_range_is_one_problem(tmp_path: Path, new: str) -> None:
+    text = problems_of(tmp_path, ("low: 0.0, high: 1.0, start: 0.25", new))
+    assert "space.yaml: 1 problem, nothing was started\n  space.yaml:15: methods[2].fairness_weight" in text
+
+
+@pytest.mark.parametrize("value", ["-1", "lots", "[1, 2]", ".inf"])
+def test_a_wrong_weight_is_one_problem(tmp_path: Path, value: str) -> None:
+    text = problems_of(tmp_path, ("bitrate_weight: 0.01", f"bitrate_weight: {value}"))
+    assert "space.yaml: 1 problem, nothing was started\n  space.yaml:17: methods[3].bitrate_weight: Input" in text
+
+
+def test_several_problems_are_reported_at_once_by_line(tmp_path: Path) -> None:
+    text = problems_of(
+        tmp_path,
+        ("image_size: 32", "image_size: 4"),
+        ("bits: [4]", "bits: [40]"),
+        ("bitrate_weight: 0.01", "bitrate_wieght: 0.01"),
+        ("  finetune_epochs: 1", "  finetune_epochs: -1"),
+    )
+    lines = text.splitlines()
+    assert lines[0].endswith("space.yaml: 4 problems, nothing was started")
+    assert [line.split(":")[1] for line in lines[1:]] == ["5", "13", "17", "21"]
+    assert "datasets[0].image_size" in lines[1]
+    assert "methods[1].bits[0]" in lines[2]
+    assert "methods[3].bitrate_wieght: unknown key; did you mean 'bitrate_weight'?" in lines[3]
+    assert "recipe.finetune_epochs" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a search space is a mapping"),
+        ("- a\n- b\n", "a search space is a mapping"),
+        ("just words", "a search space is a mapping"),
+        ("name: [a\nseeds: }", r"space.yaml:2: not valid YAML"),
+        ("name: small\n\tseeds: [1]", r"space.yaml:2: not valid YAML"),
+        ("name: 2026-99-99\n", "not valid YAML: month must be in 1..12"),
+        ("name: !!python/object:os.system {}\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_search_space_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_space(write_space(tmp_path, text))
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load_space(tmp_path / "absent.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_space(tmp_path / "latin.yaml")
+
+
+def test_a_budget_below_the_smallest_choice_of_a_comparator_is_found_before_the_start(tmp_path: Path) -> None:
+    text = problems_of(tmp_path, ("method: baq\n    bitrate_weight: 0.01", "method: fairquant"))
+    assert "8: budgets_bits[0]: budget 1 is below the smallest bit choice of fairquant (2)" in text
+
+
+def test_the_small_space_of_these_tests_is_a_good_one(tmp_path: Path) -> None:
+    assert load_space(write_space(tmp_path, SMALL)).name == "small"
+
+
+def test_records_cannot_be_changed(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    with pytest.raises(ValidationError, match="frozen"):
+        space.recipe.epochs = 7  # type: ignore[misc]
+
+
+def test_pinned_widths_are_measured_beside_the_choices(tmp_path: Path) -> None:
+    change = ("bitrate_weight: 0.01", "choices: [1, 2, 3]\n    pin: {fc: 8}")
+    settings = cell_of(small_space(tmp_path, change), "baq").point.settings
+    assert isinstance(settings, Allocating)
+    assert settings.measured_choices == (1, 2, 3, 8)

@@ -1,0 +1,235 @@
+"""One cell in, one result out: every method through the same contract."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fqsweep.baseline import ensure_baseline
+from fqsweep.config import (
+    ArchitectureConfig,
+    BaqMethod,
+    Fp32Method,
+    RecipeMethod,
+    SearchSpace,
+    StaticMethod,
+    SynthdermConfig,
+    TrainingRecipe,
+    UniformMethod,
+)
+from fqsweep.errors import TrialError
+from fqsweep.files import SweepPaths
+from fqsweep.models import build_model
+from fqsweep.names import metric_keys
+from fqsweep.quant.packing import read_metadata, unpack_weights
+from fqsweep.setting import open_setting
+from fqsweep.space import Cell, MethodPoint, expand_cells
+from fqsweep.tasks import LogFile
+from fqsweep.trial import TrialResult, load_packed, read_result, run_trial
+
+DATA = SynthdermConfig(
+    kind="synthderm", num_images=240, image_size=32, min_group_count=4, group_attributes=("skin_tone",)
+)
+RECIPE = TrainingRecipe(epochs=1, batch_size=32, finetune_epochs=1, calibration_images=20)
+METHODS = {
+    "fp32": (Fp32Method(method="fp32"), None),
+    "uniform-4": (UniformMethod(method="uniform", bits=(4,)), None),
+    "uniform-1-ft": (UniformMethod(method="uniform", bits=(1,), finetune=(True,), label="u1"), None),
+    "static": (StaticMethod(method="static", fairness_weight=0.2), 0.5),
+    "static-tensor": (StaticMethod(method="static", granularity="tensor", label="st", finetune_epochs=0), 2.5),
+    "static-mean": (StaticMethod(method="static", reducer="cvar", allocator="mean", label="sm"), 1.5),
+    "static-loss": (
+        StaticMethod(method="static", allocator="minimax_loss", label="sl", finetune_epochs=0),
+        1.5,
+    ),
+    "distilled": (StaticMethod(method="static", distillation_weight=0.5, label="sd"), 1.0),
+    "baq": (BaqMethod(method="baq", bitrate_weight=0.05, fairness_weight=0.1), 0.75),
+    "baq-lsq": (BaqMethod(method="baq", bit_gradient="lsq", settle_frac=0.0, label="bl"), 3.0),
+    "fairquant": (RecipeMethod(method="fairquant"), 4.5),
+    "fairgrape": (RecipeMethod(method="fairgrape"), 3.0),
+    "fairquantize": (RecipeMethod(method="fairquantize"), 3.0),
+    "hawq": (RecipeMethod(method="hawq"), 3.0),
+}
+
+
+def cell_of(name: str, *, architecture: str = "test_resnet", **recipe: object) -> Cell:
+    method, budget = METHODS[name]
+    space = SearchSpace(
+        name="t",
+        datasets=(DATA,),
+        architectures=(ArchitectureConfig(name=architecture),),
+        methods=(method,),
+        budgets_bits=(budget,) if budget else (),
+        seeds=(0,),
+        recipe=RECIPE.model_copy(update=recipe),
+    )
+    (cell,) = expand_cells(space)
+    return cell
+
+
+def trial(cell: Cell, folder: Path, key: str = "k") -> TrialResult:
+    paths = SweepPaths(folder)
+    log = LogFile(paths.log(key))
+    return run_trial(cell, key=key, weights={}, paths=paths, data_dir=None, device="cpu", recorder=log)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("trials")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_keeps_the_contract(name: str, folder: Path) -> None:
+    cell = cell_of(name)
+    result = trial(cell, folder, name)
+    paths = SweepPaths(folder)
+    assert read_result(paths.result(name)) == result
+    assert set(metric_keys()) <= set(result.metrics)
+    assert np.isfinite(list(result.metrics.values())).all()
+    file = paths.trial(name) / "model.fqs"
+    assert result.metrics["size/packed_bytes"] == file.stat().st_size
+    # Bits on disk, counted weight by weight, are the bits that are claimed.
+    unpacked = unpack_weights(file.read_bytes())
+    if name == "fp32":
+        assert result.metrics["bits/mean_weight"] == 32 and not unpacked.bits
+        return
+    spent = sum(int(bits.sum()) * unpacked[layer].numel() // len(bits) for layer, bits in unpacked.bits.items())
+    weights = sum(unpacked[layer].numel() for layer in unpacked.bits)
+    assert result.metrics["bits/mean_weight"] == pytest.approx(spent / weights, abs=1e-12)
+    if cell.budget_bits is not None:
+        assert spent <= cell.budget_bits * weights
+    assert file.stat().st_size >= spent / 8
+    levels = sum(row["units"] for row in result.layers)
+    assert levels == sum(len(bits) for bits in unpacked.bits.values()) or "tensor" in name or name == "hawq"
+
+
+def test_what_is_scored_is_what_lies_on_disk(folder: Path) -> None:
+    cell = cell_of("static")
+    result = trial(cell, folder, "scored")
+    setting = open_setting(cell, paths=SweepPaths(folder), data_dir=None, device="cpu")
+    model = load_packed((SweepPaths(folder).trial("scored") / "model.fqs").read_bytes(), setting)
+    for split in ("val", "test"):
+        metrics, _ = setting.score(model, split)
+        assert all(result.metrics[name] == value for name, value in metrics.items())
+
+
+def test_a_packed_file_says_what_it_needs_to_be_used_alone(folder: Path) -> None:
+    trial(cell_of("uniform-4"), folder, "alone")
+    notes = read_metadata((SweepPaths(folder).trial("alone") / "model.fqs").read_bytes())
+    assert notes["architecture"] == "test_resnet"
+    assert notes["image_size"] == "32"
+    assert len(json.loads(notes["classes"])) == 6
+    assert set(json.loads(notes["normalisation"])) == {"mean", "std"}
+
+
+def test_the_same_cell_gives_the_same_metrics_to_the_last_digit(tmp_path: Path) -> None:
+    results = [trial(cell_of("baq"), tmp_path / place) for place in ("a", "b")]
+    untimed = [{k: v for k, v in r.metrics.items() if not k.startswith("time/")} for r in results]
+    assert untimed[0] == untimed[1]
+    files = [(SweepPaths(tmp_path / place).trial("k") / "model.fqs").read_bytes() for place in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_learned_bits_move_and_stay_under_the_budget(folder: Path) -> None:
+    budget = 1.5
+    moved = cell_of("baq", finetune_epochs=2, finetune_learning_rate=1e-3).model_copy(
+        update={"budget_bits": budget}
+    )
+    settings = moved.point.settings.model_copy(update={"bit_learning_rate": 0.3, "bitrate_weight": 0.0})
+    moved = moved.model_copy(update={"point": moved.point.model_copy(update={"settings": settings})})
+    fixed_point = MethodPoint(
+        method="static", variant="s", settings=StaticMethod(method="static", finetune_epochs=0)
+    )
+    fixed = moved.model_copy(update={"point": fixed_point})
+    trial(moved, folder, "moved")
+    trial(fixed, folder, "fixed")
+    bits = []
+    for key in ("moved", "fixed"):
+        unpacked = unpack_weights((SweepPaths(folder).trial(key) / "model.fqs").read_bytes())
+        bits.append(np.concatenate([values.astype(int) for values in unpacked.bits.values()]))
+    change = bits[0] - bits[1]
+    assert (change > 0).any() and (change < 0).any()
+    assert moved.point.settings != fixed.point.settings
+
+
+def test_a_pinned_layer_keeps_its_bits_within_the_budget(folder: Path) -> None:
+    settings = StaticMethod(method="static", pin={"*fc": 8}, finetune_epochs=0, choices=(0, 1, 2, 3, 4))
+    cell = cell_of("static").model_copy(
+        update={"point": MethodPoint(method="static", variant="p", settings=settings), "budget_bits": 2.0}
+    )
+    result = trial(cell, folder, "pinned")
+    by_layer = {row["layer"]: row["mean_bits"] for row in result.layers}
+    assert by_layer["fc"] == 8
+    assert max(bits for name, bits in by_layer.items() if name != "fc") <= 4
+    assert result.metrics["bits/mean_weight"] <= 2.0
+
+
+def test_a_pin_that_fits_no_layer_fails_the_trial(folder: Path) -> None:
+    settings = StaticMethod(method="static", pin={"head.*": 8})
+    cell = cell_of("static").model_copy(
+        update={"point": MethodPoint(method="static", variant="p", settings=settings)}
+    )
+    with pytest.raises(TrialError, match=r"pin 'head\.\*' fits no quantisable layer; the first are: "):
+        trial(cell, folder, "nopin")
+
+
+def test_pins_that_break_the_budget_fail_the_trial(folder: Path) -> None:
+    settings = StaticMethod(method="static", pin={"*": 8})
+    cell = cell_of("static").model_copy(
+        update={"point": MethodPoint(method="static", variant="p", settings=settings)}
+    )
+    with pytest.raises(TrialError, match="no allocation fits"):
+        trial(cell, folder, "overpin")
+
+
+def test_a_gpu_that_is_not_there_fails_the_trial_and_is_not_replaced(folder: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(TrialError, match="a GPU was asked for"):
+        open_setting(cell_of("fp32"), paths=SweepPaths(folder), data_dir=None, device="cuda")
+
+
+def test_the_parent_is_trained_once_and_shared(tmp_path: Path) -> None:
+    paths = SweepPaths(tmp_path)
+    trial(cell_of("fp32"), tmp_path, "a")
+    meta = paths.baseline(cell_of("fp32").baseline_key) / "meta.json"
+    first = meta.stat().st_mtime_ns
+    trial(cell_of("uniform-4"), tmp_path, "b")
+    assert meta.stat().st_mtime_ns == first
+    assert len(list((tmp_path / "baselines").iterdir())) <= 2  # the folder and its lock
+
+
+@pytest.mark.parametrize("architecture", ["test_vit", "test_efficientnet", "test_convnext"])
+def test_other_architectures_go_all_the_way(architecture: str, tmp_path: Path) -> None:
+    result = trial(cell_of("baq", architecture=architecture), tmp_path)
+    assert result.metrics["bits/mean_weight"] <= 0.75
+
+
+def test_pretrained_weights_from_a_file_are_loaded_and_the_classifier_is_new(tmp_path: Path) -> None:
+    plain = ArchitectureConfig(name="test_resnet")
+    source = build_model(plain, num_classes=1000, image_size=32)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    given = ArchitectureConfig(name="test_resnet", pretrained=str(tmp_path / "weights.safetensors"))
+    loaded = build_model(given, num_classes=6, image_size=32)
+    own, other = source.state_dict(), loaded.state_dict()
+    same = [
+        name for name in own if own[name].shape == other[name].shape and torch.equal(own[name], other[name])
+    ]
+    assert set(own) - set(same) == {name for name in own if name.startswith("fc.")}
+    assert other["fc.weight"].shape[0] == 6
+
+
+def test_the_parent_survives_its_children(folder: Path) -> None:
+    cell = cell_of("static")
+    setting = open_setting(cell, paths=SweepPaths(folder), data_dir=None, device="cpu")
+    log = LogFile(folder / "log")
+    before = ensure_baseline(setting, SweepPaths(folder), log).state_dict()
+    trial(cell, folder, "child")
+    after = ensure_baseline(setting, SweepPaths(folder), log).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)

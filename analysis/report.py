@@ -6,6 +6,7 @@ python -m analysis.report --tracking-uri sqlite:////data/out/mlflow.db --sweep d
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         sweep = arguments.sweep or arguments.csv.stem
         findings = find(runs, sweep=sweep, metric=arguments.metric)
         written = write_report(findings, arguments.out)
-        print(f"{summary_text(findings)}\n\nReport: {written[0]}")
+        print(summary_text(findings))
+        print(f"report: {written[0]}", file=sys.stderr)
 
     return cli.run(parser, act, argv)
 

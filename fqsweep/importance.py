@@ -285,7 +285,8 @@ def _taylor(
                     rows = slice(unit_layer.start, unit_layer.stop)
                     cost_gub[:, rows, choice] += torch.einsum("ng,nu->gu", group_ng, along_nu.double().square())
 
-            output.register_hook(on_gradient)
+            if output.requires_grad:  # not where ``_response`` calls the layer again
+                output.register_hook(on_gradient)
 
         return on_forward
 

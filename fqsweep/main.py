@@ -262,6 +262,7 @@ def _data(options: argparse.Namespace) -> int:
 
 def _analyze(options: argparse.Namespace) -> int:
     _report(options.tracking_uri, options.sweep, options.out, metric=options.metric, parent_id=None)
+    print(f"\nreport:   {(options.out / 'report.html').resolve()}")
     return EXIT_OK
 
 

@@ -19,6 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from fqsweep.config import SearchConfig, SearchSpace, WeightRange
+from fqsweep.files import write_bytes
 from fqsweep.names import metric_of
 from fqsweep.space import Cell, expand_cells, trial_key
 from fqsweep.tasks import Task
@@ -46,6 +47,7 @@ class OptunaStudies:
     def __init__(self, config: SearchConfig, journal: Path) -> None:
         self.config = config
         journal.parent.mkdir(parents=True, exist_ok=True)
+        _cut_off_unfinished_line(journal)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -97,10 +99,11 @@ class OptunaStudies:
             study_name=name,
             storage=self.storage,
             directions=[_direction(key) for key in self.config.objectives],
-            sampler=self._sampler(cell),
             load_if_exists=True,
         )
-        if not study.get_trials(deepcopy=False):
+        trials = study.get_trials(deepcopy=False)
+        study.sampler = self._sampler(cell, num_trials=len(trials))
+        if not trials:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 study.set_metric_names([key.replace("/", " ") for key in self.config.objectives])
@@ -108,9 +111,9 @@ class OptunaStudies:
         self.studies[cell.key] = study
         return study
 
-    def _sampler(self, cell: Cell) -> optuna.samplers.BaseSampler:
-        # Each cell its own stream, the same at every start.
-        seed = (self.config.seed * 1_000_003 + int(cell.key, 16)) % 2**32
+    def _sampler(self, cell: Cell, *, num_trials: int) -> optuna.samplers.BaseSampler:
+        # Each cell its own stream; going on after ``num_trials`` must not draw their values again.
+        seed = (self.config.seed * 1_000_003 + int(cell.key, 16) + num_trials) % 2**32
         if self.config.sampler == "nsga2":
             return optuna.samplers.NSGAIISampler(seed=seed)
         with warnings.catch_warnings():
@@ -118,6 +121,13 @@ class OptunaStudies:
             return optuna.samplers.TPESampler(
                 seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True
             )
+
+
+def _cut_off_unfinished_line(journal: Path) -> None:
+    """Drop what a crash left of a line: Optuna would append to it and never read the journal again."""
+    content = journal.read_bytes() if journal.exists() else b""
+    if content and not content.endswith(b"\n"):
+        write_bytes(journal, content[: content.rfind(b"\n") + 1])
 
 
 def _direction(key: str) -> Literal["minimize", "maximize"]:

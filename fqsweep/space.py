@@ -295,11 +295,7 @@ def _is_union_tag(loc: Location, index: int, lines: dict[Location, int]) -> bool
     plain = tuple(p for i, p in enumerate(loc[:index]) if not _is_union_tag(loc, i, lines))
     if (*plain, part) in lines:
         return False
-    return (
-        index < len(loc) - 1
-        or part in (*NUMBER_BRANCHES, "bool", "str")
-        or part.endswith(RANGE_BRANCHES)
-    )
+    return index < len(loc) - 1 or part in (*NUMBER_BRANCHES, "bool", "str") or part.endswith(RANGE_BRANCHES)
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -37,6 +37,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from fqsweep import __version__
+from fqsweep.actor import TaskActor
 from fqsweep.config import SearchSpace
 from fqsweep.data import plan_dataset
 from fqsweep.errors import InputError
@@ -46,7 +47,7 @@ from fqsweep.models import build_model
 from fqsweep.progress import Display, Snapshot
 from fqsweep.search import OptunaStudies, SweepState, plan_sweep
 from fqsweep.space import Cell, load_space, trial_key
-from fqsweep.tasks import Outcome, Task, perform
+from fqsweep.tasks import Outcome, Task
 from fqsweep.tracking import Tracker, default_uri, open_tracker
 from fqsweep.trial import TrialResult, read_result
 
@@ -74,41 +75,6 @@ class SweepSummary:
     tracking_uri: str
     parent_id: str
     seconds: float
-
-
-# --- in a worker ---------------------------------------------------------------------------------
-
-
-class TaskActor(tune.Trainable):
-    """Does tasks one after the other in one process: torch and the packs stay loaded between them."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        """Take the first task."""
-        self.reset_config(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next task; nothing of the last one is kept."""
-        self.request = new_config
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Do the task."""
-        request = self.request
-        paths = SweepPaths(Path(request["out"]))
-        outcome = perform(
-            Task.model_validate_json(request["task"]),
-            paths=paths,
-            data_dir=None if request["data_dir"] is None else Path(request["data_dir"]),
-            device="cuda" if request["gpus"] else "cpu",
-            num_threads=max(1, int(request["cpus"])),
-        )
-        return {"outcome": outcome.model_dump_json(), "done": True}
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Tasks write their own files."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """See ``save_checkpoint``."""
 
 
 # --- in the driver -------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ OBJECTIVES = ("mean", "minimax")
 # --- instances and oracles -----------------------------------------------------------------------
 
 
-def realistic(seed: int, *, groups: int = 2, units: int = 60, choices: tuple[int, ...] = tuple(range(9))) -> Any:
+def realistic(
+    seed: int, *, groups: int = 2, units: int = 60, choices: tuple[int, ...] = tuple(range(9))
+) -> Any:
     """Costs that fall about fourfold a bit, units of very different size and sensitivity, groups that disagree."""
     generator = np.random.default_rng(seed)
     scale_gu = generator.lognormal(0.0, 1.5, units) * generator.lognormal(0.0, 0.7, (groups, units))
@@ -194,7 +196,9 @@ def test_what_is_left_of_the_budget_is_not_spent_on_a_choice_forbidden_for_anoth
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_one_group_one_unit_one_choice(objective: Any) -> None:
-    allocation = allocate_bits(np.array([[[3.0]]]), np.array([5]), budget_bits=2, choices=[2], objective=objective)
+    allocation = allocate_bits(
+        np.array([[[3.0]]]), np.array([5]), budget_bits=2, choices=[2], objective=objective
+    )
     assert allocation.bits_u.tolist() == [2]
     assert (allocation.objective, allocation.lower_bound, allocation.mean_bits) == (3.0, 3.0, 2.0)
     assert allocation.gap_frac == 0
@@ -237,7 +241,10 @@ def test_costs_of_zero_need_no_bits(objective: Any) -> None:
         ({"cost_gub": np.zeros((2, 2))}, "must be .groups, units, choices. and not empty"),
         ({"cost_gub": np.zeros((0, 2, 2))}, "not empty, got shape"),
         ({"cost_gub": np.array([[[1.0, 0.0], [np.inf, np.inf]]])}, "unit 1 has no allowed bit choice"),
-        ({"cost_gub": np.array([[[np.inf, 0.0], [1.0, 0.0]]]), "budget_bits": 2.9}, "already spend 3 mean bits"),
+        (
+            {"cost_gub": np.array([[[np.inf, 0.0], [1.0, 0.0]]]), "budget_bits": 2.9},
+            "already spend 3 mean bits",
+        ),
         ({"objective": "median"}, "objective must be 'mean' or 'minimax', got 'median'"),
         ({"group_weights": [1.0, 1.0]}, "group_weights must be 1 numbers"),
         ({"group_weights": [0.0]}, "must not all be 0"),
@@ -409,7 +416,8 @@ def test_a_group_without_costs_does_not_change_minimax() -> None:
 def test_minimax_of_one_group_is_mean() -> None:
     cost, weights = realistic(7, units=60, groups=1)
     values = [
-        allocate_bits(cost, weights, budget_bits=0.7, choices=range(9), objective=o).objective for o in OBJECTIVES
+        allocate_bits(cost, weights, budget_bits=0.7, choices=range(9), objective=o).objective
+        for o in OBJECTIVES
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-9)
 
@@ -445,7 +453,9 @@ def test_quantile_keeps_the_budget_and_the_ranks(importance: list[int], budget_b
 def test_quantile_spends_nearly_all_of_the_budget(budget_bits: float) -> None:
     generator = np.random.default_rng(0)
     weights = generator.integers(1, 20, 2000)
-    allocation = allocate_by_quantile(generator.random(2000), weights, budget_bits=budget_bits, choices=(2, 4, 8))
+    allocation = allocate_by_quantile(
+        generator.random(2000), weights, budget_bits=budget_bits, choices=(2, 4, 8)
+    )
     assert budget_bits - 0.02 < allocation.mean_bits <= budget_bits
 
 

@@ -128,9 +128,7 @@ def test_a_group_below_min_count_takes_no_part_but_in_the_overall_accuracy() -> 
 
 
 def test_a_group_without_samples_takes_no_part() -> None:
-    report = fairness_report(
-        np.array([0, 1]), np.array([0, 0]), np.array([0, 2]), num_classes=2, num_groups=4
-    )
+    report = fairness_report(np.array([0, 1]), np.array([0, 0]), np.array([0, 2]), num_classes=2, num_groups=4)
     assert report.acc_worst == 0.0
     assert np.isnan(report.acc_per_group[[1, 3]]).all()
 
@@ -138,7 +136,10 @@ def test_a_group_without_samples_takes_no_part() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"groups": np.zeros(4, int)}, r"At least 2 groups with >= 1 samples are needed, but got counts \[4, 0\]"),
+        (
+            {"groups": np.zeros(4, int)},
+            r"At least 2 groups with >= 1 samples are needed, but got counts \[4, 0\]",
+        ),
         ({"min_count": 3}, r"At least 2 groups with >= 3 samples are needed, but got counts \[2, 2\]"),
         ({"predictions": np.array([0, 1, 2, 0])}, r"predictions must lie in \[0, 2\), got 0 to 2"),
         ({"labels": np.array([0, -1, 1, 0])}, r"labels must lie in \[0, 2\), got -1 to 1"),

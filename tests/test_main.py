@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fqsweep.main import main, selection_metric
 from fqsweep.config import SearchConfig
+from fqsweep.main import main, selection_metric
 
 PROJECT = Path(__file__).resolve().parents[1]
 SPACE = """
@@ -36,7 +36,9 @@ def photos(tmp_path: Path) -> Path:
     (tmp_path / "photos").mkdir()
     rows = []
     for i in range(80):
-        Image.fromarray(rng.integers(0, 255, (36, 36, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 255, (36, 36, 3), dtype=np.uint8)).save(
+            tmp_path / "photos" / f"{i}.png"
+        )
         row = {"file": f"{i}.png", "diagnosis": "ab"[i % 2], "sex": "mf"[(i // 2) % 2], "patient": f"p{i}"}
         rows.append(row)
     pd.DataFrame(rows).to_csv(tmp_path / "photos.csv", index=False)
@@ -45,7 +47,9 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *more: str) -> int:
-    return main(["run", str(folder / "bad.yaml"), "--out", str(folder / "out"), "--data-dir", str(folder), *more])
+    return main(
+        ["run", str(folder / "bad.yaml"), "--out", str(folder / "out"), "--data-dir", str(folder), *more]
+    )
 
 
 def edit(folder: Path, old: str, new: str) -> None:
@@ -112,14 +116,18 @@ def test_bad_input_ends_with_2_before_anything_starts(
     assert_nothing_started(photos)
 
 
-def test_a_missing_image_is_named_before_anything_starts(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_image_is_named_before_anything_starts(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (photos / "photos" / "7.png").unlink()
     assert run(photos) == 2
     assert "7.png" in capsys.readouterr().err
     assert_nothing_started(photos)
 
 
-def test_a_data_folder_that_was_not_given_is_asked_for(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_data_folder_that_was_not_given_is_asked_for(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["run", str(photos / "bad.yaml"), "--out", str(photos / "out")]) == 2
     assert "--data-dir" in capsys.readouterr().err
 
@@ -134,13 +142,17 @@ def test_a_tracking_server_that_is_away_is_said_before_anything_starts(
     assert_nothing_started(photos)
 
 
-def test_an_output_folder_that_cannot_be_written_is_named(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_folder_that_cannot_be_written_is_named(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (photos / "out").write_text("a file")
     assert run(photos) == 2
     assert "give another --out" in capsys.readouterr().err
 
 
-def test_data_that_changed_since_the_sweep_began_is_refused(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_changed_since_the_sweep_began_is_refused(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (photos / "out").mkdir()
     (photos / "out" / "data.json").write_text(json.dumps({"data/photos": "another digest"}))
     assert run(photos) == 2

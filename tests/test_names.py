@@ -20,10 +20,21 @@ from fqsweep.names import (
     metric_of,
 )
 
-FIXED = (
-    "acc_overall acc_avg acc_worst acc_gap balanced_acc balanced_acc_worst eopp0 eopp1 eodd dp_gap auc_macro "
-    "auc_worst ece"
-).split()
+FIXED = [
+    "acc_overall",
+    "acc_avg",
+    "acc_worst",
+    "acc_gap",
+    "balanced_acc",
+    "balanced_acc_worst",
+    "eopp0",
+    "eopp1",
+    "eodd",
+    "dp_gap",
+    "auc_macro",
+    "auc_worst",
+    "ece",
+]
 
 
 def test_the_fixed_metrics_are_recorded_for_both_splits() -> None:
@@ -53,10 +64,20 @@ def test_every_metric_says_what_it_is() -> None:
 
 
 def test_the_fixed_parameters_are_on_every_run_and_none_twice() -> None:
-    fixed = (
-        "dataset architecture method budget_bits seed group_attribute fairness_weight bitrate_weight importance "
-        "reducer allocator granularity"
-    ).split()
+    fixed = [
+        "dataset",
+        "architecture",
+        "method",
+        "budget_bits",
+        "seed",
+        "group_attribute",
+        "fairness_weight",
+        "bitrate_weight",
+        "importance",
+        "reducer",
+        "allocator",
+        "granularity",
+    ]
     assert set(fixed) <= set(RUN_PARAMS)
     assert len(set(RUN_PARAMS)) == len(RUN_PARAMS)
 

@@ -101,7 +101,11 @@ def test_every_group_attribute_has_cells_that_share_the_parent(tmp_path: Path) -
 
 def test_a_methods_own_budgets_stand_in_place_of_the_spaces(tmp_path: Path) -> None:
     space = small_space(tmp_path, ("    bitrate_weight: 0.01", "    budgets_bits: [2, 2.5, 5]"))
-    assert [c.budget_bits for c in expand_cells(space) if c.point.method == "baq" and c.seed == 0] == [2, 2.5, 5]
+    assert [c.budget_bits for c in expand_cells(space) if c.point.method == "baq" and c.seed == 0] == [
+        2,
+        2.5,
+        5,
+    ]
     assert [c.budget_bits for c in expand_cells(space) if c.point.method == "static"] == [1, 3, 1, 3]
 
 
@@ -140,7 +144,11 @@ def test_what_a_method_does_not_have_is_recorded_as_none(tmp_path: Path) -> None
     plain = run_params(cell_of(space, "fp32"), weights={})
     assert {plain[name] for name in ("budget_bits", "fairness_weight", "importance", "choices")} == {"none"}
     untuned = run_params(cell_of(space, "uniform"), weights={})
-    assert (untuned["fairness_weight"], untuned["budget_bits"], untuned["finetune_epochs"]) == ("none", "4", "0")
+    assert (untuned["fairness_weight"], untuned["budget_bits"], untuned["finetune_epochs"]) == (
+        "none",
+        "4",
+        "0",
+    )
     searched = run_params(cell_of(space, "static"), weights={"fairness_weight": 0.125})
     assert (searched["fairness_weight"], searched["choices"]) == ("0.125", "0,1,2,3,4,5,6,7,8")
 
@@ -268,13 +276,21 @@ WRONG = [
     ("bitrate_weight: 0.01", "reducer: mean", "set reducer to none"),
     ("bitrate_weight: 0.01", "allocator: mean", "allocator mean needs a reducer"),
     ("bitrate_weight: 0.01", "label: static", "'static' stands here twice; give one of them another label"),
-    ("bitrate_weight: 0.01", "choices: [2, 3, 4]", "8: budgets_bits[0]: budget 1 is below the smallest bit choice"),
+    (
+        "bitrate_weight: 0.01",
+        "choices: [2, 3, 4]",
+        "8: budgets_bits[0]: budget 1 is below the smallest bit choice",
+    ),
     ("budgets_bits: [1, 3]\n", "", "static spends a bit budget: give budgets_bits"),
     ("budgets_bits: [1, 3]", "budgets_bits: [1, 9]", "budgets_bits[1]: "),
     ("budgets_bits: [1, 3]", "budgets_bits: [1, 1.0]", "budgets_bits[1]: '1' stands here twice"),
     ("budgets_bits: [1, 3]", "budgets_bits: [1, .nan]", "budgets_bits[1]: "),
     ("architectures: [test_resnet]", "architectures: [a, a]", "architectures[1]: 'a' stands here twice"),
-    ("{trials_per_cell: 2}", "{objectives: [test/acc_worst]}", "test data may not choose a model; use val/acc_worst"),
+    (
+        "{trials_per_cell: 2}",
+        "{objectives: [test/acc_worst]}",
+        "test data may not choose a model; use val/acc_worst",
+    ),
     ("{trials_per_cell: 2}", "{objectives: [val/acc]}", "'val/acc' is no recorded metric"),
     ("{trials_per_cell: 2}", "{sampler: grid}", "search.sampler: "),
     ("name: small", "name: a b", "1: name: "),
@@ -291,7 +307,8 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, old: str, new: st
 
 
 @pytest.mark.parametrize(
-    "new", ["low: 2.0, high: 1.0", "low: 0.0, high: 1.0, start: 3", "low: 0.0, high: 1.0, extra: 3", "high: 1.0"]
+    "new",
+    ["low: 2.0, high: 1.0", "low: 0.0, high: 1.0, start: 3", "low: 0.0, high: 1.0, extra: 3", "high: 1.0"],
 )
 def test_a_wrong_range_is_one_problem(tmp_path: Path, new: str) -> None:
     text = problems_of(tmp_path, ("low: 0.0, high: 1.0, start: 0.25", new))
@@ -301,7 +318,9 @@ def test_a_wrong_range_is_one_problem(tmp_path: Path, new: str) -> None:
 @pytest.mark.parametrize("value", ["-1", "lots", "[1, 2]", ".inf"])
 def test_a_wrong_weight_is_one_problem(tmp_path: Path, value: str) -> None:
     text = problems_of(tmp_path, ("bitrate_weight: 0.01", f"bitrate_weight: {value}"))
-    assert "space.yaml: 1 problem, nothing was started\n  space.yaml:17: methods[3].bitrate_weight: Input" in text
+    assert (
+        "space.yaml: 1 problem, nothing was started\n  space.yaml:17: methods[3].bitrate_weight: Input" in text
+    )
 
 
 def test_several_problems_are_reported_at_once_by_line(tmp_path: Path) -> None:

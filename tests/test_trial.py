@@ -29,8 +29,8 @@ from fqsweep.names import metric_keys
 from fqsweep.quant.packing import read_metadata, unpack_weights
 from fqsweep.setting import open_setting
 from fqsweep.space import Cell, MethodPoint, expand_cells
-from fqsweep.tasks import LogFile
 from fqsweep.trial import TrialResult, load_packed, read_result, run_trial
+from fqsweep.work import LogFile
 
 DATA = SynthdermConfig(
     kind="synthderm", num_images=240, image_size=32, min_group_count=4, group_attributes=("skin_tone",)

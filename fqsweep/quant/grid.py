@@ -106,7 +106,7 @@ def fake_quantize(weight: torch.Tensor, bits: int | torch.Tensor) -> torch.Tenso
 
     Example:
         >>> fake_quantize(torch.tensor([[1.0, -0.4, 0.1]]), 2)
-        tensor([[1., -0., 0.]])
+        tensor([[1., 0., 0.]])
     """
     if weight.ndim < 1 or not weight.is_floating_point():
         raise ValueError(f"weight must be a float tensor with an output-channel axis, got {weight.dtype}")

@@ -1,0 +1,214 @@
+"""Packed models: every bit comes back, takes the room it claims, and damage is seen."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from fqsweep.quant import PackedFileError, fake_quantize, pack_weights, unpack_weights
+from fqsweep.quant.packing import read_metadata
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in shape, type and every bit, but that zero has one sign."""
+    if a.is_floating_point():
+        a, b = a + 0.0, b + 0.0
+    return a.shape == b.shape and a.dtype == b.dtype and bytes_of(a) == bytes_of(b)
+
+
+@st.composite
+def models(draw: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """States whose quantised tensors lie on grids, with any mix of widths; zeros, single weights, other types."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    state: dict[str, torch.Tensor] = {
+        "bn.num_batches_tracked": torch.tensor(7),
+        "empty": torch.zeros(0, 3),
+        "flag": torch.tensor([True, False]),
+        "bias": torch.randn(3, generator=generator),
+        "half": torch.randn(2, 2, generator=generator).half(),
+    }
+    bits: dict[str, torch.Tensor] = {}
+    for index in range(draw(st.integers(1, 3))):
+        shape = draw(st.sampled_from([(1, 1), (4, 1), (3, 2, 3, 3), (5, 7), (6,)]))
+        widths = torch.tensor(draw(st.lists(st.integers(0, 8), min_size=shape[0], max_size=shape[0])))
+        weight = torch.randn(shape, generator=generator)
+        if draw(st.booleans()):
+            weight[0] = 0
+        state[f"layer{index}.weight"] = fake_quantize(weight, widths)
+        bits[f"layer{index}.weight"] = widths
+    return state, bits
+
+
+@settings(max_examples=120, deadline=None)
+@given(model=models())
+def test_any_mix_of_widths_comes_back_bit_for_bit(model: Any) -> None:
+    state, bits = model
+    found = unpack_weights(pack_weights(state, bits))
+    assert set(found) == set(state)
+    for name, tensor in state.items():
+        assert same_bits(found[name], tensor), name
+    for name, widths in bits.items():
+        assert found.bits[name].tolist() == widths.tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(model=models())
+def test_packing_what_was_unpacked_gives_the_same_bytes(model: Any) -> None:
+    blob = pack_weights(*model)
+    found = unpack_weights(blob)
+    assert pack_weights(found, found.bits, steps=found.steps) == blob
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bits", range(9))
+def test_other_float_types_come_back_too(dtype: torch.dtype, bits: int) -> None:
+    weight = fake_quantize(torch.randn(6, 11, generator=torch.Generator().manual_seed(bits)).to(dtype), bits)
+    assert same_bits(unpack_weights(pack_weights({"w": weight}, {"w": bits}))["w"], weight)
+
+
+def test_steps_of_a_quantiser_are_kept_exactly() -> None:
+    level = torch.tensor([[1.0, -3.0, 2.0], [0.5, -0.5, 0.5], [0.0, 0.0, 0.0]])
+    step = np.array([0.1, 0.37, 0.0], dtype=np.float32)
+    weight = level * torch.from_numpy(step)[:, None]
+    found = unpack_weights(pack_weights({"w": weight}, {"w": np.array([3, 1, 0])}, steps={"w": step}))
+    assert same_bits(found["w"], weight)
+    assert found.steps["w"].tolist() == step.tolist()
+
+
+def test_one_width_for_a_whole_tensor_has_one_step() -> None:
+    weight = torch.tensor([[3.0, -1.0], [0.0, 2.0]]) * 0.25
+    found = unpack_weights(
+        pack_weights({"w": weight}, {"w": np.array([3])}, steps={"w": np.array([0.25], np.float32)})
+    )
+    assert same_bits(found["w"], weight) and found.bits["w"].tolist() == [3]
+
+
+def test_weights_off_the_grid_are_quantised_as_fake_quantize_does() -> None:
+    weight = torch.randn(9, 20, generator=torch.Generator().manual_seed(3))
+    widths = torch.arange(9)
+    assert same_bits(
+        unpack_weights(pack_weights({"w": weight}, {"w": widths}))["w"], fake_quantize(weight, widths)
+    )
+
+
+def test_a_weight_takes_as_many_bits_as_it_claims() -> None:
+    weight = fake_quantize(torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)), 3)
+    sizes = [len(pack_weights({"w": weight}, {"w": torch.full((64,), b)})) for b in (0, 1, 3, 8)]
+    claims = [64_000 * b / 8 for b in (0, 1, 3, 8)]
+    # Header, widths (half a byte a unit) and steps (four bytes a unit that is not dropped).
+    for size, claim, num_steps in zip(sizes, claims, (0, 64, 64, 64), strict=True):
+        assert claim + 32 + 4 * num_steps <= size <= claim + 32 + 4 * num_steps + 700
+
+
+def test_codes_are_laid_out_as_the_format_says() -> None:
+    weight = torch.tensor([[3.0, -3.0, 0.0, 1.0]])
+    blob = pack_weights({"w": weight}, {"w": 3}, steps={"w": np.ones(1, np.float32)})
+    tensors = load(blob)
+    # Levels plus 3 in three bits each: 110 000 011 100, then zeros.
+    assert tensors["codes.3"].tolist() == [0b11000001, 0b11000000]
+    assert tensors["bits"].tolist() == [0x30]
+    assert json.loads(read_metadata(blob)["layers"]) == [
+        {"name": "w", "shape": [1, 4], "dtype": "float32", "units": 1}
+    ]
+
+
+def test_a_model_without_quantised_tensors_is_packed_as_it_is() -> None:
+    state = {"w": torch.randn(3, 2), "n": torch.tensor(4)}
+    found = unpack_weights(pack_weights(state, {}))
+    assert all(same_bits(found[name], state[name]) for name in state) and found.bits == {}
+
+
+def test_notes_are_kept_in_the_header() -> None:
+    assert read_metadata(pack_weights({}, {}, metadata={"classes": '["a"]'}))["classes"] == '["a"]'
+
+
+def test_packing_changes_nothing_it_was_given() -> None:
+    weight = torch.randn(3, 4)
+    before = weight.clone()
+    pack_weights({"w": weight}, {"w": 2})
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("bits", "steps", "message"),
+    [
+        ({"v": 4}, None, "bits are given for 'v', which is not in the state"),
+        ({"w": 9}, None, r"'w': widths must lie in 0..8"),
+        ({"w": np.array([1, 2, 3])}, None, r"'w': 2 widths .or 1. are needed, got shape \(3,\)"),
+        ({"n": 4}, None, "'n' is no float tensor"),
+        (
+            {"w": 3},
+            {"w": np.array([0.3, 0.3], np.float32)},
+            "weights do not lie on the grid of the steps given",
+        ),
+        ({"w": 3}, {"w": np.array([1.0], np.float32)}, "2 steps are needed"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(bits: Any, steps: Any, message: str) -> None:
+    state = {"w": torch.tensor([[1.0, 2.0], [3.0, -1.0]]), "n": torch.tensor([1, 2])}
+    with pytest.raises(ValueError, match=message):
+        pack_weights(state, bits, steps=steps)
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blob() -> bytes:
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "conv.weight": torch.randn(4, 3, 3, 3, generator=generator),
+        "fc.weight": torch.randn(2, 5, generator=generator),
+        "fc.bias": torch.randn(2, generator=generator),
+        "count": torch.tensor(3),
+    }
+    return pack_weights(state, {"conv.weight": torch.tensor([0, 1, 4, 8]), "fc.weight": 3})
+
+
+def test_a_file_cut_short_anywhere_is_refused(blob: bytes) -> None:
+    for length in [*range(0, 40), *range(40, len(blob), 7), len(blob) - 1]:
+        with pytest.raises(PackedFileError, match="damaged"):
+            unpack_weights(blob[:length])
+
+
+def test_a_file_with_something_after_it_is_refused(blob: bytes) -> None:
+    with pytest.raises(PackedFileError, match="damaged"):
+        unpack_weights(blob + b"\0")
+
+
+def test_any_flipped_byte_is_refused(blob: bytes) -> None:
+    for position in range(len(blob)):
+        damaged = bytearray(blob)
+        damaged[position] ^= 1 << (position % 8)
+        with pytest.raises(PackedFileError, match="packed model"):
+            unpack_weights(bytes(damaged))
+
+
+def test_another_safetensors_file_is_refused() -> None:
+    with pytest.raises(PackedFileError, match="not a packed model: its format is 'not named'"):
+        unpack_weights(save({"w": torch.zeros(2)}))
+    with pytest.raises(PackedFileError, match="not a packed model: its format is 'pt'"):
+        unpack_weights(save({"w": torch.zeros(2)}, metadata={"format": "pt"}))
+
+
+def test_a_later_version_is_refused_by_its_number(blob: bytes) -> None:
+    later = save(load(blob), metadata={**read_metadata(blob), "version": "2"})
+    with pytest.raises(PackedFileError, match="packed model of version 2: this fqsweep reads 1"):
+        unpack_weights(later)
+
+
+@pytest.mark.parametrize("junk", [b"", b"x", b"\0" * 8, b"\x02" + b"\0" * 7 + b"[]", b"PK\3\4" * 10])
+def test_bytes_of_any_kind_are_refused(junk: bytes) -> None:
+    with pytest.raises(PackedFileError, match="not a packed model"):
+        unpack_weights(junk)

@@ -1,0 +1,41 @@
+"""Every example in the documentation of fqsweep's modules runs and shows what it says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import fqsweep
+
+MODULES = sorted(info.name for info in pkgutil.walk_packages(fqsweep.__path__, "fqsweep."))
+# The entry script and the two that start Ray or MLflow hold no examples and cost seconds to import.
+HEAVY = {"fqsweep.main", "fqsweep.sweep", "fqsweep.tracking"}
+PUBLIC_WITH_EXAMPLE = (
+    ("fqsweep.allocation", "allocate_bits"),
+    ("fqsweep.fairness", "fairness_report"),
+    ("fqsweep.quant.grid", "fake_quantize"),
+)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in HEAVY])
+def test_the_examples_of_a_module_show_what_it_does(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", sorted(HEAVY))
+def test_modules_that_are_not_imported_here_have_no_examples(name: str) -> None:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    with open(spec.origin, encoding="utf-8") as stream:
+        assert ">>> " not in stream.read()
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC_WITH_EXAMPLE)
+def test_the_functions_that_others_call_have_an_example(module: str, name: str) -> None:
+    function = getattr(importlib.import_module(module), name)
+    assert doctest.DocTestFinder().find(function, name)[0].examples
+    assert "Raises:" in function.__doc__

@@ -88,28 +88,38 @@ class OptunaStudies:
     def _study(self, cell: Cell) -> optuna.Study:
         """The cell's study; a new one begins with the start values of its ranges.
 
-        It is found by the cell's key: the title before it may have changed.
+        It is found by the cell's key and the objectives: the title before them may have changed.
         """
         if cell.key in self.studies:
             return self.studies[cell.key]
-        tag = f"[{cell.key}]"
-        known = [one.study_name for one in self.storage.get_all_studies() if one.study_name.endswith(tag)]
-        name = known[0] if known else f"{cell.title} {tag}"
-        study = optuna.create_study(
-            study_name=name,
+        study = self._find_study(cell) or optuna.create_study(
+            study_name=f"{cell.title} by {', '.join(self.config.objectives)} [{cell.key}]",
             storage=self.storage,
             directions=[_direction(key) for key in self.config.objectives],
-            load_if_exists=True,
+            load_if_exists=True,  # a driver may have died before it gave the study its names
         )
         trials = study.get_trials(deepcopy=False)
         study.sampler = self._sampler(cell, num_trials=len(trials))
         if not trials:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                study.set_metric_names([key.replace("/", " ") for key in self.config.objectives])
+                study.set_metric_names(self._metric_names())
             study.enqueue_trial({n: _start(limits) for n, limits in cell.point.free_weights.items()})
         self.studies[cell.key] = study
         return study
+
+    def _find_study(self, cell: Cell) -> optuna.Study | None:
+        for one in self.storage.get_all_studies():
+            if one.study_name.endswith(f"[{cell.key}]"):
+                study = optuna.load_study(study_name=one.study_name, storage=self.storage)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    if study.metric_names == self._metric_names():
+                        return study
+        return None
+
+    def _metric_names(self) -> list[str]:
+        return [key.replace("/", " ") for key in self.config.objectives]
 
     def _sampler(self, cell: Cell, *, num_trials: int) -> optuna.samplers.BaseSampler:
         # Each cell its own stream; going on after ``num_trials`` must not draw their values again.

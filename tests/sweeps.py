@@ -101,7 +101,7 @@ def kill_worker_of(driver: int) -> bool:
             words = name.read_bytes().split(b"\0")[0]
         except OSError:
             continue
-        if words.startswith(b"ray::") and b"TaskActor" in words and b"step" in words.lower():
+        if words.startswith(b"ray::") and words.endswith(b".train"):
             os.kill(process, signal.SIGKILL)
             return True
     return False

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import optuna
 import pytest
 from small_spaces import small_space
 
@@ -403,6 +404,29 @@ def test_a_new_label_finds_the_study_of_the_same_cell(tmp_path: Path) -> None:
     asked = OptunaStudies(space.search, tmp_path / "journal").ask(searched_cell(space))
     assert searched_cell(renamed).title != searched_cell(space).title
     assert OptunaStudies(space.search, tmp_path / "journal").asked_before(searched_cell(renamed)) == [asked]
+
+
+def test_other_objectives_have_a_study_of_their_own_with_their_directions(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    cell = searched_cell(space)
+    OptunaStudies(space.search, tmp_path / "journal").ask(cell)
+    swapped = space.search.model_copy(update={"objectives": ("bits/mean_weight", "val/acc_worst")})
+    for _ in range(2):
+        studies = OptunaStudies(swapped, tmp_path / "journal")
+        number, _ = studies.ask(cell)
+        studies.tell(cell, number, METRICS)
+        assert [direction.name for direction in studies._study(cell).directions] == ["MINIMIZE", "MAXIMIZE"]
+    assert [trial.values for trial in studies._study(cell).get_trials()] == [[1.0, 0.5], [1.0, 0.5]]
+    assert len(OptunaStudies(space.search, tmp_path / "journal").asked_before(cell)) == 1
+
+
+def test_a_driver_that_dies_while_it_makes_a_study_leaves_the_start_values_to_the_next(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    cell = searched_cell(space)
+    studies = OptunaStudies(space.search, tmp_path / "journal")
+    name = f"{cell.title} by {', '.join(space.search.objectives)} [{cell.key}]"
+    optuna.create_study(study_name=name, storage=studies.storage, directions=["maximize", "minimize"])
+    assert OptunaStudies(space.search, tmp_path / "journal").ask(cell) == (0, {"fairness_weight": 0.25})
 
 
 def test_a_journal_cut_short_by_a_crash_goes_on(tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""MLflow with a real sqlite store: one run a trial, cut-off runs made whole, tags that follow the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from fqsweep.errors import InputError
+from fqsweep.files import SweepPaths
+from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_KEY, TAG_PARENT, TAG_RECOMMENDED
+from fqsweep.tracking import Tracker, default_uri, fetch_model, open_tracker, publish_report
+from fqsweep.trial import TrialResult
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> SweepPaths:
+    folder = tmp_path_factory.mktemp("tracking") / "a folder's out"
+    (folder / "report").mkdir(parents=True)
+    (folder / "space.yaml").write_text("name: t")
+    (folder / "model.fqs").write_bytes(b"packed")
+    return SweepPaths(folder)
+
+
+def tracker(paths: SweepPaths) -> Tracker:
+    space = paths.out / "space.yaml"
+    return open_tracker(
+        default_uri(paths), paths=paths, sweep="t", space_file=space, facts={"version/torch": "1"}
+    )
+
+
+def result(key: str) -> TrialResult:
+    metrics = {"val/acc_worst": 0.5, "test/acc_group/60 and over": 0.25, "bits/mean_weight": 1.0}
+    params = dict.fromkeys(RUN_PARAMS, "none")
+    history = [{"train/loss": 1.0}, {"train/loss": 0.5}]
+    return TrialResult(
+        key=key, title=f"trial {key}", params=params, weights={}, metrics=metrics, history=history
+    )
+
+
+def children(paths: SweepPaths, parent_id: str) -> dict[str, list[str]]:
+    client = MlflowClient(default_uri(paths))
+    experiment = client.get_experiment_by_name("fqsweep")
+    found: dict[str, list[str]] = {}
+    for run in client.search_runs([experiment.experiment_id], f"tags.`{TAG_PARENT}` = '{parent_id}'"):
+        found.setdefault(run.data.tags[TAG_KEY], []).append(run.info.run_id)
+    return found
+
+
+def test_a_trial_is_one_nested_run_with_params_metrics_curves_and_its_model(paths: SweepPaths) -> None:
+    book = tracker(paths)
+    run_id = book.log_trial(result("one"), [paths.out / "model.fqs"])
+    assert run_id is not None
+    run = book.client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags[TAG_PARENT] == book.parent_id
+    assert set(run.data.params) == set(RUN_PARAMS)
+    assert run.data.metrics["test/acc_group/60 and over"] == 0.25
+    curve = book.client.get_metric_history(run_id, "epoch/train/loss")
+    assert [(point.step, point.value) for point in curve] == [(0, 1.0), (1, 0.5)]
+    target = paths.out / "fetched.fqs"
+    fetch_model(default_uri(paths), run_id, target)
+    assert target.read_bytes() == b"packed"
+
+
+def test_logging_a_trial_twice_makes_one_run_also_after_a_new_start(paths: SweepPaths) -> None:
+    tracker(paths).log_trial(result("two"), [])
+    assert tracker(paths).log_trial(result("two"), []) is None
+    assert len(children(paths, tracker(paths).parent_id)["two"]) == 1
+
+
+def test_a_run_that_was_cut_off_is_removed_and_written_anew(paths: SweepPaths) -> None:
+    book = tracker(paths)
+    tags = {TAG_PARENT: book.parent_id, TAG_KEY: "three"}
+    cut_off = book.client.create_run(book.experiment_id, tags=tags).info.run_id
+    again = tracker(paths)
+    written = again.log_trial(result("three"), [])
+    assert children(paths, again.parent_id)["three"] == [written]
+    assert written != cut_off
+
+
+def test_the_same_folder_keeps_its_parent_run(paths: SweepPaths) -> None:
+    assert tracker(paths).parent_id == tracker(paths).parent_id
+
+
+def test_a_report_tags_its_runs_and_takes_old_tags_away(paths: SweepPaths) -> None:
+    book = tracker(paths)
+    first, second = (book.log_trial(result(key), []) for key in ("four", "five"))
+    for chosen, other in ((first, second), (second, first)):
+        (paths.report / "front.csv").write_text(f"variant,run_ids,on_front\na,{chosen},True\nb,{other},False\n")
+        budgets = {"1": {"run_id": chosen, "reason": "it is best"}}
+        (paths.report / "recommended.json").write_text(json.dumps({"settings": [{"budgets": budgets}]}))
+        publish_report(default_uri(paths), book.parent_id, paths.report)
+        tags = {run_id: book.client.get_run(run_id).data.tags for run_id in (chosen, other)}
+        assert tags[chosen][TAG_FRONT] == "true" and tags[chosen][TAG_RECOMMENDED] == "it is best"
+        assert TAG_FRONT not in tags[other] and TAG_RECOMMENDED not in tags[other]
+    names = {file.path for file in book.client.list_artifacts(book.parent_id)}
+    assert {"front.csv", "recommended.json", "space.yaml"} <= names
+
+
+def test_artifacts_lie_in_the_sweep_folder_whatever_the_working_folder(
+    paths: SweepPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tracker(paths).log_trial(result("six"), [paths.out / "model.fqs"])
+    assert os.listdir(tmp_path) == []
+    assert list(paths.artifacts.rglob("model.fqs"))
+
+
+def test_a_run_without_a_packed_model_is_named(paths: SweepPaths, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no packed model"):
+        fetch_model(default_uri(paths), "0" * 32, tmp_path / "x")
+    assert not (tmp_path / "x").exists()

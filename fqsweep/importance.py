@@ -471,7 +471,7 @@ def _rademacher(weight: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 
 def reduce_groups(cost_gub: np.ndarray, reducer: Reducer, *, loss_g: np.ndarray) -> np.ndarray:
-    """Group costs as one table (u, b), or (1, u, b) kept apart for ``none``.
+    """Group costs as one table, float64 (u, b).
 
     - ``mean``, ``max``: over groups, entry by entry;
     - ``cvar``: mean over the worse half of the groups, at least one, entry by entry;
@@ -481,7 +481,7 @@ def reduce_groups(cost_gub: np.ndarray, reducer: Reducer, *, loss_g: np.ndarray)
       kept (FairPrune's and FairQuantize's contrast of a disadvantaged and an advantaged group).
 
     Raises:
-        ValueError: ``subtractive`` with one group.
+        ValueError: ``subtractive`` with one group, or ``none``, which keeps groups apart.
     """
     if reducer == "mean":
         return np.asarray(cost_gub.mean(axis=0))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fqsweep.config import Allocating, ArchitectureConfig, BaqMethod, DatasetConfig, Resources, SearchSpace
 from fqsweep.models import build_model, count_macs
+from fqsweep.progress import format_duration
 from fqsweep.search import shared_tasks, trials_wanted
 from fqsweep.space import Cell, expand_cells, finetune_epochs
 from fqsweep.tasks import Task
@@ -106,11 +107,11 @@ def num_images(dataset: DatasetConfig, data_dir: Path | None) -> int:
     return min(count, dataset.max_images or count)
 
 
-def estimate(space: SearchSpace, *, data_dir: Path | None, num_slots: int) -> Plan:
-    """Count a sweep's work and estimate its time.
+def estimate(space: SearchSpace, *, data_dir: Path | None, num_cores: int) -> Plan:
+    """Count a sweep's work and estimate its time on one machine.
 
     Args:
-        num_slots: trials that run at the same time.
+        num_cores: CPU cores of the machine; where trials use GPUs, it is taken to have one.
 
     Raises:
         InputError: an architecture that timm does not know, or that does not take the image size.
@@ -121,6 +122,8 @@ def estimate(space: SearchSpace, *, data_dir: Path | None, num_slots: int) -> Pl
     tasks: list[tuple[Task, int]] = [(task, 1) for task in shared.values()]
     tasks += [(_as_task(cell), trials_wanted(cell, space.search)) for cell in cells]
     worker_s = sum(model.seconds(task) * times for task, times in tasks)
+    gpus, cpus = space.resources.gpus_per_trial, space.resources.cpus_per_trial
+    num_slots = max(1, int(1 / gpus + 1e-9)) if gpus else max(1, int(num_cores / cpus))
     return Plan(
         num_cells=len(cells),
         num_trials=sum(trials_wanted(cell, space.search) for cell in cells),
@@ -128,9 +131,46 @@ def estimate(space: SearchSpace, *, data_dir: Path | None, num_slots: int) -> Pl
         num_importance=sum(task.kind == "importance" for task in shared.values()),
         num_slots=num_slots,
         worker_s=worker_s,
-        total_s=worker_s / max(num_slots, 1),
+        total_s=worker_s / num_slots,
         macs=sum(model.macs(task) * times for task, times in tasks),
     )
+
+
+def describe_plan(space: SearchSpace, plan: Plan) -> str:
+    """The plan for people: the grid's axes, a row for each method, what is shared, the expected time."""
+    lines = [f"{space.name}: {plan.num_cells} cells, {plan.num_trials} trials"]
+    for dataset in space.datasets:
+        groups = ", ".join(dataset.group_attributes)
+        lines.append(f"  data set      {dataset.name} at {dataset.image_size} px, groups by {groups}")
+    lines.append(f"  architectures {', '.join(a.name for a in space.architectures)}")
+    lines.append(
+        f"  budgets       {', '.join(f'{b:g}' for b in space.budgets_bits) or 'none'} mean bits per weight"
+    )
+    lines.append(f"  seeds         {', '.join(map(str, space.seeds))}")
+    lines += ["", *_method_rows(space), ""]
+    lines.append(
+        f"shared: {plan.num_baselines} full-precision parents and {plan.num_importance} cost tables, each made once"
+    )
+    place = "1 GPU" if space.resources.gpus_per_trial else "this machine's CPU"
+    lines.append(
+        f"expected: about {format_duration(plan.total_s)} with {plan.num_slots} trials at a time on {place} "
+        f"({plan.macs:.2g} multiply-accumulates; an order of magnitude, not a promise)"
+    )
+    return "\n".join(lines)
+
+
+def _method_rows(space: SearchSpace) -> list[str]:
+    """One row a method: its budgets, its cells, its trials, and what Optuna searches in it."""
+    rows = [f"  {'method':<14}  {'bits':<18}  {'cells':>5}  {'trials':>6}  searched by Optuna"]
+    cells_by_variant: dict[str, list[Cell]] = {}
+    for cell in expand_cells(space):
+        cells_by_variant.setdefault(cell.point.variant, []).append(cell)
+    for variant, cells in cells_by_variant.items():
+        bits = ", ".join(f"{b:g}" for b in sorted({cell.budget_bits for cell in cells if cell.budget_bits}))
+        trials = sum(trials_wanted(cell, space.search) for cell in cells)
+        searched = ", ".join(cells[0].point.free_weights) or "-"
+        rows.append(f"  {variant:<14}  {bits or '32':<18}  {len(cells):>5}  {trials:>6}  {searched}")
+    return rows
 
 
 def _as_task(cell: Cell) -> Task:

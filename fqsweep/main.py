@@ -1,6 +1,6 @@
 """The command line. `python fqsweep/main.py ...` is the same as `fqsweep ...`, from any folder.
 
-Without arguments it runs the paper's grid, because `ray submit clusters/gpu.yaml fqsweep/main.py` does so.
+Without arguments it runs the paper's grid, because `ray submit CLUSTER.yaml fqsweep/main.py` gives none.
 """
 
 from __future__ import annotations
@@ -196,45 +196,16 @@ def selection_metric(search: SearchConfig) -> str:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from fqsweep.estimate import estimate
-    from fqsweep.progress import format_duration
-    from fqsweep.space import expand_cells, method_points
+    from fqsweep.estimate import describe_plan, estimate
+    from fqsweep.space import expand_cells
 
     space = load_space(find_space(options.space))
-    resources = space.resources
-    cores = os.cpu_count() or 1
-    slots = int(1 / resources.gpus_per_trial) if 0 < resources.gpus_per_trial <= 1 else 1
-    if not resources.gpus_per_trial:
-        slots = max(1, int(cores / resources.cpus_per_trial))
-    plan = estimate(space, data_dir=options.data_dir, num_slots=slots)
+    plan = estimate(space, data_dir=options.data_dir, num_cores=os.cpu_count() or 1)
     if options.json:
-        cells = [
-            {"title": cell.title, "key": cell.key, "budget_bits": cell.budget_bits}
-            for cell in expand_cells(space)
-        ]
+        cells = [{"title": c.title, "key": c.key, "budget_bits": c.budget_bits} for c in expand_cells(space)]
         print(json.dumps({"name": space.name, **dataclasses.asdict(plan), "cells": cells}, indent=1))
-        return EXIT_OK
-    points = method_points(space)
-    print(f"{space.name}: {plan.num_cells} cells, {plan.num_trials} trials")
-    for dataset in space.datasets:
-        groups = ", ".join(dataset.group_attributes)
-        print(f"  data set      {dataset.name} at {dataset.image_size} px, groups by {groups}")
-    print(f"  architectures {', '.join(a.name for a in space.architectures)}")
-    print(f"  methods       {', '.join(point.variant for point in points)}")
-    print(f"  budgets       {', '.join(f'{b:g}' for b in space.budgets_bits) or 'none'} mean bits per weight")
-    print(f"  seeds         {', '.join(map(str, space.seeds))}")
-    searched = sum(1 for point in points if point.free_weights)
-    print(
-        f"  search        {searched} methods with free weights, {space.search.trials_per_cell} Optuna trials a cell"
-    )
-    print(
-        f"shared: {plan.num_baselines} full-precision parents and {plan.num_importance} cost tables, each made once"
-    )
-    device = f"{slots} trials on 1 GPU" if resources.gpus_per_trial else f"{slots} trials on {cores} CPU cores"
-    print(
-        f"expected: about {format_duration(plan.total_s)} with {device} at a time "
-        f"({plan.macs:.2g} multiply-accumulates; an order of magnitude, not a promise)"
-    )
+    else:
+        print(describe_plan(space, plan))
     return EXIT_OK
 
 

@@ -25,7 +25,7 @@ def tasks_of(folder: Path, *changes: tuple[str, str]) -> dict[str, Task]:
 
 def test_the_plan_counts_what_the_sweep_will_do(tmp_path: Path) -> None:
     space = small_space(tmp_path)
-    plan = estimate(space, data_dir=None, num_slots=4)
+    plan = estimate(space, data_dir=None, num_cores=4)
     assert (plan.num_cells, plan.num_trials, plan.num_baselines, plan.num_importance) == (12, 16, 2, 2)
     state = plan_sweep(space, study=None, cost=CostModel(space.resources, data_dir=None).seconds)  # type: ignore[arg-type]
     assert plan.worker_s == pytest.approx(state.cost_left())
@@ -94,4 +94,4 @@ def test_a_table_is_counted_from_its_csv(tmp_path: Path) -> None:
 def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:
     space = small_space(tmp_path, ("[test_resnet]", "[test_resent]"))
     with pytest.raises(InputError, match="timm .* does not know it; near: test_resnet"):
-        estimate(space, data_dir=None, num_slots=1)
+        estimate(space, data_dir=None, num_cores=1)

@@ -21,12 +21,14 @@ class Snapshot:
 
     Attributes:
         counts: cells by state.
+        prepared: shared parents and cost tables that are made, and how many there are.
         running: titles of running tasks.
         best: row label -> (best worst-group validation accuracy so far, variant), in the order of budgets.
         seconds_left: None where nothing can be said yet.
     """
 
     counts: dict[str, int]
+    prepared: tuple[int, int]
     running: tuple[str, ...]
     best: dict[str, tuple[float, str]]
     seconds_left: float | None
@@ -62,29 +64,35 @@ class Display:
             print(self.line(), file=sys.stderr, flush=True)
 
     def line(self) -> str:
-        """The state on one line."""
+        """The state on one line, with the best accuracies."""
         seen = self.look()
+        best = " ".join(f"{label}:{value:.3f}" for label, (value, _) in seen.best.items())
+        return self._head(seen, f" | best worst group, val: {best}" if best else "")
+
+    def _head(self, seen: Snapshot, middle: str = "") -> str:
         counts = "  ".join(
             f"{number} {name}" for name, number in seen.counts.items() if number or name == "done"
         )
-        best = " ".join(f"{label}:{value:.3f}" for label, (value, _) in seen.best.items())
         left = "" if seen.seconds_left is None else f" | about {format_duration(seen.seconds_left)} left"
+        made, wanted = seen.prepared
+        shared = f" | shared: {made} of {wanted}" if made < wanted else ""
         elapsed = format_duration(time.monotonic() - self._started)
-        return f"[{elapsed}] cells: {counts}{f' | best worst group, val: {best}' if best else ''}{left}"
+        return f"[{elapsed}] cells: {counts}{shared}{middle}{left}"
 
     def _table(self) -> Group:
         seen = self.look()
-        head = Text(self.line())
+        head = Text(self._head(seen))
         now = Text("\n".join(f"  running: {title}" for title in seen.running), style="dim")
         if not seen.best:
             return Group(head, now)
-        table = Table(title="best worst-group accuracy so far (validation)", title_justify="left")
+        title = Text("best worst-group accuracy so far (validation)", style="bold")
+        table = Table()
         table.add_column("budget")
         table.add_column("accuracy", justify="right")
         table.add_column("method")
         for label, (value, variant) in seen.best.items():
             table.add_row(label, f"{value:.3f}", variant)
-        return Group(head, now, table)
+        return Group(head, now, title, table)
 
 
 def format_duration(seconds: float) -> str:

@@ -195,6 +195,7 @@ class SweepDriver:
         )
         return Snapshot(
             counts=self.state.counts(),
+            prepared=(sum(key in self.state.done for key in self.state.shared), len(self.state.shared)),
             running=tuple(task.title for task in list(self.state.running.values())),
             best={label: self.best[label] for label in order},
             seconds_left=left,

@@ -27,6 +27,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
+from fqsweep import __version__
 from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths, write_bytes
 from fqsweep.names import (
@@ -65,11 +66,13 @@ class Tracker:
             TAG_KEY: result.key,
             TAG_KIND: KIND_TRIAL,
             TAG_SWEEP: self.sweep,
+            "mlflow.source.name": f"fqsweep {__version__}",
             **{name: result.params[name] for name in ("method", "variant")},
         }
-        run = self.client.create_run(self.experiment_id, tags=tags, run_name=result.title)
-        run_id = run.info.run_id
         now = int(time.time() * 1000)
+        began = now - int(1000 * result.metrics.get("time/total_s", 0.0))
+        run = self.client.create_run(self.experiment_id, began, tags, run_name=result.title)
+        run_id = run.info.run_id
         points = [Metric(name, value, now, 0) for name, value in result.metrics.items()]
         for epoch, metrics in enumerate(result.history):
             points += [Metric(f"epoch/{name}", value, now, epoch) for name, value in metrics.items()]
@@ -79,7 +82,7 @@ class Tracker:
             params = []
         for file in files:
             self.client.log_artifact(run_id, str(file))
-        self.client.set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED))
+        self.client.set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED), end_time=now)
         self.logged[result.key] = run_id
         return run_id
 

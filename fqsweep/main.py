@@ -24,13 +24,19 @@ if __name__ == "__main__":
         sys.path.insert(0, str(_here.parent))
 
 from fqsweep import __version__
-from fqsweep.config import SearchConfig
+from fqsweep.config import DatasetConfig, Fitzpatrick17kConfig, Isic2019Config, SearchConfig, SynthdermConfig
 from fqsweep.errors import InputError, SweepInterrupted
+from fqsweep.files import SweepPaths
 from fqsweep.names import DEFAULT_SELECTION, metric_of
 from fqsweep.space import find_space, load_space
 
 EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 PROJECT = Path(__file__).resolve().parents[1]
+WHOLE_SETS: dict[str, DatasetConfig] = {
+    "isic2019": Isic2019Config(kind="isic2019", group_attributes=("sex", "age")),
+    "fitzpatrick17k": Fitzpatrick17kConfig(kind="fitzpatrick17k", group_attributes=("skin_type", "skin_tone")),
+    "synthderm": SynthdermConfig(kind="synthderm", group_attributes=("skin_type", "skin_tone")),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,8 +83,10 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="look at data sets and prepare them")
     data.add_argument("action", choices=("list", "verify", "pack"))
-    data.add_argument("space", nargs="?", metavar="SPACE.yaml", help="whose data sets (verify, pack)")
-    data.add_argument("--out", type=Path, help="output folder of the sweep, for pack")
+    data.add_argument(
+        "name", nargs="?", metavar="NAME", help="isic2019, fitzpatrick17k, synthderm, or a SPACE.yaml"
+    )
+    data.add_argument("--out", type=Path, help="output folder of the sweep that will use the packs")
     _add_data_dir(data)
     data.set_defaults(command=_data)
 
@@ -216,19 +224,25 @@ def _data(options: argparse.Namespace) -> int:
     if options.action == "list":
         print(describe_kinds(options.data_dir))
         return EXIT_OK
-    if options.space is None:
+    if options.name is None:
         raise InputError(
-            f"data {options.action} needs a search space: fqsweep data {options.action} SPACE.yaml"
+            f"data {options.action} needs a data set or a search space: fqsweep data verify isic2019"
         )
-    space = load_space(find_space(options.space))
-    for dataset in space.datasets:
+    for dataset in _datasets_named(options.name):
         samples, splits = plan_dataset(dataset, data_dir=options.data_dir)
         print(describe_set(dataset, samples, splits))
         if options.action == "pack":
-            out = options.out or Path("out") / space.name
-            packed = open_dataset(dataset, data_dir=options.data_dir, pack_dir=out / "packs")
-            print(f"packed: {packed.image_nhwc.shape} in {out / 'packs'}")
+            packs = SweepPaths(options.out or Path("out") / options.name).packs
+            packed = open_dataset(dataset, data_dir=options.data_dir, pack_dir=packs)
+            print(f"packed: {packed.image_nhwc.shape} in {packs}")
     return EXIT_OK
+
+
+def _datasets_named(name: str) -> tuple[DatasetConfig, ...]:
+    """A kind of data set with its default settings and all its group attributes, or those of a search space."""
+    if name in WHOLE_SETS:
+        return (WHOLE_SETS[name],)
+    return load_space(find_space(name)).datasets
 
 
 def _analyze(options: argparse.Namespace) -> int:

@@ -29,6 +29,13 @@ recipe: {epochs: 1, batch_size: 16, finetune_epochs: 1}
 """
 
 
+def test_data_sets_are_verified_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "verify", "synthderm"]) == 0
+    assert "synthderm: 6,000 images" in capsys.readouterr().out
+    assert main(["data", "verify", "isic2019"]) == 2
+    assert "pass --data-dir" in capsys.readouterr().err
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A folder with 80 small photos, a CSV and a search space."""

@@ -55,11 +55,11 @@ class _Quantise(torch.autograd.Function):
         one_bit = offset_u1 > 0
         reach = torch.where(one_bit, torch.inf, limit_u1 * step_u1 * (1 + 1e-6))
         reach = torch.where(step_u1 > 0, reach, -1.0)
-        grad_weight = torch.where(weight_un.abs() <= reach, grad_un, 0.0)
+        grad_weight = grad_un.masked_fill(weight_un.abs() > reach, 0.0)
         if not ctx.needs_input_grad[1]:
             return grad_weight, None, None, None
-        along_level = torch.einsum("un,un->u", grad_un, quantised)[:, None]
-        along_weight = torch.einsum("un,un->u", grad_weight, weight_un)[:, None]
+        along_level = torch.linalg.vecdot(grad_un, quantised)[:, None]
+        along_weight = torch.linalg.vecdot(grad_weight, weight_un)[:, None]
         along_weight = torch.where(one_bit, 0.0, along_weight)
         divisor = torch.where(step_u1 > 0, step_u1, torch.ones_like(step_u1))
         grad_step = torch.where(step_u1 > 0, (along_level - along_weight) / divisor, 0.0)

@@ -20,6 +20,7 @@ def source_parser(module: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--tracking-uri", help="MLflow tracking URI, for example sqlite:////data/out/mlflow.db")
     parser.add_argument("--sweep", help="name of the sweep; with --csv only a title")
+    parser.add_argument("--parent", help="run id of the sweep's parent run, where several sweeps have one name")
     parser.add_argument("--csv", type=Path, help="read the runs from this CSV instead of MLflow")
     return parser
 
@@ -45,7 +46,7 @@ def read_source(arguments: argparse.Namespace) -> pd.DataFrame:
         return load_csv(arguments.csv)
     if not arguments.tracking_uri or not arguments.sweep:
         raise InputError("Give --tracking-uri and --sweep, or --csv.")
-    return load_runs(arguments.tracking_uri, arguments.sweep)
+    return load_runs(arguments.tracking_uri, arguments.sweep, parent_id=arguments.parent)
 
 
 def write_text(path: Path, text: str) -> None:

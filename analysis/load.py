@@ -48,7 +48,7 @@ PAGE_SIZE = 1000
 NUM_NAMED = 3  # run ids that a note names before it only counts
 
 
-def load_runs(tracking_uri: str, sweep: str) -> pd.DataFrame:
+def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) -> pd.DataFrame:
     """Read the finished trial runs of the latest sweep called ``sweep``.
 
     Of several runs with one trial key the newest counts (an earlier attempt was lost and repeated).
@@ -65,7 +65,7 @@ def load_runs(tracking_uri: str, sweep: str) -> pd.DataFrame:
     """
     client = _connect(tracking_uri)
     try:
-        parent, notes = _latest_parent(client, sweep, tracking_uri=tracking_uri)
+        parent, notes = _latest_parent(client, sweep, tracking_uri=tracking_uri, parent_id=parent_id)
         children = list(_search(client, f"tags.`{TAG_PARENT}` = '{parent.info.run_id}'"))
     except InputError:
         raise
@@ -146,8 +146,12 @@ def _search(client: MlflowClient, filter_string: str) -> Iterator[Run]:
             return
 
 
-def _latest_parent(client: MlflowClient, sweep: str, *, tracking_uri: str) -> tuple[Run, list[str]]:
-    """The newest parent run of that name; the name is compared here, never put into a query."""
+def _latest_parent(
+    client: MlflowClient, sweep: str, *, tracking_uri: str, parent_id: str | None
+) -> tuple[Run, list[str]]:
+    """The parent run asked for, or the newest of that name; the name is compared here, never put into a query."""
+    if parent_id is not None:
+        return client.get_run(parent_id), []
     parents = list(_search(client, f"tags.`{TAG_KIND}` = '{KIND_SWEEP}'"))
     named = [run for run in parents if run.data.tags.get(TAG_SWEEP) == sweep]
     if not named:

@@ -441,7 +441,6 @@ class Resources(Record):
     cpus_per_trial: float = Field(default=1, gt=0)
     gpus_per_trial: float = Field(default=0, ge=0)
     max_attempts: int = Field(default=3, ge=1)
-    time_limit_s: float | None = Field(default=None, gt=0)
 
 
 class SearchSpace(Record):

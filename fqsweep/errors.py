@@ -9,5 +9,9 @@ class TrialError(RuntimeError):
     """A trial cannot go on (a loss that is not finite, a budget that cannot hold): its cell fails."""
 
 
+class TrackingError(RuntimeError):
+    """The tracking server failed in mid-sweep: the sweep stops, and goes on from the results on disk."""
+
+
 class SweepInterrupted(RuntimeError):
     """The sweep was asked to stop; what is finished is kept and the same command goes on."""

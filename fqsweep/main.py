@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,12 +26,13 @@ if __name__ == "__main__":
 
 from fqsweep import __version__
 from fqsweep.config import DatasetConfig, Fitzpatrick17kConfig, Isic2019Config, SearchConfig, SynthdermConfig
-from fqsweep.errors import InputError, SweepInterrupted
+from fqsweep.errors import InputError, SweepInterrupted, TrackingError
 from fqsweep.files import SweepPaths
 from fqsweep.names import DEFAULT_SELECTION, metric_of
 from fqsweep.space import find_space, load_space
 
 EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+DATA_DIR_VARIABLE = "FQSWEEP_DATA_DIR"
 PROJECT = Path(__file__).resolve().parents[1]
 WHOLE_SETS: dict[str, DatasetConfig] = {
     "isic2019": Isic2019Config(kind="isic2019", group_attributes=("sex", "age")),
@@ -49,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"fqsweep: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except TrackingError as error:
+        print(f"fqsweep: {error}", file=sys.stderr)
+        return EXIT_FAILED_CELLS
     except SweepInterrupted as error:
         print(f"\nfqsweep: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -115,7 +120,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_data_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-dir", type=Path, help="folder that holds the data sets")
+    given = os.environ.get(DATA_DIR_VARIABLE)
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(given) if given else None,
+        help=f"folder that holds the data sets (default: the environment variable {DATA_DIR_VARIABLE})",
+    )
 
 
 def _positive(text: str) -> int:
@@ -146,15 +157,21 @@ def _run(options: argparse.Namespace) -> int:
             )
         )
     except KeyboardInterrupt as error:
-        again = f"fqsweep {' '.join(map(shlex.quote, sys.argv[1:]))}"
+        again = f"{_own_command()} {shlex.join(sys.argv[1:])}"
         raise SweepInterrupted(f"stopped; what is finished is kept in {out}. To go on: {again}") from error
     if summary.counts["done"]:
         metric = selection_metric(space.search)
-        _report(summary.tracking_uri, space.name, out / "report", metric=metric, parent_id=summary.parent_id)
+        try:
+            _report(
+                summary.tracking_uri, space.name, out / "report", metric=metric, parent_id=summary.parent_id
+            )
+        except InputError as error:
+            print(f"fqsweep: the sweep is done, but its report could not be made: {error}", file=sys.stderr)
+            return EXIT_FAILED_CELLS
     for failure in summary.failures:
         print(f"failed: {failure}", file=sys.stderr)
     _print_end(options, out, summary.tracking_uri, summary.counts)
-    return EXIT_FAILED_CELLS if summary.failures else EXIT_OK
+    return EXIT_OK if summary.counts["done"] == sum(summary.counts.values()) else EXIT_FAILED_CELLS
 
 
 def _print_end(options: argparse.Namespace, out: Path, uri: str, counts: dict[str, int]) -> None:
@@ -163,10 +180,18 @@ def _print_end(options: argparse.Namespace, out: Path, uri: str, counts: dict[st
         f"\n{counts['done']} of {total} cells done"
         + (f", {counts['failed']} failed" if counts["failed"] else "")
     )
-    print(f"report:   {(out / 'report' / 'report.html').resolve()}")
+    if counts["done"]:
+        print(f"report:   {(out / 'report' / 'report.html').resolve()}")
     print(f"tracking: {uri}")
     where = f"--tracking-uri {shlex.quote(uri)}" if options.tracking_uri else f"--out {shlex.quote(str(out))}"
-    print(f"open the MLflow UI with: fqsweep ui {where}")
+    print(f"open the MLflow UI with: {_own_command()} ui {where}")
+
+
+def _own_command() -> str:
+    """How this program can be called from where the person is: by name, or by the path it was called with."""
+    if Path(sys.argv[0]).name == "main.py":
+        return f"{shlex.quote(sys.executable)} {shlex.quote(sys.argv[0])}"
+    return "fqsweep" if shutil.which("fqsweep") else shlex.quote(sys.argv[0])
 
 
 def _report(uri: str, sweep: str, out: Path, *, metric: str, parent_id: str | None) -> None:
@@ -177,6 +202,7 @@ def _report(uri: str, sweep: str, out: Path, *, metric: str, parent_id: str | No
         parent_id: the parent run that gets the files, None for none.
     """
     options = ["--tracking-uri", uri, "--sweep", sweep, "--out", str(out), "--metric", metric]
+    options += ["--parent", parent_id] if parent_id else []
     command = [sys.executable, "-m", "analysis.report", *options]
     python_path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": python_path}
@@ -228,21 +254,23 @@ def _data(options: argparse.Namespace) -> int:
         raise InputError(
             f"data {options.action} needs a data set or a search space: fqsweep data verify isic2019"
         )
-    for dataset in _datasets_named(options.name):
+    title, datasets = _datasets_named(options.name)
+    for dataset in datasets:
         samples, splits = plan_dataset(dataset, data_dir=options.data_dir)
         print(describe_set(dataset, samples, splits))
         if options.action == "pack":
-            packs = SweepPaths(options.out or Path("out") / options.name).packs
+            packs = SweepPaths(options.out or Path("out") / title).packs
             packed = open_dataset(dataset, data_dir=options.data_dir, pack_dir=packs)
             print(f"packed: {packed.image_nhwc.shape} in {packs}")
     return EXIT_OK
 
 
-def _datasets_named(name: str) -> tuple[DatasetConfig, ...]:
+def _datasets_named(name: str) -> tuple[str, tuple[DatasetConfig, ...]]:
     """A kind of data set with its default settings and all its group attributes, or those of a search space."""
     if name in WHOLE_SETS:
-        return (WHOLE_SETS[name],)
-    return load_space(find_space(name)).datasets
+        return name, (WHOLE_SETS[name],)
+    space = load_space(find_space(name))
+    return space.name, space.datasets
 
 
 def _analyze(options: argparse.Namespace) -> int:

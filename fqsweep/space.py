@@ -344,6 +344,7 @@ def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
     yield from _check_unique(("seeds",), [str(s) for s in space.seeds])
     yield from _check_unique(("budgets_bits",), [f"{b:g}" for b in space.budgets_bits])
     yield from _check_unique(("methods",), [point.variant for point in method_points(space)])
+    yield from _check_distinct_rows(space)
     for index, method in enumerate(space.methods):
         if isinstance(method, Fp32Method | UniformMethod):
             continue
@@ -361,6 +362,28 @@ def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
                         (*own, place),
                         f"{text}; raise it, add smaller choices, or give the method budgets_bits",
                     )
+
+
+def _check_distinct_rows(space: SearchSpace) -> Iterator[tuple[Location, str]]:
+    """Rows that differ in their label alone would be one cell under two names."""
+    first: dict[str, str] = {}
+    narrow = space.model_copy(
+        update={
+            "datasets": space.datasets[:1],
+            "architectures": space.architectures[:1],
+            "seeds": space.seeds[:1],
+        }
+    )
+    clashes = set()
+    for cell in expand_cells(narrow):
+        other = first.setdefault(cell.key, cell.point.variant)
+        if other != cell.point.variant:
+            clashes.add((other, cell.point.variant))
+    for other, variant in sorted(clashes):
+        yield (
+            ("methods",),
+            f"{other!r} and {variant!r} are the same method with the same options; leave one out",
+        )
 
 
 def _check_unique(loc: Location, names: list[str]) -> Iterator[tuple[Location, str]]:

@@ -1,7 +1,7 @@
 """A sweep from search space to report: Ray Tune runs the tasks that the state machine hands out.
 
 The driver alone writes the ledger, the studies and MLflow. Order on the end of a trial: its own result file
-(by the worker), the study, MLflow, the ledger. Each step can be found done or not done at the next start.
+(by the worker), MLflow, the study, the ledger. Each step can be found done or not done at the next start.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from ray.tune.search import Searcher
 
 from fqsweep import __version__
 from fqsweep.actor import TaskActor
-from fqsweep.config import SearchSpace
-from fqsweep.data import plan_dataset
-from fqsweep.errors import InputError
+from fqsweep.config import SearchSpace, content_hash
+from fqsweep.data import dataset_digest, plan_dataset
+from fqsweep.errors import InputError, TrackingError
 from fqsweep.estimate import CostModel
 from fqsweep.files import SweepPaths, append_line, read_lines, write_bytes, write_json
 from fqsweep.models import build_model
@@ -162,6 +162,16 @@ class SweepDriver:
         except Exception as error:
             self.trouble = self.trouble or error
 
+    def _log(self, result: TrialResult, files: list[Path]) -> None:
+        try:
+            self.tracker.log_trial(result, files)
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TrackingError(
+                f"MLflow failed while {result.title} was recorded: {first}\n"
+                "every finished trial is kept in the output folder; when MLflow is back, run the same command again"
+            ) from error
+
     def _book(self, task: Task, seconds: float) -> None:
         if seconds:
             self.spent_s += seconds
@@ -176,7 +186,7 @@ class SweepDriver:
         """A finished trial goes to MLflow and to the list of the best."""
         folder = self.paths.trial(result.key)
         files = [folder / name for name in ("model.fqs", "bits.csv", "bits.png") if (folder / name).exists()]
-        self.tracker.log_trial(result, files)
+        self._log(result, files)
         bits = result.metrics["bits/mean_weight"]
         budget = result.params["budget_bits"]
         label = "fp32" if bits == 32 else f"{float(budget):g} bit"
@@ -229,12 +239,12 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
         adopt_finished(driver, studies)
         if not state.finished:
             _run_with_ray(driver, space, options)
+        if driver.trouble is not None:
+            raise driver.trouble
         failures = [f"{failure.task.title}: {failure.reason}" for failure in state.failures]
         failures += [f"{title}: its prerequisite failed" for f in state.failures for title in f.blocked]
         tracker.log_numbers({f"cells/{name}": float(number) for name, number in state.counts().items()})
         tracker.end(done=not failures)
-        if driver.trouble is not None:
-            raise driver.trouble
     return SweepSummary(
         counts=state.counts(),
         failures=failures,
@@ -251,7 +261,7 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
     """Everything that can be known to be wrong before a trial starts.
 
     Returns:
-        facts for the parent run: data set name -> digest of its content.
+        facts for the parent run: data set name and configuration -> digest of images, labels, groups, splits.
 
     Raises:
         InputError: with the first data set or architecture that cannot be used.
@@ -259,8 +269,10 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
     _check_writable(paths.out)
     digests = {}
     for dataset in space.datasets:
-        samples, _ = plan_dataset(dataset, data_dir=data_dir)
-        digests[f"data/{dataset.name}"] = samples.content
+        samples, splits = plan_dataset(dataset, data_dir=data_dir)
+        # Another configuration is another data set with cells of its own: only the same one must not change.
+        same = content_hash(dataset.model_dump(mode="json", exclude={"name"}))
+        digests[f"data/{dataset.name}/{same}"] = dataset_digest(samples, splits, dataset.image_size)
         for architecture in space.architectures:
             untrained = architecture.model_copy(update={"pretrained": False})
             build_model(

@@ -193,8 +193,7 @@ def _parent(client: MlflowClient, experiment_id: str, sweep: str, paths: SweepPa
             return parent_id
     tags = {TAG_KIND: KIND_SWEEP, TAG_SWEEP: sweep}
     parent_id = str(client.create_run(experiment_id, tags=tags, run_name=sweep).info.run_id)
-    noted.parent.mkdir(parents=True, exist_ok=True)
-    noted.write_text(parent_id)
+    write_bytes(noted, parent_id.encode())
     return parent_id
 
 

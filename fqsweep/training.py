@@ -73,7 +73,10 @@ class GroupRegulariser(nn.Module):
             return (weight_g * estimate_g).sum()
         worst = torch.where(self.seen_g, self.running_g, -torch.inf).argmax()
         best = torch.where(self.seen_g, self.running_g, torch.inf).argmin()
-        return estimate_g[worst] - estimate_g[best]
+        # Both or none: a batch with the best group alone would only push that group's loss up.
+        both = present_g[worst] & present_g[best]
+        gap = self.running_g[worst] - self.running_g[best]
+        return torch.where(both, estimate_g[worst] - estimate_g[best], gap)
 
 
 @dataclass(kw_only=True)
@@ -105,6 +108,12 @@ class TrainingPlan:
     settle_epoch: float = 0.0
     freeze: Callable[[], None] = lambda: None
     autocast: bool = False
+    frozen: bool = False
+
+    def freeze_bits(self) -> None:
+        """Round and freeze the learned widths, once."""
+        self.freeze()
+        self.frozen = True
 
 
 @dataclass(kw_only=True)
@@ -154,8 +163,8 @@ def train(
             best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if epoch - log.best_epoch >= plan.patience:
             break
-    if plan.learned_bits is not None and plan.settle_epoch >= plan.epochs:
-        plan.freeze()
+    if plan.learned_bits is not None and not plan.frozen:
+        plan.freeze_bits()
     if best_state is not None:
         model.load_state_dict(best_state)
     return log
@@ -175,8 +184,8 @@ def _train_epoch(
     settle_step = plan.settle_epoch * loader.num_batches
     for index, batch in enumerate(loader.epoch(epoch)):
         step = epoch * loader.num_batches + index
-        if plan.learned_bits is not None and settle_step <= step < settle_step + 1:
-            plan.freeze()
+        if plan.learned_bits is not None and settle_step <= step and not plan.frozen:
+            plan.freeze_bits()
         learning_bits = plan.learned_bits is not None and step < settle_step
         loss = _loss(model, batch, plan, regulariser, learning_bits=learning_bits)
         optimiser.zero_grad(set_to_none=True)

@@ -152,7 +152,7 @@ def _quantise(
     settings = cell.point.settings
     if isinstance(settings, Fp32Method):
         noted: Any = baseline_log(setting, paths)
-        log = TrainingLog(epochs=noted["epochs"], train_s=noted["train_s"])
+        log = TrainingLog(epochs=noted["epochs"])  # the parent's curve; its training time is not this trial's
         tensors = {name: tensor.cpu() for name, tensor in parent.state_dict().items()}
         return (
             QuantisedState(tensors=tensors, bits={}, steps={}),

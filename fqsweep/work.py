@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import traceback
@@ -39,12 +40,13 @@ def perform(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: str
     """Do one task; its files are the result. Failures of the task come back as an outcome, not as an exception."""
     start = time.perf_counter()
     log = LogFile(paths.log(task.key))
-    log.note(f"start: {task.title}")
     try:
+        log.note(f"start: {task.title}")
         torch.set_num_threads(num_threads)
         _do(task, paths=paths, data_dir=data_dir, device=device, log=log)
     except Exception as error:
-        log.note(traceback.format_exc())
+        with contextlib.suppress(OSError):  # a full disk must not hide its own message
+            log.note(traceback.format_exc())
         return Outcome(
             done=False, reason=_reason(error, paths.log(task.key)), seconds=time.perf_counter() - start
         )

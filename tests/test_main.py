@@ -13,7 +13,10 @@ import pytest
 from PIL import Image
 
 from fqsweep.config import SearchConfig
+from fqsweep.files import SweepPaths
 from fqsweep.main import main, selection_metric
+from fqsweep.space import load_space
+from fqsweep.sweep import check_inputs
 
 PROJECT = Path(__file__).resolve().parents[1]
 SPACE = """
@@ -105,6 +108,7 @@ def test_an_unknown_search_space_names_those_there_are(capsys: pytest.CaptureFix
         ("min_group_count: 2", "min_group_count: 30", "of 30 images in validation"),
         ("budgets_bits: [2]", "budgets_bits: [0.5]\nbudgets_bit: 3", "budgets_bit: unknown key"),
         ("{method: static}", "{method: static, choices: [2, 4]}", "below the smallest bit choice"),
+        ("{method: static}", "{method: static}, {method: static, label: other}", "are the same method"),
         ("image_size: 32", "image_size: 32, label_map: {x: [a], y: [c]}", "'c'"),
         ("architectures: [test_resnet]", "architectures: [{name: test_resnet, pretrained: no.pth}]", "no.pth"),
     ],
@@ -160,10 +164,17 @@ def test_an_output_folder_that_cannot_be_written_is_named(
 def test_data_that_changed_since_the_sweep_began_is_refused(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (photos / "out").mkdir()
-    (photos / "out" / "data.json").write_text(json.dumps({"data/photos": "another digest"}))
+    space = load_space(photos / "bad.yaml")
+    paths = SweepPaths(photos / "out")
+    check_inputs(space, paths, photos)
+    check_inputs(space, paths, photos)
+    table = pd.read_csv(photos / "photos.csv")
+    table.loc[0, "sex"] = "f"
+    table.to_csv(photos / "photos.csv", index=False)
     assert run(photos) == 2
     assert "have changed since" in capsys.readouterr().err
+    edit(photos, "min_group_count: 2", "min_group_count: 3")  # another data set, with cells of its own
+    check_inputs(load_space(photos / "bad.yaml"), paths, photos)
 
 
 def test_a_second_driver_is_told_who_holds_the_folder(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ def test_the_end_names_report_tracking_and_ui_command_and_shows_no_framework_noi
     last = output.strip().splitlines()[-3:]
     assert last[0].startswith("report:") and (out / "report" / "report.html").exists()
     assert last[1] == f"tracking: sqlite:///{out}/mlflow.db"
-    assert last[2].startswith("open the MLflow UI with: fqsweep ui")
+    assert last[2].startswith("open the MLflow UI with: ") and last[2].endswith(f"main.py ui --out {out}")
     for noise in ("Warning", "INFO", "(raylet", "alembic", "Traceback", "Trial status"):
         assert noise not in output
 
@@ -146,5 +146,5 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
     os.kill(process.pid, signal.SIGINT)
     code, output = finish(process, timeout_s=60)
     assert code == 130, output
-    assert "To go on: fqsweep run" in output
+    assert f"main.py run {space} --out {out}" in output.split("To go on: ")[1]
     assert "Traceback" not in output

@@ -130,6 +130,34 @@ def test_the_gap_is_worst_minus_best_running_group_loss() -> None:
     assert loss_b.grad.tolist() == [-1.0, 1.0, 0.0, 0.0]
 
 
+def test_the_gap_gives_no_gradient_where_one_of_its_groups_is_missing() -> None:
+    regulariser = GroupRegulariser("gap", 2)
+    regulariser(torch.tensor([1.0, 4.0]), torch.tensor([0, 1]))
+    loss_b = torch.tensor([1.0, 1.0], requires_grad=True)
+    gap = regulariser(loss_b, torch.tensor([0, 0]))
+    gap.backward()
+    assert gap.item() == pytest.approx(3.0)
+    assert loss_b.grad is not None and loss_b.grad.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("settle_epoch", [0.0, 0.5, 2.9, 3.0])
+def test_learned_bits_are_frozen_once_however_short_the_settling(settle_epoch: float) -> None:
+    calls: list[int] = []
+
+    class NoBits:
+        budget_bits = 1.0
+
+        def mean_bits(self) -> torch.Tensor:
+            return torch.ones(())
+
+        def step(self, *, rate_frac: float) -> None:
+            assert not calls and 0 < rate_frac <= 1
+
+    settings = plan(learned_bits=NoBits(), settle_epoch=settle_epoch, freeze=lambda: calls.append(1))
+    train(network(), loader(n=33), settings, evaluate=loss_of, recorder=Silent())
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("kind", ["gap", "group_dro"])
 def test_a_batch_without_some_group_gives_no_nan_and_leaves_its_mean(kind: str) -> None:
     regulariser = GroupRegulariser(kind, 3)  # type: ignore[arg-type]

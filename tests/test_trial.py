@@ -170,6 +170,25 @@ def test_a_pinned_layer_keeps_its_bits_within_the_budget(folder: Path) -> None:
     assert result.metrics["bits/mean_weight"] <= 2.0
 
 
+def test_learned_bits_with_a_pin_above_the_choices_move_between_the_choices(folder: Path) -> None:
+    settings = BaqMethod(method="baq", pin={"*fc": 8}, choices=(2, 3, 4), bit_learning_rate=0.3)
+    cell = cell_of("static").model_copy(
+        update={"point": MethodPoint(method="baq", variant="bp", settings=settings), "budget_bits": 3.6}
+    )
+    result = trial(cell, folder, "bpinned")
+    rows = {row["layer"]: row for row in result.layers}
+    assert rows["fc"]["mean_bits"] == 8
+    for name, row in rows.items():
+        outside = sum(row[f"units_at_{b}"] for b in (0, 1, 5, 6, 7, 8))
+        assert name == "fc" or outside == 0
+    assert result.metrics["bits/mean_weight"] <= 3.6
+
+
+def test_a_diverging_baq_trial_names_the_step_and_the_learning_rate(folder: Path) -> None:
+    with pytest.raises(TrialError, match=r"loss is .* at epoch 1, step .* lower the learning rate"):
+        trial(cell_of("baq", finetune_learning_rate=1e30, gradient_clip=None), folder, "diverging")
+
+
 def test_a_pin_that_fits_no_layer_fails_the_trial(folder: Path) -> None:
     settings = StaticMethod(method="static", pin={"head.*": 8})
     cell = cell_of("static").model_copy(

@@ -24,7 +24,7 @@ from fqsweep.data.splits import check_groups, split_samples
 from fqsweep.data.subset import stratified_subset
 from fqsweep.errors import InputError
 
-__all__ = ["Dataset", "Samples", "Splits", "describe_samples", "open_dataset", "plan_dataset"]
+__all__ = ["Dataset", "Samples", "Splits", "dataset_digest", "describe_samples", "open_dataset", "plan_dataset"]
 
 _logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def open_dataset(
         samples=samples,
         splits=splits,
         image_nhwc=image_nhwc,
-        digest=_digest(samples, splits, config.image_size),
+        digest=dataset_digest(samples, splits, config.image_size),
     )
 
 
@@ -113,7 +113,7 @@ def _checked_splits(samples: Samples, config: DatasetConfig) -> Splits:
     return splits
 
 
-def _digest(samples: Samples, splits: Splits, image_size: int) -> str:
+def dataset_digest(samples: Samples, splits: Splits, image_size: int) -> str:
     """Hash of everything that training and evaluation can see."""
     return content_hash(
         {

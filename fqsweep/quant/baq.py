@@ -84,9 +84,9 @@ class LearnedBits:
         velocity_u = self.velocity_u / (1 - MOMENTUM**self.num_steps)
         scale = self.scale / (1 - SCALE_MOMENTUM**self.num_steps)
         move_u = velocity_u / scale.clamp(min=1e-20) * (self.learning_rate * rate_frac)
-        bits_u = torch.cat([p.detach() for p in self.parameters]) - move_u.clamp_(
-            -LARGEST_MOVE_BITS, LARGEST_MOVE_BITS
-        )
+        # A gradient that is not finite moves nothing here: the loss that it comes from is reported by name.
+        move_u = move_u.nan_to_num_(nan=0.0).clamp_(-LARGEST_MOVE_BITS, LARGEST_MOVE_BITS)
+        bits_u = torch.cat([p.detach() for p in self.parameters]) - move_u
         self._store(project_on_budget(bits_u, self.share_u, self.lowest_u, self.highest_u, self.budget_bits))
         for parameter in self.parameters:
             parameter.grad = None

@@ -59,6 +59,8 @@ class LearnedBitsWeight(QuantisedWeight):
     gradient of Uhlich et al. 2020 down to 2 bits, and the difference below, where it has no meaning.
     """
 
+    known_ub: torch.Tensor
+
     def __init__(
         self, step_ub: torch.Tensor, bits_u: torch.Tensor, *, bit_gradient: str, smallest: int
     ) -> None:
@@ -67,12 +69,13 @@ class LearnedBitsWeight(QuantisedWeight):
         self.bit_gradient = bit_gradient
         self.smallest = smallest
         self.largest = int(torch.isfinite(step_ub).any(dim=0).nonzero().max())
-        # A pinned width may have no neighbour that is a choice: its grid then has share 0, and must not be NaN.
+        # A width that is no choice has no steps: it is never one of the two that are mixed with a share.
+        self.register_buffer("known_ub", torch.isfinite(step_ub))
         self.step_ub = step_ub.nan_to_num(nan=0.0)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         weight_un = as_units(weight, len(self.bits_u))
-        low_u = self.free_bits_u.detach().floor().clamp(self.smallest, self.largest - 1).long()
+        low_u = self._lower_width()
         low = quantise_units(weight_un, self.steps_at(low_u), low_u)
         high = quantise_units(weight_un, self.steps_at(low_u + 1), low_u + 1)
         share_u1 = (self.free_bits_u - low_u)[:, None]
@@ -82,6 +85,14 @@ class LearnedBitsWeight(QuantisedWeight):
         slope = torch.where(low_u[:, None] >= 2, self._step_slope(nearest, weight_un), (high - low).detach())
         moved = (self.free_bits_u - self.free_bits_u.detach())[:, None]
         return (nearest + moved * slope).view(weight.shape)
+
+    def _lower_width(self) -> torch.Tensor:
+        """The lower of the two neighbouring widths, int64 (u,); at a ceiling the pair below it."""
+        bits_u = self.free_bits_u.detach().nan_to_num(nan=float(self.smallest))
+        low_u = bits_u.floor().clamp(self.smallest, self.largest - 1).long()
+        above = self.known_ub.gather(1, (low_u + 1)[:, None])[:, 0]
+        below = self.known_ub.gather(1, (low_u - 1).clamp(min=0)[:, None])[:, 0] & (low_u > self.smallest)
+        return torch.where(~above & below, low_u - 1, low_u)
 
     def _step_slope(self, quantised_un: torch.Tensor, weight_un: torch.Tensor) -> torch.Tensor:
         """d quantised / d bits through the step: (wq - w) times -ln2 2^(b-1) / (2^(b-1) - 1)."""

@@ -10,6 +10,8 @@ One formula covers every width. With b bits the levels are (k + o) * step:
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -21,9 +23,15 @@ OFFSET_BY_BITS = (0.0, 0.5, *(0.0 for _ in range(2, MAX_BITS + 1)))
 
 def limits_of(bits_u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest level and offset per unit, float32 (u, 1), from integer widths (u,)."""
-    limit = torch.tensor(LIMIT_BY_BITS, device=bits_u.device)[bits_u.long()]
-    offset = torch.tensor(OFFSET_BY_BITS, device=bits_u.device)[bits_u.long()]
-    return limit[:, None], offset[:, None]
+    limit_b, offset_b = _tables(bits_u.device)
+    width_u = bits_u.long()
+    return limit_b[width_u][:, None], offset_b[width_u][:, None]
+
+
+@lru_cache(maxsize=16)
+def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Limits and offsets by width, copied to a device once: a copy in every step would make the host wait."""
+    return torch.tensor(LIMIT_BY_BITS, device=device), torch.tensor(OFFSET_BY_BITS, device=device)
 
 
 def round_to_levels(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ STYLE = {
     "pdf.fonttype": 42,
 }
 PANEL_INCHES = (3.6, 2.9)
+LEAST_WIDTH_INCHES = 6.4
+TITLE_LETTERS_PER_INCH = 12.5
 
 
 def front_figure(points: pd.DataFrame, *, metric: str) -> Figure:
@@ -52,7 +55,8 @@ def front_figure(points: pd.DataFrame, *, metric: str) -> Figure:
     look = looks(variants(points))
     width, height = PANEL_INCHES
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width * len(columns) + 0.6, height * len(rows) + 0.9), layout="constrained")
+        whole_width = max(width * len(columns) + 0.6, LEAST_WIDTH_INCHES)
+        figure = Figure(figsize=(whole_width, height * len(rows) + 0.9), layout="constrained")
         axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
         for i, (dataset, attribute) in enumerate(rows):
             for j, architecture in enumerate(columns):
@@ -67,9 +71,9 @@ def front_figure(points: pd.DataFrame, *, metric: str) -> Figure:
             _log_axis(axes[0, 0], quantised)
         _add_legend(figure, look, has_reference=len(quantised) < len(points))
         direction = "higher" if is_maximized(metric) else "lower"
-        figure.suptitle(
-            _plain(f"{metric_of(key).meaning}, {direction} is better; chosen by {metric}"), fontsize=10
-        )
+        title = f"{metric_of(key).meaning}, {direction} is better; chosen by {metric}"
+        lines = textwrap.wrap(title, int(whole_width * TITLE_LETTERS_PER_INCH))
+        figure.suptitle(_plain("\n".join(lines)), fontsize=10)
     return figure
 
 

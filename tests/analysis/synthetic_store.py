@@ -1,6 +1,6 @@
 """Writes MLflow stores as a sweep does, with made-up figures.
 
-python tests/analysis/synthetic_store.py sqlite:////tmp/demo.db demo
+python tests/analysis/synthetic_store.py sqlite:///demo.db demo
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def ensure_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
     with locked(folder):
         if not (folder / "meta.json").exists():
             _train_baseline(setting, paths, recorder)
-    return _load(setting, paths)
+    return setting.model_with(load_file(folder / "model.safetensors"))
 
 
 def _train_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> None:
@@ -67,14 +67,6 @@ def _train_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
         "best_epoch": log.best_epoch,
     }
     write_json(folder / "meta.json", meta)
-
-
-def _load(setting: Setting, paths: SweepPaths) -> nn.Module:
-    cell = setting.cell
-    untrained = cell.architecture.model_copy(update={"pretrained": False})
-    model = build_model(untrained, num_classes=setting.num_classes, image_size=cell.dataset.image_size)
-    model.load_state_dict(load_file(paths.baseline(cell.baseline_key) / "model.safetensors"))
-    return model.to(setting.device).eval()
 
 
 def baseline_log(setting: Setting, paths: SweepPaths) -> dict[str, object]:

@@ -163,7 +163,11 @@ def _run(options: argparse.Namespace) -> int:
         metric = selection_metric(space.search)
         try:
             _report(
-                summary.tracking_uri, space.name, out / "report", metric=metric, parent_id=summary.parent_id
+                summary.tracking_uri,
+                space.name,
+                SweepPaths(out).report,
+                metric=metric,
+                parent_id=summary.parent_id,
             )
         except InputError as error:
             print(f"fqsweep: the sweep is done, but its report could not be made: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fqsweep.data.records import Dataset, Groups
 from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport, score_probabilities
 from fqsweep.files import SweepPaths
-from fqsweep.models import Normalisation, normalisation_of
+from fqsweep.models import Normalisation, build_model, normalisation_of
 from fqsweep.space import Cell
 from fqsweep.training import predict
 
@@ -42,6 +42,13 @@ class Setting:
     @property
     def autocast(self) -> bool:
         return self.cell.recipe.precision == "bf16" and self.device.type == "cuda"
+
+    def model_with(self, state: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The cell's network with these weights, on the setting's device in eval mode."""
+        untrained = self.cell.architecture.model_copy(update={"pretrained": False})
+        model = build_model(untrained, num_classes=self.num_classes, image_size=self.cell.dataset.image_size)
+        model.load_state_dict(dict(state))
+        return model.to(self.device).eval()
 
     def training_batches(self, *, seed: int) -> BatchLoader:
         """The training split, shuffled or class-balanced, and augmented, as the recipe says."""

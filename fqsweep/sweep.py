@@ -74,7 +74,6 @@ class SweepSummary:
     failures: list[str]
     tracking_uri: str
     parent_id: str
-    seconds: float
 
 
 # --- in the driver -------------------------------------------------------------------------------
@@ -223,7 +222,6 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
     Raises:
         InputError: bad input; nothing was started.
     """
-    start = time.monotonic()
     space = load_space(options.space_file)
     paths = SweepPaths(options.out.resolve())
     facts = check_inputs(space, paths, options.data_dir)
@@ -250,7 +248,6 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
         failures=failures,
         tracking_uri=uri,
         parent_id=tracker.parent_id,
-        seconds=time.monotonic() - start,
     )
 
 

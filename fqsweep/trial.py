@@ -26,7 +26,7 @@ from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport
 from fqsweep.files import SweepPaths, write_bytes, write_json
 from fqsweep.importance import Importance, reduce_groups, start_steps
-from fqsweep.models import build_model, count_macs
+from fqsweep.models import count_macs
 from fqsweep.names import group_metric_key
 from fqsweep.pictures import draw_bits
 from fqsweep.quant.baq import LearnedBits
@@ -239,7 +239,11 @@ def _finetune(
     settings = cell.point.settings
     assert isinstance(settings, Finetuning)
     epochs = finetune_epochs(cell)
-    teacher = _copy_of(parent, setting) if settings.distillation_weight > 0 and epochs else None
+    teacher = (
+        setting.model_with(parent.state_dict()).requires_grad_(False)
+        if settings.distillation_weight > 0 and epochs
+        else None
+    )
     steps = {name: torch.from_numpy(part) for name, part in units.split(step_ub).items()}
     plan = TrainingPlan(
         epochs=epochs,
@@ -310,13 +314,6 @@ def _weight(name: str, settings: Finetuning, weights: dict[str, float]) -> float
     return float(value)
 
 
-def _copy_of(model: nn.Module, setting: Setting) -> nn.Module:
-    untrained = setting.cell.architecture.model_copy(update={"pretrained": False})
-    copy = build_model(untrained, num_classes=setting.num_classes, image_size=setting.cell.dataset.image_size)
-    copy.load_state_dict(model.state_dict())
-    return copy.to(setting.device).eval().requires_grad_(False)
-
-
 # --- from quantised state to numbers -------------------------------------------------------------
 
 
@@ -334,12 +331,7 @@ def _check_budget(cell: Cell, units: UnitTable, bits_u: np.ndarray) -> None:
 
 def load_packed(blob: bytes, setting: Setting) -> nn.Module:
     """The model that a packed file holds, with nothing else from the trial that made it."""
-    architecture = setting.cell.architecture.model_copy(update={"pretrained": False})
-    model = build_model(
-        architecture, num_classes=setting.num_classes, image_size=setting.cell.dataset.image_size
-    )
-    model.load_state_dict(dict(unpack_weights(blob)))
-    return model.to(setting.device).eval()
+    return setting.model_with(unpack_weights(blob))
 
 
 def _file_notes(setting: Setting) -> dict[str, str]:

@@ -12,15 +12,7 @@ from fqsweep.config import SynthdermConfig
 from fqsweep.data.records import Groups, Samples
 from fqsweep.data.synthderm import describe as describe_synthderm
 
-SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 ISIC_CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
-
-
-@pytest.fixture
-def shared_data() -> Path:
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"the real images and labels are not at hand ({SHARED_DATA})")
-    return SHARED_DATA
 
 
 def write_photo(path: Path, *, seed: int = 0, side: int = 24) -> None:

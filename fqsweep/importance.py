@@ -33,7 +33,8 @@ from fqsweep.config import Predictor, Reducer, ScaleRule
 from fqsweep.errors import TrialError
 from fqsweep.files import write_bytes
 from fqsweep.models import quantisable_layers
-from fqsweep.quant.grid import MAX_BITS, quantise_units
+from fqsweep.quant.grid import quantise_units
+from fqsweep.quant.levels import MAX_BITS
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import UnitTable, as_units
 

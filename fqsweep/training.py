@@ -58,7 +58,9 @@ class GroupRegulariser(nn.Module):
         self.register_buffer("seen_g", torch.zeros(num_groups, dtype=torch.bool))
 
     def forward(self, loss_b: torch.Tensor, group_b: torch.Tensor) -> torch.Tensor:
-        member_bg = F.one_hot(group_b, len(self.running_g)).to(loss_b.dtype)
+        # Comparisons and gathers, not one_hot and indices: those would make the host wait for the device.
+        group_g = torch.arange(len(self.running_g), device=group_b.device)
+        member_bg = (group_b[:, None] == group_g).to(loss_b.dtype)
         count_g = member_bg.sum(dim=0)
         present_g = count_g > 0
         batch_g = (loss_b[:, None] * member_bg).sum(dim=0) / count_g.clamp(min=1)
@@ -71,12 +73,13 @@ class GroupRegulariser(nn.Module):
         if self.kind == "group_dro":
             weight_g = torch.softmax(torch.where(self.seen_g, self.running_g / DRO_STEP, -torch.inf), dim=0)
             return (weight_g * estimate_g).sum()
-        worst = torch.where(self.seen_g, self.running_g, -torch.inf).argmax()
-        best = torch.where(self.seen_g, self.running_g, torch.inf).argmin()
+        worst = torch.where(self.seen_g, self.running_g, -torch.inf).argmax(dim=0, keepdim=True)
+        best = torch.where(self.seen_g, self.running_g, torch.inf).argmin(dim=0, keepdim=True)
         # Both or none: a batch with the best group alone would only push that group's loss up.
-        both = present_g[worst] & present_g[best]
-        gap = self.running_g[worst] - self.running_g[best]
-        return torch.where(both, estimate_g[worst] - estimate_g[best], gap)
+        both = present_g.gather(0, worst) & present_g.gather(0, best)
+        gap = self.running_g.gather(0, worst) - self.running_g.gather(0, best)
+        moving_gap = estimate_g.gather(0, worst) - estimate_g.gather(0, best)
+        return torch.where(both, moving_gap, gap).squeeze(0)
 
 
 @dataclass(kw_only=True)

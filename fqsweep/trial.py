@@ -32,6 +32,7 @@ from fqsweep.pictures import draw_bits
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
 from fqsweep.quant.costs import FULL_PRECISION_BITS, effective_gbops, mean_weight_bits
+from fqsweep.quant.kernels import Kernels, choose_kernels
 from fqsweep.quant.packing import pack_weights, unpack_weights
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.setting import Setting, open_setting, seed_everything
@@ -245,6 +246,15 @@ def _finetune(
         else None
     )
     steps = {name: torch.from_numpy(part) for name, part in units.split(step_ub).items()}
+    loader = setting.training_batches(seed=cell.seed + 1)
+    kernels, remark = choose_kernels(
+        cell.recipe.quantiser_kernels,
+        setting.device,
+        num_weights=int(units.num_weights_u.sum()),
+        num_steps=epochs * loader.num_batches,
+    )
+    if remark:
+        recorder.note(remark)
     plan = TrainingPlan(
         epochs=epochs,
         learning_rate=cell.recipe.finetune_learning_rate,
@@ -259,14 +269,14 @@ def _finetune(
         autocast=setting.autocast,
     )
     if isinstance(settings, BaqMethod) and epochs:
-        bits_u = _learn_bits_into(plan, settings, parent, units, bits_u, steps, _budget(cell), weights)
+        bits_u = _learn_bits_into(plan, settings, parent, units, bits_u, steps, kernels, _budget(cell), weights)
     else:
-        attach_quantisers(parent, units, steps, bits_u)
+        attach_quantisers(parent, units, steps, bits_u, kernels=kernels)
     log = TrainingLog()
     if epochs:
         log = train(
             parent,
-            setting.training_batches(seed=cell.seed + 1),
+            loader,
             plan,
             evaluate=lambda model: setting.score(model, "val")[0],
             recorder=recorder,
@@ -282,12 +292,19 @@ def _learn_bits_into(
     units: UnitTable,
     bits_u: np.ndarray,
     steps: dict[str, torch.Tensor],
+    kernels: Kernels,
     budget_bits: float,
     weights: dict[str, float],
 ) -> np.ndarray:
     """Attach quantisers with learned widths and tell the plan how they learn and when they settle."""
     attach_quantisers(
-        model, units, steps, bits_u, learn_bits=settings.bit_gradient, smallest=settings.measured_choices[0]
+        model,
+        units,
+        steps,
+        bits_u,
+        learn_bits=settings.bit_gradient,
+        smallest=settings.measured_choices[0],
+        kernels=kernels,
     )
     allowed_ub = allowed_choices(settings, units, settings.measured_choices)
     choices = np.array(settings.measured_choices)

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fqsweep.models import quantisable_layers
-from fqsweep.quant.grid import quantise_units
+from fqsweep.quant.grid import mix_units, quantise_units
+from fqsweep.quant.kernels import EAGER, Kernels
 from fqsweep.quant.units import UnitTable, as_units
 
 LN2 = 0.6931471805599453
@@ -35,8 +36,9 @@ class QuantisedWeight(nn.Module):
     step_ub: torch.Tensor
     bits_u: torch.Tensor
 
-    def __init__(self, step_ub: torch.Tensor, bits_u: torch.Tensor) -> None:
+    def __init__(self, step_ub: torch.Tensor, bits_u: torch.Tensor, *, kernels: Kernels = EAGER) -> None:
         super().__init__()
+        self.kernels = kernels
         self.register_buffer("step_ub", step_ub)
         self.register_buffer("bits_u", bits_u)
         self.log_gain_u = nn.Parameter(torch.zeros(len(bits_u)))
@@ -48,7 +50,10 @@ class QuantisedWeight(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         weight_un = as_units(weight, len(self.bits_u))
-        return quantise_units(weight_un, self.steps_at(self.bits_u), self.bits_u).view(weight.shape)
+        return self._on_grid(weight_un, self.bits_u).view(weight.shape)
+
+    def _on_grid(self, weight_un: torch.Tensor, bits_u: torch.Tensor) -> torch.Tensor:
+        return quantise_units(weight_un, self.steps_at(bits_u), bits_u, kernels=self.kernels)
 
 
 class LearnedBitsWeight(QuantisedWeight):
@@ -62,9 +67,15 @@ class LearnedBitsWeight(QuantisedWeight):
     known_ub: torch.Tensor
 
     def __init__(
-        self, step_ub: torch.Tensor, bits_u: torch.Tensor, *, bit_gradient: str, smallest: int
+        self,
+        step_ub: torch.Tensor,
+        bits_u: torch.Tensor,
+        *,
+        bit_gradient: str,
+        smallest: int,
+        kernels: Kernels = EAGER,
     ) -> None:
-        super().__init__(step_ub, bits_u)
+        super().__init__(step_ub, bits_u, kernels=kernels)
         self.free_bits_u = nn.Parameter(bits_u.float())
         self.bit_gradient = bit_gradient
         self.smallest = smallest
@@ -76,11 +87,12 @@ class LearnedBitsWeight(QuantisedWeight):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         weight_un = as_units(weight, len(self.bits_u))
         low_u = self._lower_width()
-        low = quantise_units(weight_un, self.steps_at(low_u), low_u)
-        high = quantise_units(weight_un, self.steps_at(low_u + 1), low_u + 1)
         share_u1 = (self.free_bits_u - low_u)[:, None]
         if self.bit_gradient == "fracbits":
-            return torch.lerp(low, high, share_u1).view(weight.shape)
+            low_step, high_step = self.steps_at(low_u), self.steps_at(low_u + 1)
+            mixed = mix_units(weight_un, share_u1, low_step, high_step, low_u, kernels=self.kernels)
+            return mixed.view(weight.shape)
+        low, high = self._on_grid(weight_un, low_u), self._on_grid(weight_un, low_u + 1)
         nearest = torch.where(share_u1.detach() >= 0.5, high, low)
         slope = torch.where(low_u[:, None] >= 2, self._step_slope(nearest, weight_un), (high - low).detach())
         moved = (self.free_bits_u - self.free_bits_u.detach())[:, None]
@@ -122,6 +134,7 @@ def attach_quantisers(
     *,
     learn_bits: str | None = None,
     smallest: int = 0,
+    kernels: Kernels = EAGER,
 ) -> None:
     """Quantise every layer of ``units`` in place.
 
@@ -130,6 +143,7 @@ def attach_quantisers(
         bits_u: whole widths of all units.
         learn_bits: ``fracbits`` or ``lsq`` to make the widths learnable, None to keep them.
         smallest: the smallest width that learned bits may have.
+        kernels: eager or compiled arithmetic.
     """
     layers = quantisable_layers(model)
     for name, layer_bits in units.split(bits_u).items():
@@ -137,9 +151,11 @@ def attach_quantisers(
         bits = torch.as_tensor(np.asarray(layer_bits), dtype=torch.long, device=weight.device)
         steps = step_ub[name].to(weight.device)
         if learn_bits is None:
-            quantiser: QuantisedWeight = QuantisedWeight(steps, bits)
+            quantiser: QuantisedWeight = QuantisedWeight(steps, bits, kernels=kernels)
         else:
-            quantiser = LearnedBitsWeight(steps, bits, bit_gradient=learn_bits, smallest=smallest)
+            quantiser = LearnedBitsWeight(
+                steps, bits, bit_gradient=learn_bits, smallest=smallest, kernels=kernels
+            )
         parametrize.register_parametrization(layers[name], "weight", quantiser.to(weight.device), unsafe=True)
 
 
@@ -166,7 +182,7 @@ def freeze_bits(model: nn.Module, units: UnitTable, bits_u: np.ndarray) -> None:
         module = layers[name]
         learned = _quantiser_of(module)
         bits = torch.as_tensor(np.asarray(layer_bits), dtype=torch.long, device=learned.bits_u.device)
-        frozen = QuantisedWeight(learned.step_ub, bits)
+        frozen = QuantisedWeight(learned.step_ub, bits, kernels=learned.kernels)
         frozen.log_gain_u = learned.log_gain_u
         chain: Any = module.parametrizations
         chain.weight[0] = frozen

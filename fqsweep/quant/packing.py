@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from fqsweep.quant.grid import LIMIT_BY_BITS, MAX_BITS, absmax_steps, limits_of, round_to_levels
+from fqsweep.quant.levels import LIMIT_BY_BITS, MAX_BITS, absmax_steps, limits_of, round_to_levels
 
 FORMAT = "fqsweep-packed"
 VERSION = "1"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fqsweep.config import ScaleRule
-from fqsweep.quant.grid import absmax_steps, limits_of, round_to_levels
+from fqsweep.quant.levels import absmax_steps, limits_of, round_to_levels
 
 # Shares of the abs-max step that are tried. Wide grids lose little by clipping, so fewer are tried there.
 NARROW_SHARES = tuple(0.22 + 0.06 * i for i in range(14))

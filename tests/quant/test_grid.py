@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fqsweep.quant import fake_quantize
-from fqsweep.quant.grid import LIMIT_BY_BITS, absmax_steps, limits_of, quantise_units, round_to_levels
+from fqsweep.quant.grid import quantise_units
+from fqsweep.quant.levels import LIMIT_BY_BITS, absmax_steps, limits_of, round_to_levels
 
 
 def nearest_level(weight: float, step: float, bits: int) -> float:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fqsweep.quant.grid import absmax_steps, quantise_units
+from fqsweep.quant.grid import quantise_units
+from fqsweep.quant.levels import absmax_steps
 from fqsweep.quant.steps import choose_steps
 
 ALL = tuple(range(9))

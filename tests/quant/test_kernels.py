@@ -1,0 +1,144 @@
+"""The quantiser's arithmetic: compiled equals eager, one compilation serves all shapes, and nothing waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fqsweep.quant.baq import LearnedBits
+from fqsweep.quant.convert import attach_quantisers
+from fqsweep.quant.kernels import COMPILING_PAYS_FROM_WEIGHTS, EAGER, Kernels, _compiled, choose_kernels
+from fqsweep.quant.levels import absmax_steps, limits_of
+from fqsweep.quant.steps import choose_steps
+from fqsweep.quant.units import list_units
+from fqsweep.training import GroupRegulariser
+
+CPU = torch.device("cpu")
+SHAPES = [(64, 147), (10, 9), (33, 1152), (7, 64), (512, 20)]
+
+
+def inputs_of(num_units: int, num_weights: int) -> tuple[torch.Tensor, ...]:
+    """Weights, a gradient, a share and grids of all widths 0 to 8, neighbours above them."""
+    generator = torch.Generator().manual_seed(num_units)
+    weight = torch.randn(num_units, num_weights, generator=generator)
+    gradient = torch.randn(num_units, num_weights, generator=generator)
+    share = torch.rand(num_units, 1, generator=generator)
+    low = torch.arange(num_units) % 8
+    grids = [g for bits in (low, low + 1) for g in (absmax_steps(weight, bits) * 0.7, *limits_of(bits))]
+    return weight, gradient, share, *grids
+
+
+def outcome(kernels: Kernels, weight, gradient, share, *grids) -> list[torch.Tensor]:
+    quantised = kernels.quantise(weight, *grids[3:])
+    mixed = kernels.mix(weight, share, *grids)
+    return [
+        quantised,
+        *kernels.quantise_backward(gradient, weight, quantised, *grids[3:]),
+        *mixed,
+        *kernels.mix_backward(gradient, weight, *mixed[1:], share, *grids),
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Kernels:
+    kernels, remark = choose_kernels("compiled", CPU, num_weights=1, num_steps=1)
+    if kernels is EAGER:
+        pytest.skip(remark)
+    return kernels
+
+
+@pytest.mark.slow
+def test_compiled_kernels_agree_with_eager_ones_and_serve_every_shape_with_one_compilation(
+    compiled: Kernels,
+) -> None:
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape in SHAPES:
+            given = inputs_of(*shape)
+            for eager, fused in zip(outcome(EAGER, *given), outcome(compiled, *given), strict=True):
+                assert torch.allclose(eager, fused, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_kernels_take_tensors_of_any_stride(compiled: Kernels) -> None:
+    weight, gradient, share, *grids = inputs_of(16, 24)
+    turned = gradient.T.contiguous().T
+    assert not turned.is_contiguous()
+    for eager, fused in zip(
+        outcome(EAGER, weight, gradient, share, *grids),
+        outcome(compiled, weight, turned, share, *grids),
+        strict=True,
+    ):
+        assert torch.allclose(eager, fused, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_compiler_the_eager_kernels_serve_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    _compiled.cache_clear()
+    try:
+        kernels, remark = choose_kernels("compiled", CPU, num_weights=1, num_steps=1)
+    finally:
+        _compiled.cache_clear()
+    assert kernels is EAGER
+    assert "no C++ compiler found" in remark and "eager ones serve" in remark
+
+
+def test_auto_compiles_on_a_cpu_only_for_long_training() -> None:
+    short, remark = choose_kernels("auto", CPU, num_weights=1000, num_steps=COMPILING_PAYS_FROM_WEIGHTS // 1001)
+    assert short is EAGER and remark == ""
+
+
+# --- nothing waits for the device ----------------------------------------------------------------
+
+
+class CountReadings(TorchDispatchMode):
+    """Counts operations whose result the host must wait for."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.startswith(self.WAITING):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_count_sees_a_reading() -> None:
+    with CountReadings() as readings:
+        float(torch.ones(1))
+    assert readings.seen == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("learn", [None, "fracbits", "lsq"])
+def test_a_training_step_reads_nothing_back_from_the_device(learn: str | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4))
+    units = list_units(model, granularity="channel")
+    layers = {layer.name: model.get_submodule(layer.name).weight.detach() for layer in units.layers}
+    steps = {
+        name: choose_steps(weight.reshape(len(weight), -1), tuple(range(9)), rule="absmax")
+        for name, weight in layers.items()
+    }
+    bits_u = np.arange(units.num_units) % 8
+    attach_quantisers(model, units, steps, bits_u, learn_bits=learn)
+    bounds = {"lowest_u": np.zeros(units.num_units), "highest_u": np.full(units.num_units, 8)}
+    learned = LearnedBits(model, units, **bounds, budget_bits=3.0, learning_rate=0.1) if learn else None
+    regulariser = GroupRegulariser("gap", 2)
+    optimiser = torch.optim.AdamW([p for p in model.parameters()], fused=True)
+    image, label, group = torch.randn(6, 3, 6, 6), torch.arange(6) % 4, torch.arange(6) % 2
+    with CountReadings() as readings:
+        loss_b = nn.functional.cross_entropy(model(image), label, reduction="none")
+        (loss_b.mean() + regulariser(loss_b, group)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if learned is not None:
+            learned.step(rate_frac=1.0)
+    assert readings.seen == []

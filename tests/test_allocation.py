@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
-from fqsweep.allocation import _spend, allocate_bits, allocate_by_quantile
+from fqsweep.allocation import allocate_bits, allocate_by_quantile
+from fqsweep.allocation.minimax import _spend
 
-OBJECTIVES = ("mean", "minimax")
+OBJECTIVES = ("mean", "minimax", "gap")
 
 
 # --- instances and oracles -----------------------------------------------------------------------
@@ -37,6 +38,8 @@ def realistic(
 def objective_of(cost_gub: np.ndarray, bits_u: np.ndarray, choices: Any, objective: str) -> float:
     index_u = np.searchsorted(choices, bits_u)
     total_g = cost_gub[:, np.arange(len(bits_u)), index_u].sum(axis=1)
+    if objective == "gap":
+        return float(total_g.max() - total_g.min() + total_g.mean())
     return float(total_g.mean() if objective == "mean" else total_g.max())
 
 
@@ -74,7 +77,11 @@ def by_highs(
         groups = np.zeros((1, pairs + 1))
     else:
         target = np.append(np.zeros(pairs), 1)
-        groups = np.hstack([flat_gp, -np.ones((num_groups, 1))])
+        rows_gp = flat_gp
+        if objective == "gap":
+            mean_p = flat_gp.mean(axis=0)
+            rows_gp = np.array([a - b + mean_p for a in flat_gp for b in flat_gp])
+        groups = np.hstack([rows_gp, -np.ones((len(rows_gp), 1))])
     if relaxed:
         solved = linprog(
             target,
@@ -151,6 +158,47 @@ def test_the_groups_losses_turn_the_worst_increase_into_the_worst_resulting_loss
     assert allocation.objective == 10.0
 
 
+def test_gap_does_not_make_the_better_group_worse_only_to_be_level() -> None:
+    # Unit 0 matters to group 1 alone: without the mean in the objective, dropping it would close the gap for free.
+    cost = np.array([[[0.0, 0.0], [3.0, 0.0]], [[4.0, 0.0], [0.0, 0.0]]])
+    allocation = allocate_bits(
+        cost, np.array([1, 1]), budget_bits=1, choices=[0, 1], objective="gap", group_offset=[2.0, 1.0]
+    )
+    assert allocation.bits_u.tolist() == [1, 1]
+    assert allocation.objective == 1.0
+
+
+@settings(max_examples=120, deadline=None)
+@given(instance=small_instances(), side_bits=st.integers(0, 40), budget_bytes=st.integers(1, 40))
+def test_a_budget_in_bytes_counts_what_lies_beside_the_codes(
+    instance: dict[str, Any], side_bits: int, budget_bytes: int
+) -> None:
+    cost, weights, choices = instance["cost_gub"], instance["num_weights_u"], instance["choices"]
+    best = np.inf
+    for bits in itertools.product(choices, repeat=len(weights)):
+        if (
+            sum(int(n) * b + side_bits * (b > 0) for n, b in zip(weights, bits, strict=True))
+            <= 8 * budget_bytes
+        ):
+            best = min(best, objective_of(cost, np.array(bits), choices, instance["objective"]))
+    given_now = {**instance, "budget_bits": None, "budget_bytes": budget_bytes, "side_bits": side_bits}
+    if not np.isfinite(best):
+        with pytest.raises(ValueError, match=rf"no allocation fits: .* the budget is {budget_bytes} bytes"):
+            allocate_bits(**given_now)
+        return
+    allocation = allocate_bits(**given_now)
+    assert allocation.spent_bits <= 8 * budget_bytes
+    assert allocation.objective == pytest.approx(best, abs=1e-9)
+
+
+def test_the_quantile_rule_keeps_a_budget_in_bytes() -> None:
+    importance, weights = np.arange(50.0), np.full(50, 10)
+    allocation = allocate_by_quantile(importance, weights, choices=(0, 2, 4), budget_bytes=150, side_bits=32)
+    spent = int((weights * allocation.bits_u + 32 * (allocation.bits_u > 0)).sum())
+    assert allocation.spent_bits == spent
+    assert 0.9 * 1200 <= spent <= 1200
+
+
 def test_group_weights_shift_the_mean() -> None:
     cost = np.array([[[10.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [9.0, 0.0]]])
     allocation = allocate_bits(
@@ -190,7 +238,7 @@ def test_a_forbidden_choice_stays_forbidden_where_its_group_has_weight_zero() ->
 
 def test_what_is_left_of_the_budget_is_not_spent_on_a_choice_forbidden_for_another_group() -> None:
     cost = np.array([[[9.0, 4.0, 0.0]], [[1.0, 1.0, np.inf]]])
-    found_u = _spend(cost, np.array([1]), np.array([0, 2, 4]), 4, np.zeros(2), np.array([0]))
+    found_u = _spend(cost, np.array([[0, 2, 4]]), 4, np.zeros(2), np.array([0]))
     assert found_u.tolist() == [1]
 
 
@@ -245,11 +293,14 @@ def test_costs_of_zero_need_no_bits(objective: Any) -> None:
             {"cost_gub": np.array([[[np.inf, 0.0], [1.0, 0.0]]]), "budget_bits": 2.9},
             "already spend 3 mean bits",
         ),
-        ({"objective": "median"}, "objective must be 'mean' or 'minimax', got 'median'"),
+        ({"objective": "median"}, "objective must be 'mean', 'minimax' or 'gap', got 'median'"),
         ({"group_weights": [1.0, 1.0]}, "group_weights must be 1 numbers"),
         ({"group_weights": [0.0]}, "must not all be 0"),
         ({"group_weights": [-1.0]}, "at least 0"),
         ({"objective": "minimax", "group_weights": [1.0]}, "group_weights belongs to objective 'mean'"),
+        ({"budget_bytes": 3}, "give one budget: budget_bits .* or budget_bytes"),
+        ({"budget_bits": None}, "give one budget"),
+        ({"side_bits": 8}, "side_bits counts what lies beside the codes: .* with budget_bytes only"),
         ({"objective": "minimax", "group_offset": [1.0, 2.0]}, "group_offset must have one number per group"),
     ],
 )
@@ -353,7 +404,7 @@ def test_large_instances_lie_near_a_bound_that_highs_confirms(objective: Any, bu
     relaxed = by_highs(**instance, relaxed=True)
     assert allocation.lower_bound <= relaxed * (1 + 1e-6)
     assert allocation.lower_bound >= relaxed * (1 - 1e-3)
-    assert 0 <= allocation.gap_frac < (1e-3 if objective == "mean" else 2e-2)
+    assert 0 <= allocation.gap_frac < {"mean": 1e-3, "minimax": 2e-2, "gap": 5e-2}[objective]
     assert weights @ allocation.bits_u <= budget_bits * weights.sum()
 
 

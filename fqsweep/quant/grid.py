@@ -48,10 +48,9 @@ class _Mix(torch.autograd.Function):
         kernels,
     ):
         grids = (low_step, low_limit, low_offset, high_step, high_limit, high_offset)
-        mixed_un, low_un, high_un = kernels.mix(weight_un, share_u1, *grids)
-        ctx.save_for_backward(weight_un, low_un, high_un, share_u1, *grids)
+        ctx.save_for_backward(weight_un, share_u1, *grids)
         ctx.kernels = kernels
-        return mixed_un
+        return kernels.mix(weight_un, share_u1, *grids)
 
     @staticmethod
     @once_differentiable

@@ -81,18 +81,16 @@ def mix(
     high_step_u1: torch.Tensor,
     high_limit_u1: torch.Tensor,
     high_offset_u1: torch.Tensor,
-) -> Tensors:
-    """The mix of a unit's values on two grids, ``share_u1`` of the higher one; and both values."""
+) -> torch.Tensor:
+    """The mix of a unit's values on two grids, ``share_u1`` of the higher one."""
     low_un = quantise(weight_un, low_step_u1, low_limit_u1, low_offset_u1)
     high_un = quantise(weight_un, high_step_u1, high_limit_u1, high_offset_u1)
-    return torch.lerp(low_un, high_un, share_u1), low_un, high_un
+    return torch.lerp(low_un, high_un, share_u1)
 
 
 def mix_backward(
     grad_un: torch.Tensor,
     weight_un: torch.Tensor,
-    low_un: torch.Tensor,
-    high_un: torch.Tensor,
     share_u1: torch.Tensor,
     low_step_u1: torch.Tensor,
     low_limit_u1: torch.Tensor,
@@ -101,7 +99,12 @@ def mix_backward(
     high_limit_u1: torch.Tensor,
     high_offset_u1: torch.Tensor,
 ) -> Tensors:
-    """Gradients of the weights (u, n), the share and the two grids' steps, each (u, 1)."""
+    """Gradients of the weights (u, n), the share and the two grids' steps, each (u, 1).
+
+    Both grids' values are computed again: reading them back would cost more than the arithmetic.
+    """
+    low_un = quantise(weight_un, low_step_u1, low_limit_u1, low_offset_u1)
+    high_un = quantise(weight_un, high_step_u1, high_limit_u1, high_offset_u1)
     low_weight, low_step = quantise_backward(
         grad_un, weight_un, low_un, low_step_u1, low_limit_u1, low_offset_u1
     )
@@ -124,7 +127,7 @@ class Kernels:
     name: str
     quantise: Callable[..., torch.Tensor]
     quantise_backward: Callable[..., Tensors]
-    mix: Callable[..., Tensors]
+    mix: Callable[..., torch.Tensor]
     mix_backward: Callable[..., Tensors]
 
 
@@ -196,5 +199,5 @@ def _try_out(kernels: Kernels, device: torch.device) -> None:
     share_u1, *grids = [torch.ones(6, 1, device=device) for _ in range(7)]
     quantised_un = kernels.quantise(weight_un, *grids[:3])
     kernels.quantise_backward(grad_un, weight_un, quantised_un, *grids[:3])
-    _, low_un, high_un = kernels.mix(weight_un, share_u1, *grids)
-    kernels.mix_backward(grad_un, weight_un, low_un, high_un, share_u1, *grids)
+    kernels.mix(weight_un, share_u1, *grids)
+    kernels.mix_backward(grad_un, weight_un, share_u1, *grids)

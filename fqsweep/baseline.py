@@ -91,7 +91,7 @@ def ensure_importance(setting: Setting, parent: nn.Module, paths: SweepPaths, re
 def _measure(setting: Setting, parent: nn.Module, settings: Allocating, recorder: Recorder) -> Importance:
     importance = measure_importance(
         parent,
-        list_units(parent, granularity=settings.granularity),
+        list_units(parent, granularity=settings.granularity, exempt=settings.exempt),
         setting.calibration_batches(),
         num_groups=len(setting.group.names),
         predictor=settings.importance,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Choices = tuple[int, ...]
 Predictor = Literal["taylor", "gradient", "grape", "fisher", "hawq"]
 Reducer = Literal["max", "mean", "cvar", "balanced", "subtractive", "none"]
-Allocator = Literal["mean", "minimax", "minimax_loss", "quantile"]
+Allocator = Literal["mean", "minimax", "minimax_loss", "gap", "quantile"]
 Granularity = Literal["channel", "tensor"]
 ScaleRule = Literal["absmax", "mse", "curvature"]
 Regulariser = Literal["none", "gap", "group_dro"]
@@ -211,6 +211,8 @@ Weight = Annotated[float, Field(ge=0)] | WeightRange
 
 
 Budget = Annotated[float, Field(gt=0, le=8)]
+BudgetBytes = Annotated[int, Field(gt=0)]
+Width = Annotated[int, Field(ge=0, le=8)]
 
 
 def _check_choices(choices: Choices) -> Choices:
@@ -232,14 +234,18 @@ class Finetuning(Record):
         fairness_weight: weight of the group regulariser in the fine-tuning loss.
         regulariser: ``gap`` (worst minus best running group loss) or ``group_dro``.
         distillation_weight: share of the loss that follows the full-precision parent's output, 0 to 1.
-        budgets_bits: budgets of this method alone, in place of the search space's.
+        exempt: name patterns of layers that stay in full precision; their weights are not in the mean bits, but
+            in the packed size.
+        budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's.
     """
 
     finetune_epochs: int | None = Field(default=None, ge=0)
     fairness_weight: Weight = 0.0
     regulariser: Regulariser = "gap"
     distillation_weight: float = Field(default=0.0, ge=0, le=1)
+    exempt: tuple[str, ...] = ()
     budgets_bits: tuple[Budget, ...] | None = None
+    budgets_bytes: tuple[BudgetBytes, ...] | None = None
 
 
 class Fp32Method(Record):
@@ -259,6 +265,19 @@ class UniformMethod(Finetuning):
     scale: ScaleRule = "absmax"
 
 
+class BitLimits(Record):
+    """The smallest and largest width that the units of a layer may have."""
+
+    min: Width = 0
+    max: Width = 8
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BitLimits:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) must not be below min ({self.min})")
+        return self
+
+
 class Allocating(Finetuning):
     """What methods share that spend a bit budget over units.
 
@@ -266,11 +285,13 @@ class Allocating(Finetuning):
         importance: which predictor of the loss rise fills the cost table.
         reducer: how group costs become one; ``none`` keeps them apart (allocator ``minimax``).
         allocator: ``mean`` (hull and sort), ``minimax`` (the largest rise of any group's loss), ``minimax_loss``
-            (the largest resulting loss) or ``quantile`` (the paper's).
+            (the largest resulting loss), ``gap`` (the largest difference of resulting losses, plus their mean rise)
+            or ``quantile`` (the paper's).
         granularity: bits per output ``channel`` or per ``tensor``.
         choices: bit-widths a unit may have; 0 drops it.
         scale: how the range of a unit's levels is chosen before fine-tuning.
-        pin: layer-name pattern -> fixed bits, for example ``{"conv1": 8, "fc": 8}``.
+        pin: layer-name pattern -> fixed bits, for example ``{first: 8, last: 8}`` or ``{"layer1.*": 4}``.
+        limits: layer-name pattern -> smallest and largest bits, for example ``{"layer4.*": {min: 1, max: 4}}``.
     """
 
     importance: Predictor = "taylor"
@@ -279,19 +300,20 @@ class Allocating(Finetuning):
     granularity: Granularity = "channel"
     choices: BitChoices = tuple(range(9))
     scale: ScaleRule = "curvature"
-    pin: dict[str, Annotated[int, Field(ge=0, le=8)]] = Field(default_factory=dict)
+    pin: dict[str, Width] = Field(default_factory=dict)
+    limits: dict[str, BitLimits] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _reducer_fits_allocator(self) -> Allocating:
-        apart = self.allocator in ("minimax", "minimax_loss")
+        apart = self.allocator in ("minimax", "minimax_loss", "gap")
         if apart and self.reducer != "none":
             raise ValueError(f"allocator {self.allocator} works on the groups' own costs: set reducer to none")
         if not apart and self.reducer == "none":
             raise ValueError(
                 f"allocator {self.allocator} needs a reducer (max, mean, cvar, balanced, subtractive)"
             )
-        if self.pin and self.allocator == "quantile":
-            raise ValueError("allocator quantile gives bits by rank alone: it cannot pin layers")
+        if (self.pin or self.limits) and self.allocator == "quantile":
+            raise ValueError("allocator quantile gives bits by rank alone: it cannot pin or limit layers")
         return self
 
     @property
@@ -336,12 +358,14 @@ class BaqMethod(Allocating):
 class RecipeMethod(Finetuning):
     """A published comparator at the same exact budget; what it fixes is in ``RECIPES``."""
 
-    method: Literal["fairgrape", "fairquantize", "hawq", "fairquant"]
+    method: Literal["fairgrape", "fairquantize", "hawq", "fairquant", "reference"]
     label: str | None = None
 
 
 # Comparators as settings of ``static``. Sources: FairGRAPE (Lin, Kim, Joo 2022), FairQuantize (Guo et al.
 # 2024), HAWQ-V2 (Dong et al. 2020), FairQuant (Woergaard and Selvan 2026). All spend the same exact budget.
+# ``reference`` is FairQuant as published, its allocation by rank; ``fairquant`` takes its importance and choices, but
+# allocates them at the lowest cost.
 RECIPES: dict[str, dict[str, Any]] = {
     "fairgrape": {
         "importance": "grape",
@@ -366,6 +390,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "scale": "absmax",
     },
     "fairquant": {
+        "importance": "grape",
+        "reducer": "balanced",
+        "allocator": "mean",
+        "choices": (2, 4, 8),
+        "scale": "absmax",
+    },
+    "reference": {
         "importance": "grape",
         "reducer": "balanced",
         "allocator": "quantile",
@@ -455,6 +486,7 @@ class SearchSpace(Record):
     architectures: tuple[Annotated[ArchitectureConfig, BeforeValidator(_named)], ...] = Field(min_length=1)
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     budgets_bits: tuple[Budget, ...] = ()
+    budgets_bytes: tuple[BudgetBytes, ...] = ()
     seeds: tuple[int, ...] = Field(min_length=1)
     recipe: TrainingRecipe = TrainingRecipe()
     search: SearchConfig = SearchConfig()

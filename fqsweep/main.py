@@ -240,7 +240,10 @@ def _plan(options: argparse.Namespace) -> int:
     space = load_space(find_space(options.space))
     plan = estimate(space, data_dir=options.data_dir, num_cores=os.cpu_count() or 1)
     if options.json:
-        cells = [{"title": c.title, "key": c.key, "budget_bits": c.budget_bits} for c in expand_cells(space)]
+        cells = [
+            {"title": c.title, "key": c.key, "budget_bits": c.budget_bits, "budget_bytes": c.budget_bytes}
+            for c in expand_cells(space)
+        ]
         print(json.dumps({"name": space.name, **dataclasses.asdict(plan), "cells": cells}, indent=1))
     else:
         print(describe_plan(space, plan))

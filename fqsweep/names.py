@@ -80,6 +80,7 @@ RUN_PARAMS: tuple[str, ...] = (
     "method",
     "variant",
     "budget_bits",
+    "budget_bytes",
     "seed",
     "group_attribute",
     "fairness_weight",
@@ -105,6 +106,7 @@ METHODS: tuple[str, ...] = (
     "fairquantize",
     "hawq",
     "fairquant",
+    "reference",
 )
 
 TAG_KEY = "fqsweep.key"

@@ -23,7 +23,9 @@ from fqsweep.config import (
     ArchitectureConfig,
     BaqMethod,
     DatasetConfig,
+    Finetuning,
     Fp32Method,
+    Granularity,
     RecipeMethod,
     Record,
     SearchSpace,
@@ -37,7 +39,7 @@ from fqsweep.errors import InputError
 from fqsweep.names import METHODS, NO_VALUE
 
 # Raised when a change of the code changes results, so that finished trials of older code are not reused.
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 SHIPPED_SPACES = (
     Path(__file__).resolve().parents[1] / "search_spaces",
     Path(__file__).resolve().parent / "search_spaces",
@@ -96,6 +98,7 @@ class Cell(Record):
     architecture: ArchitectureConfig
     point: MethodPoint
     budget_bits: float | None
+    budget_bytes: int | None = None
     seed: int
     recipe: TrainingRecipe
 
@@ -103,6 +106,8 @@ class Cell(Record):
     def title(self) -> str:
         """Short name for people: dataset/group, architecture, row, budget, seed."""
         budget = "" if self.budget_bits is None or self.point.bits else f"@{self.budget_bits:g}"
+        if self.budget_bytes is not None:
+            budget = f"@{self.budget_bytes:,}B"
         parts = (
             f"{self.dataset.name}/{self.group_attribute}",
             self.architecture.name,
@@ -115,7 +120,7 @@ class Cell(Record):
         """Hash of what determines the result; names shown to people are left out."""
         data = self.dataset.model_dump(mode="json", exclude={"name"})
         point = self.point.model_dump(
-            mode="json", exclude={"variant": True, "settings": {"label", "budgets_bits"}}
+            mode="json", exclude={"variant": True, "settings": {"label", "budgets_bits", "budgets_bytes"}}
         )
         return content_hash(
             [
@@ -125,6 +130,7 @@ class Cell(Record):
                 self.architecture,
                 point,
                 self.budget_bits,
+                self.budget_bytes,
                 self.seed,
                 self.recipe,
             ]
@@ -143,7 +149,14 @@ class Cell(Record):
         settings = self.point.settings
         if not isinstance(settings, Allocating):
             return None
-        options = [settings.importance, settings.granularity, settings.measured_choices, settings.scale]
+        options: list[Any] = [
+            settings.importance,
+            settings.granularity,
+            settings.measured_choices,
+            settings.scale,
+        ]
+        if settings.exempt:
+            options.append(settings.exempt)
         return content_hash([self.baseline_key, self.group_attribute, options, self.recipe.calibration_images])
 
 
@@ -343,6 +356,7 @@ def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
     yield from _check_unique(("architectures",), [a.name for a in space.architectures])
     yield from _check_unique(("seeds",), [str(s) for s in space.seeds])
     yield from _check_unique(("budgets_bits",), [f"{b:g}" for b in space.budgets_bits])
+    yield from _check_unique(("budgets_bytes",), [str(b) for b in space.budgets_bytes])
     yield from _check_unique(("methods",), [point.variant for point in method_points(space)])
     yield from _check_distinct_rows(space)
     for index, method in enumerate(space.methods):
@@ -352,10 +366,10 @@ def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
             settings = point.settings
             assert isinstance(settings, Allocating)
             if not _budgets(space, point):
-                yield ("methods", index), f"{point.method} spends a bit budget: give budgets_bits"
+                yield ("methods", index), f"{point.method} spends a budget: give budgets_bits or budgets_bytes"
             smallest = min(settings.choices)
             own: Location = ("methods", index, "budgets_bits") if settings.budgets_bits else ("budgets_bits",)
-            for place, budget in enumerate(_budgets(space, point)):
+            for place, (budget, _) in enumerate(_budgets(space, point)):
                 if budget is not None and budget < smallest:
                     text = f"budget {budget:g} is below the smallest bit choice of {point.variant} ({smallest})"
                     yield (
@@ -423,13 +437,19 @@ def method_points(space: SearchSpace) -> list[MethodPoint]:
     return [point for method in space.methods for point in _points_of(method)]
 
 
-def _budgets(space: SearchSpace, point: MethodPoint) -> list[float | None]:
-    """The budgets of a row: its own, its one width, the space's, or none at all."""
+def _budgets(space: SearchSpace, point: MethodPoint) -> list[tuple[float | None, int | None]]:
+    """The budgets of a row, in mean bits or in bytes: its own, its one width, the space's, or none at all."""
     if point.bits is not None:
-        return [float(point.bits)]
-    if isinstance(point.settings, Allocating):
-        return list(point.settings.budgets_bits or space.budgets_bits)
-    return [None]
+        return [(float(point.bits), None)]
+    settings = point.settings
+    if not isinstance(settings, Allocating):
+        return [(None, None)]
+    own = settings.budgets_bits is not None or settings.budgets_bytes is not None
+    source: Allocating | SearchSpace = settings if own else space
+    return [
+        *((bits, None) for bits in source.budgets_bits or ()),
+        *((None, num_bytes) for num_bytes in source.budgets_bytes or ()),
+    ]
 
 
 def expand_cells(space: SearchSpace) -> list[Cell]:
@@ -446,11 +466,12 @@ def expand_cells(space: SearchSpace) -> list[Cell]:
                                 group_attribute=attribute,
                                 architecture=architecture,
                                 point=point,
-                                budget_bits=budget,
+                                budget_bits=budget_bits,
+                                budget_bytes=budget_bytes,
                                 seed=seed,
                                 recipe=space.recipe,
                             )
-                            for budget in _budgets(space, point)
+                            for budget_bits, budget_bytes in _budgets(space, point)
                         ]
     return cells
 
@@ -484,6 +505,7 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
         "method": cell.point.method,
         "variant": cell.point.variant,
         "budget_bits": NO_VALUE if cell.budget_bits is None else f"{cell.budget_bits:g}",
+        "budget_bytes": NO_VALUE if cell.budget_bytes is None else str(cell.budget_bytes),
         "seed": str(cell.seed),
         "group_attribute": cell.group_attribute,
         **{name: option(name) for name in ("fairness_weight", "bitrate_weight", "importance", "reducer")},
@@ -491,6 +513,18 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
         "finetune_epochs": str(epochs),
         **{name: option(name) for name in ("regulariser", "distillation_weight")},
     }
+
+
+def granularity_of(cell: Cell) -> Granularity:
+    """Whether the cell's units are channels or tensors."""
+    settings = cell.point.settings
+    return settings.granularity if isinstance(settings, Allocating) else "channel"
+
+
+def exempt_of(cell: Cell) -> tuple[str, ...]:
+    """Name patterns of the layers that the cell leaves in full precision."""
+    settings = cell.point.settings
+    return settings.exempt if isinstance(settings, Finetuning) else ()
 
 
 def finetune_epochs(cell: Cell) -> int:

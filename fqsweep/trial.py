@@ -7,7 +7,6 @@ data -> parent (shared) -> importance (shared) -> allocation -> quantisers -> fi
 from __future__ import annotations
 
 import csv
-import fnmatch
 import io
 import json
 import time
@@ -19,24 +18,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from fqsweep.allocation import allocate_bits, allocate_by_quantile
+from fqsweep.assignment import Budget, allowed_choices, assign_bits
 from fqsweep.baseline import baseline_log, ensure_baseline, ensure_importance
-from fqsweep.config import Allocating, BaqMethod, Finetuning, Fp32Method, UniformMethod
+from fqsweep.config import BaqMethod, Finetuning, Fp32Method, UniformMethod
 from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport
 from fqsweep.files import SweepPaths, write_bytes, write_json
-from fqsweep.importance import Importance, reduce_groups, start_steps
+from fqsweep.importance import start_steps
 from fqsweep.models import count_macs
 from fqsweep.names import group_metric_key
 from fqsweep.pictures import draw_bits
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
-from fqsweep.quant.costs import FULL_PRECISION_BITS, effective_gbops, mean_weight_bits
+from fqsweep.quant.costs import FULL_PRECISION_BITS, effective_gbops, fixed_packed_bytes, mean_weight_bits
 from fqsweep.quant.kernels import Kernels, choose_kernels
 from fqsweep.quant.packing import pack_weights, unpack_weights
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.setting import Setting, open_setting, seed_everything
-from fqsweep.space import Cell, finetune_epochs, run_params
+from fqsweep.space import Cell, exempt_of, finetune_epochs, granularity_of, run_params
 from fqsweep.training import Recorder, TrainingLog, TrainingPlan, train
 
 BITS_COLUMNS = ("layer", "units", "weights_per_unit", "mean_bits", *(f"units_at_{b}" for b in range(9)))
@@ -90,16 +89,16 @@ def run_trial(
     setting = open_setting(cell, paths=paths, data_dir=data_dir, device=device)
     parent = ensure_baseline(setting, paths, recorder)
     seed_everything(cell.seed)
-    units = list_units(parent, granularity=_granularity(cell))
+    units = list_units(parent, granularity=granularity_of(cell), exempt=exempt_of(cell))
     macs = count_macs(parent, image_size=cell.dataset.image_size)
     state, bits_u, log = _quantise(setting, parent, units, weights, paths, recorder)
-    _check_budget(cell, units, bits_u)
     blob = pack_weights(
         state.tensors,
         {f"{name}.weight": bits for name, bits in state.bits.items()},
         steps={f"{name}.weight": steps for name, steps in state.steps.items()},
         metadata=_file_notes(setting),
     )
+    _check_budget(cell, units, bits_u, packed_bytes=len(blob))
     write_bytes(paths.trial(key) / "model.fqs", blob)
     packed = load_packed(blob, setting)
     val_metrics, val_report = setting.score(packed, "val")
@@ -133,11 +132,6 @@ def run_trial(
     return result
 
 
-def _granularity(cell: Cell) -> Any:
-    settings = cell.point.settings
-    return settings.granularity if isinstance(settings, Allocating) else "channel"
-
-
 # --- from parent to quantised state --------------------------------------------------------------
 
 
@@ -168,63 +162,27 @@ def _quantise(
     else:
         importance = ensure_importance(setting, parent, paths, recorder)
         step_ub = importance.step_ub
-        bits_u = assign_bits(settings, importance, units, budget_bits=_budget(cell))
+        allocation = assign_bits(settings, importance, units, budget=_budget(setting, parent, units))
+        bits_u = allocation.bits_u
     return _finetune(setting, parent, units, bits_u, step_ub, weights, recorder)
 
 
-def _budget(cell: Cell) -> float:
-    assert cell.budget_bits is not None
-    return cell.budget_bits
-
-
-def assign_bits(
-    settings: Allocating, importance: Importance, units: UnitTable, *, budget_bits: float
-) -> np.ndarray:
-    """Bits per unit, int64 (u,), as the method's reducer and allocator say; never over the budget.
+def _budget(setting: Setting, parent: nn.Module, units: UnitTable) -> Budget:
+    """The cell's budget; of bytes on disk, what the file's other parts leave for codes and steps.
 
     Raises:
-        TrialError: no allocation fits the budget with the layers that are pinned.
+        TrialError: the file's other parts alone are larger.
     """
-    num_weights_u = units.num_weights_u
-    choices = importance.choices
-    try:
-        if settings.allocator == "quantile":
-            rank_u = reduce_groups(importance.cost_gub, settings.reducer, loss_g=importance.loss_g)[:, 0]
-            return allocate_by_quantile(
-                rank_u, num_weights_u, budget_bits=budget_bits, choices=settings.choices
-            ).bits_u
-        if settings.reducer == "none":
-            cost_gub = importance.cost_gub
-        else:
-            cost_gub = reduce_groups(importance.cost_gub, settings.reducer, loss_g=importance.loss_g)[None]
-        allowed_ub = allowed_choices(settings, units, choices)
-        return allocate_bits(
-            np.where(allowed_ub, cost_gub, np.inf),
-            num_weights_u,
-            budget_bits=budget_bits,
-            choices=choices,
-            objective="mean" if settings.allocator == "mean" else "minimax",
-            group_offset=importance.loss_g if settings.allocator == "minimax_loss" else None,
-        ).bits_u
-    except ValueError as error:
-        raise TrialError(f"allocation: {error}") from error
-
-
-def allowed_choices(settings: Allocating, units: UnitTable, choices: tuple[int, ...]) -> np.ndarray:
-    """Which widths each unit may have, bool (u, b): the method's, or the pinned one of its layer.
-
-    Raises:
-        TrialError: a pin pattern that fits no layer.
-    """
-    allowed_ub = np.tile(np.isin(choices, settings.choices), (units.num_units, 1))
-    for pattern, bits in settings.pin.items():
-        fitting = [layer for layer in units.layers if fnmatch.fnmatchcase(layer.name, pattern)]
-        if not fitting:
-            names = ", ".join(layer.name for layer in units.layers[:8])
-            raise TrialError(f"pin {pattern!r} fits no quantisable layer; the first are: {names}")
-        for layer in fitting:
-            allowed_ub[layer.start : layer.stop] = np.array(choices) == bits
-    return allowed_ub
+    cell = setting.cell
+    if cell.budget_bytes is None:
+        return Budget(mean_bits=cell.budget_bits)
+    fixed = fixed_packed_bytes(parent.state_dict(), units, metadata=_file_notes(setting))
+    if fixed >= cell.budget_bytes:
+        raise TrialError(
+            f"a budget of {cell.budget_bytes:,} bytes does not even hold what is not quantised ({fixed:,} bytes: "
+            "biases, norms, exempt layers, bit index); raise it"
+        )
+    return Budget(code_bytes=cell.budget_bytes - fixed)
 
 
 def _finetune(
@@ -269,7 +227,10 @@ def _finetune(
         autocast=setting.autocast,
     )
     if isinstance(settings, BaqMethod) and epochs:
-        bits_u = _learn_bits_into(plan, settings, parent, units, bits_u, steps, kernels, _budget(cell), weights)
+        limit = mean_weight_bits(units, bits_u) if cell.budget_bits is None else cell.budget_bits
+        bits_u = _learn_bits_into(
+            plan, settings, parent, units, bits_u, steps, kernels, weights, budget_bits=limit
+        )
     else:
         attach_quantisers(parent, units, steps, bits_u, kernels=kernels)
     log = TrainingLog()
@@ -293,8 +254,9 @@ def _learn_bits_into(
     bits_u: np.ndarray,
     steps: dict[str, torch.Tensor],
     kernels: Kernels,
-    budget_bits: float,
     weights: dict[str, float],
+    *,
+    budget_bits: float,
 ) -> np.ndarray:
     """Attach quantisers with learned widths and tell the plan how they learn and when they settle."""
     attach_quantisers(
@@ -306,13 +268,14 @@ def _learn_bits_into(
         smallest=settings.measured_choices[0],
         kernels=kernels,
     )
-    allowed_ub = allowed_choices(settings, units, settings.measured_choices)
-    choices = np.array(settings.measured_choices)
+    lowest_u, highest_u = _limits_of_learning(
+        allowed_choices(settings, units, settings.measured_choices), np.array(settings.measured_choices), bits_u
+    )
     learned = LearnedBits(
         model,
         units,
-        lowest_u=choices[allowed_ub.argmax(axis=1)],
-        highest_u=choices[allowed_ub.shape[1] - 1 - allowed_ub[:, ::-1].argmax(axis=1)],
+        lowest_u=lowest_u,
+        highest_u=highest_u,
         budget_bits=budget_bits,
         learning_rate=settings.bit_learning_rate,
     )
@@ -321,6 +284,22 @@ def _learn_bits_into(
     plan.settle_epoch = plan.epochs * (1 - settings.settle_frac)
     plan.freeze = lambda: freeze_bits(model, units, learned.round_under_budget())
     return bits_u
+
+
+def _limits_of_learning(
+    allowed_ub: np.ndarray, choice_b: np.ndarray, bits_u: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest width that each unit's learning may reach, int64 (u,) each.
+
+    What the allocation drops stays dropped, and what it keeps keeps at least 1 bit. A mix of 0 and 1 bits is a
+    channel's weights times a factor, to which a normalisation layer behind it is blind: the loss says nothing
+    about that step, and learned there, bits walk at random (measured at 1/8 bit: see the README's results).
+    """
+    lowest_u = choice_b[allowed_ub.argmax(axis=1)]
+    highest_u = choice_b[allowed_ub.shape[1] - 1 - allowed_ub[:, ::-1].argmax(axis=1)]
+    dropped_u = bits_u == 0
+    smallest_kept_u = choice_b[(allowed_ub & (choice_b > 0)).argmax(axis=1)]
+    return np.where(dropped_u, 0, np.maximum(lowest_u, smallest_kept_u)), np.where(dropped_u, 0, highest_u)
 
 
 def _weight(name: str, settings: Finetuning, weights: dict[str, float]) -> float:
@@ -334,8 +313,12 @@ def _weight(name: str, settings: Finetuning, weights: dict[str, float]) -> float
 # --- from quantised state to numbers -------------------------------------------------------------
 
 
-def _check_budget(cell: Cell, units: UnitTable, bits_u: np.ndarray) -> None:
-    """The budget holds exactly, counted in whole weight bits."""
+def _check_budget(cell: Cell, units: UnitTable, bits_u: np.ndarray, *, packed_bytes: int) -> None:
+    """The budget holds exactly, counted in whole weight bits or in bytes on disk."""
+    if cell.budget_bytes is not None and packed_bytes > cell.budget_bytes:
+        raise TrialError(
+            f"the file has {packed_bytes} bytes, the budget is {cell.budget_bytes}: this is a fault of fqsweep"
+        )
     if cell.budget_bits is None:
         return
     spent = int(units.num_weights_u @ bits_u)

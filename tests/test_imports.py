@@ -19,7 +19,7 @@ ORDER = (
     ("data", "models", "allocation", "fairness", "progress", "pictures"),
     ("quant",),
     ("importance", "training"),
-    ("setting", "baseline"),
+    ("setting", "assignment", "baseline"),
     ("trial",),
     ("work", "actor", "estimate", "tracking", "sweep"),
     ("main",),

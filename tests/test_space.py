@@ -66,8 +66,8 @@ def test_the_papers_grid_is_whole() -> None:
         (cell.dataset.name, cell.group_attribute, cell.architecture.name, cell.seed) for cell in cells
     )
     assert len(blocks) == 2 * 4 * 5
-    # fp32, uniform 4 and 8 with and without fine-tuning, and six methods at three budgets.
-    assert set(blocks.values()) == {1 + 4 + 6 * 3}
+    # fp32, uniform 4 and 8 with and without fine-tuning, and seven methods at three budgets.
+    assert set(blocks.values()) == {1 + 4 + 7 * 3}
     for method in set(METHODS) - {"fp32", "uniform"}:
         assert {cell.budget_bits for cell in cells if cell.point.method == method} == {4, 5, 6}
     assert len({cell.key for cell in cells}) == len(cells)
@@ -281,7 +281,7 @@ WRONG = [
         "choices: [2, 3, 4]",
         "8: budgets_bits[0]: budget 1 is below the smallest bit choice",
     ),
-    ("budgets_bits: [1, 3]\n", "", "static spends a bit budget: give budgets_bits"),
+    ("budgets_bits: [1, 3]\n", "", "static spends a budget: give budgets_bits or budgets_bytes"),
     ("budgets_bits: [1, 3]", "budgets_bits: [1, 9]", "budgets_bits[1]: "),
     ("budgets_bits: [1, 3]", "budgets_bits: [1, 1.0]", "budgets_bits[1]: '1' stands here twice"),
     ("budgets_bits: [1, 3]", "budgets_bits: [1, .nan]", "budgets_bits[1]: "),

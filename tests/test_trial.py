@@ -51,6 +51,9 @@ METHODS = {
     "baq": (BaqMethod(method="baq", bitrate_weight=0.05, fairness_weight=0.1), 0.75),
     "baq-lsq": (BaqMethod(method="baq", bit_gradient="lsq", settle_frac=0.0, label="bl"), 3.0),
     "fairquant": (RecipeMethod(method="fairquant"), 4.5),
+    "reference": (RecipeMethod(method="reference"), 4.5),
+    "static-gap": (StaticMethod(method="static", allocator="gap", label="sg", finetune_epochs=0), 1.5),
+    "exempt": (StaticMethod(method="static", exempt=("first", "fc"), label="se", finetune_epochs=0), 1.5),
     "fairgrape": (RecipeMethod(method="fairgrape"), 3.0),
     "fairquantize": (RecipeMethod(method="fairquantize"), 3.0),
     "hawq": (RecipeMethod(method="hawq"), 3.0),
@@ -107,6 +110,7 @@ def test_every_method_keeps_the_contract(name: str, folder: Path) -> None:
     assert file.stat().st_size >= spent / 8
     levels = sum(row["units"] for row in result.layers)
     assert levels == sum(len(bits) for bits in unpacked.bits.values()) or "tensor" in name or name == "hawq"
+    assert ("fc.weight" in unpacked.bits) == (name != "exempt")
 
 
 def test_what_is_scored_is_what_lies_on_disk(folder: Path) -> None:
@@ -168,6 +172,73 @@ def test_a_pinned_layer_keeps_its_bits_within_the_budget(folder: Path) -> None:
     assert by_layer["fc"] == 8
     assert max(bits for name, bits in by_layer.items() if name != "fc") <= 4
     assert result.metrics["bits/mean_weight"] <= 2.0
+
+
+def with_settings(settings: StaticMethod | BaqMethod, **budget: object) -> Cell:
+    point = MethodPoint(method=settings.method, variant="v", settings=settings)
+    return cell_of("static").model_copy(update={"point": point, "budget_bits": None, **budget})
+
+
+@pytest.mark.parametrize("method", [StaticMethod, BaqMethod])
+@pytest.mark.parametrize("budget_bytes", [30_000, 100_000])
+def test_a_budget_in_bytes_holds_for_the_file_and_is_spent(
+    method: type, budget_bytes: int, folder: Path
+) -> None:
+    settings = method(method=method.model_fields["method"].annotation.__args__[0])
+    result = trial(
+        with_settings(settings, budget_bytes=budget_bytes), folder, f"{budget_bytes}{settings.method}"
+    )
+    size = result.metrics["size/packed_bytes"]
+    assert size <= budget_bytes
+    assert size > 0.97 * budget_bytes - 1200  # the allowance for the header's entries
+    assert result.params["budget_bytes"] == str(budget_bytes) and result.params["budget_bits"] == "none"
+
+
+def test_a_budget_in_bytes_below_what_is_not_quantised_fails_the_trial(folder: Path) -> None:
+    with pytest.raises(TrialError, match=r"a budget of 900 bytes does not even hold what is not quantised"):
+        trial(with_settings(StaticMethod(method="static"), budget_bytes=900), folder, "tiny")
+
+
+def test_limits_hold_layer_by_layer(folder: Path) -> None:
+    limits = {"layer1.*": {"min": 3}, "last": {"min": 2, "max": 2}}
+    settings = StaticMethod(method="static", limits=limits, finetune_epochs=0)
+    result = trial(with_settings(settings, budget_bits=2.0), folder, "limited")
+    rows = {row["layer"]: row for row in result.layers}
+    assert rows["fc"]["units_at_2"] == rows["fc"]["units"]
+    narrow = [row for name, row in rows.items() if name.startswith("layer1.")]
+    assert narrow and all(row[f"units_at_{b}"] == 0 for row in narrow for b in (0, 1, 2))
+    assert any(row["units_at_0"] for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"limits": {"fc": {"min": 5}}, "choices": (0, 1, 2)},
+            r"limits 'fc' \(5 to 8 bits\) leave layer fc none",
+        ),
+        ({"limits": {"head*": {"min": 5}}}, r"limits 'head\*' fits no quantisable layer; the first are: "),
+        ({"exempt": ("head",)}, r"exempt: 'head' fits no quantisable layer"),
+        ({"exempt": ("*",)}, "no layer is left to quantise"),
+    ],
+)
+def test_layer_options_that_cannot_hold_fail_the_trial(
+    options: dict[str, object], message: str, folder: Path
+) -> None:
+    settings = StaticMethod(method="static", **options)
+    with pytest.raises(TrialError, match=message):
+        trial(with_settings(settings, budget_bits=1.0), folder, "impossible")
+
+
+def test_learning_neither_revives_a_dropped_channel_nor_drops_one(folder: Path) -> None:
+    learning = with_settings(BaqMethod(method="baq", bit_learning_rate=0.3), budget_bits=0.5)
+    fixed = with_settings(StaticMethod(method="static", finetune_epochs=0), budget_bits=0.5)
+    dropped = []
+    for key, cell in (("alive", learning), ("still", fixed)):
+        trial(cell, folder, key)
+        unpacked = unpack_weights((SweepPaths(folder).trial(key) / "model.fqs").read_bytes())
+        dropped.append(np.concatenate([bits == 0 for bits in unpacked.bits.values()]))
+    assert dropped[0].any() and (dropped[0] == dropped[1]).all()
 
 
 def test_learned_bits_with_a_pin_above_the_choices_move_between_the_choices(folder: Path) -> None:

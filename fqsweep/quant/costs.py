@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
+from fqsweep.quant.packing import pack_weights
 from fqsweep.quant.units import UnitTable
 
 ACTIVATION_BITS = 32
 FULL_PRECISION_BITS = 32
+# A header entry such as "codes.8":{"dtype":"U8","shape":[11000000],"data_offsets":[11000000,22000000]}, the byte
+# to which its codes are rounded up, and longer offsets of the tensors behind it.
+CODE_ENTRY_BYTES = 128
+NUM_CODE_ENTRIES = 8
 
 
 def mean_weight_bits(units: UnitTable, bits_u: np.ndarray) -> float:
@@ -37,3 +43,20 @@ def effective_gbops(
         mean_bits = float(np.mean(bits_u[layer.start : layer.stop]))
         total += layer_macs.get(layer.name, 0) * mean_bits * ACTIVATION_BITS
     return total / 1e9
+
+
+def fixed_packed_bytes(
+    tensors: Mapping[str, torch.Tensor], units: UnitTable, *, metadata: Mapping[str, str]
+) -> int:
+    """Bytes of a packed file that do not depend on the bits, rounded up: all but codes and steps.
+
+    Measured by packing the model with every unit dropped; the header's entries for codes, which such a file
+    lacks, are added at their longest.
+
+    Args:
+        tensors: a state dict of the plain model.
+        metadata: what will be noted in the file.
+    """
+    dropped = {f"{layer.name}.weight": np.zeros(layer.num_units, dtype=np.int64) for layer in units.layers}
+    blob = pack_weights({name: t.cpu() for name, t in tensors.items()}, dropped, metadata=dict(metadata))
+    return len(blob) + NUM_CODE_ENTRIES * CODE_ENTRY_BYTES

@@ -5,7 +5,8 @@ Axes: u units of the whole model, b bit choices; within a layer weights are view
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,10 @@ import torch
 from torch import nn
 
 from fqsweep.config import Granularity
+from fqsweep.errors import TrialError
 from fqsweep.models import quantisable_layers
+
+END_PATTERNS = {"first": 0, "last": -1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +61,54 @@ class UnitTable:
         return np.concatenate([np.asarray(value_by_layer[layer.name]) for layer in self.layers])
 
 
-def list_units(model: nn.Module, *, granularity: Granularity) -> UnitTable:
+def list_units(model: nn.Module, *, granularity: Granularity, exempt: Sequence[str] = ()) -> UnitTable:
     """The units of every Conv2d and Linear: output channels, or whole tensors.
+
+    Args:
+        exempt: name patterns of layers that have none; ``first`` and ``last`` mean the ends of the model.
 
     Raises:
         ValueError: the model has no such layer.
+        TrialError: a pattern fits no layer, or all are exempt.
     """
     layers, start = [], 0
-    for name, module in quantisable_layers(model).items():
+    every = quantisable_layers(model)
+    try:
+        left_out = {name for pattern in exempt for name in matching_names(pattern, list(every))}
+    except ValueError as error:
+        raise TrialError(f"exempt: {error}") from error
+    for name, module in every.items():
+        if name in left_out:
+            continue
         shape = tuple(module.weight.shape)
         num_units = shape[0] if granularity == "channel" else 1
         stop = start + num_units
         num_weights = int(np.prod(shape)) // num_units
         layers.append(LayerUnits(name=name, shape=shape, start=start, stop=stop, num_weights=num_weights))
         start = stop
+    if not layers and left_out:
+        raise TrialError(f"exempt {list(exempt)}: no layer is left to quantise")
     if not layers:
         raise ValueError("the model has no Conv2d or Linear layer: there is nothing to quantise")
     return UnitTable(tuple(layers))
+
+
+def matching_names(pattern: str, names: Sequence[str]) -> list[str]:
+    """The layer names that a pattern means; ``first`` and ``last`` mean the ends of the list.
+
+    Raises:
+        ValueError: there are none; the message names some that exist.
+
+    Example:
+        >>> matching_names("block1.*", ["stem", "block1.conv", "head"]), matching_names("last", ["stem", "head"])
+        (['block1.conv'], ['head'])
+    """
+    if names and pattern in END_PATTERNS:
+        return [names[END_PATTERNS[pattern]]]
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        raise ValueError(f"{pattern!r} fits no quantisable layer; the first are: {', '.join(names[:8])}")
+    return found
 
 
 def as_units(weight: torch.Tensor, num_units: int) -> torch.Tensor:

@@ -1,0 +1,100 @@
+"""From a cost table to bits per unit, as a method's settings say: reducer, allocator, limits of layers, budget.
+
+Axes: u units, b bit choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fqsweep.allocation import Allocation, Objective, allocate_bits, allocate_by_quantile
+from fqsweep.config import Allocating
+from fqsweep.errors import TrialError
+from fqsweep.importance import Importance, reduce_groups
+from fqsweep.quant.units import LayerUnits, UnitTable, matching_names
+
+OBJECTIVES: dict[str, Objective] = {
+    "mean": "mean",
+    "minimax": "minimax",
+    "minimax_loss": "minimax",
+    "gap": "gap",
+}
+STEP_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the units may spend: mean bits per weight, or bytes for their codes and steps."""
+
+    mean_bits: float | None = None
+    code_bytes: int | None = None
+
+
+def assign_bits(
+    settings: Allocating, importance: Importance, units: UnitTable, *, budget: Budget
+) -> Allocation:
+    """Bits per unit, as the method's reducer and allocator say; never over the budget.
+
+    Raises:
+        TrialError: no allocation fits the budget with the layers' limits.
+    """
+    spending: dict[str, Any] = {
+        "choices": importance.choices,
+        "budget_bits": budget.mean_bits,
+        "budget_bytes": budget.code_bytes,
+        "side_bits": STEP_BITS if budget.code_bytes is not None else 0,
+    }
+    try:
+        if settings.allocator == "quantile":
+            rank_u = reduce_groups(importance.cost_gub, settings.reducer, loss_g=importance.loss_g)[:, 0]
+            return allocate_by_quantile(
+                rank_u, units.num_weights_u, **{**spending, "choices": settings.choices}
+            )
+        if settings.reducer == "none":
+            cost_gub = importance.cost_gub
+        else:
+            cost_gub = reduce_groups(importance.cost_gub, settings.reducer, loss_g=importance.loss_g)[None]
+        allowed_ub = allowed_choices(settings, units, importance.choices)
+        return allocate_bits(
+            np.where(allowed_ub, cost_gub, np.inf),
+            units.num_weights_u,
+            objective=OBJECTIVES[settings.allocator],
+            group_offset=importance.loss_g if settings.allocator in ("minimax_loss", "gap") else None,
+            **spending,
+        )
+    except ValueError as error:
+        raise TrialError(f"allocation: {error}") from error
+
+
+def allowed_choices(settings: Allocating, units: UnitTable, choices: tuple[int, ...]) -> np.ndarray:
+    """Which widths each unit may have, bool (u, b): the method's, within the limits of its layer, or the pinned one.
+
+    Raises:
+        TrialError: a pattern that fits no layer, or limits that leave a layer no choice.
+    """
+    choice_b = np.array(choices)
+    allowed_ub = np.tile(np.isin(choice_b, settings.choices), (units.num_units, 1))
+    for pattern, limits in settings.limits.items():
+        for layer in _layers_fitting(pattern, units, option="limits"):
+            rows = slice(layer.start, layer.stop)
+            allowed_ub[rows] &= (choice_b >= limits.min) & (choice_b <= limits.max)
+            if not allowed_ub[layer.start].any():
+                raise TrialError(
+                    f"limits {pattern!r} ({limits.min} to {limits.max} bits) leave layer {layer.name} none of the "
+                    f"choices {list(settings.choices)}"
+                )
+    for pattern, bits in settings.pin.items():
+        for layer in _layers_fitting(pattern, units, option="pin"):
+            allowed_ub[layer.start : layer.stop] = choice_b == bits
+    return allowed_ub
+
+
+def _layers_fitting(pattern: str, units: UnitTable, *, option: str) -> list[LayerUnits]:
+    by_name = {layer.name: layer for layer in units.layers}
+    try:
+        return [by_name[name] for name in matching_names(pattern, list(by_name))]
+    except ValueError as error:
+        raise TrialError(f"{option} {error}") from error

@@ -20,9 +20,10 @@ from fqsweep.data import fitzpatrick17k, isic2019, synthderm, table
 from fqsweep.data.duplicates import join_near_duplicates
 from fqsweep.data.packs import OnProgress, open_pack, pack_path
 from fqsweep.data.records import Dataset, Samples, Splits
-from fqsweep.data.splits import check_groups, split_samples
+from fqsweep.data.splits import check_groups, split_samples, splits_as_csv
 from fqsweep.data.subset import stratified_subset
 from fqsweep.errors import InputError
+from fqsweep.files import write_bytes
 
 __all__ = ["Dataset", "Samples", "Splits", "dataset_digest", "describe_samples", "open_dataset", "plan_dataset"]
 
@@ -72,6 +73,8 @@ def open_dataset(
 ) -> Dataset:
     """A data set ready for training: described, cut to ``max_images``, split, checked and decoded.
 
+    The split is stored beside the pack as ``<digest>_splits.csv``: id, split, class and groups of each image.
+
     The groups are checked before anything is decoded, and again where near-duplicates found in the decoded
     images (of sets read from files) were joined to one cluster.
 
@@ -92,12 +95,11 @@ def open_dataset(
             samples, splits = joined, _checked_splits(joined, config)
     for note in samples.notes:
         _logger.info("%s: %s", config.name, note)
-    return Dataset(
-        samples=samples,
-        splits=splits,
-        image_nhwc=image_nhwc,
-        digest=dataset_digest(samples, splits, config.image_size),
-    )
+    digest = dataset_digest(samples, splits, config.image_size)
+    split_file = pack_dir / f"{digest}_splits.csv"
+    if not split_file.exists():
+        write_bytes(split_file, splits_as_csv(samples, splits))
+    return Dataset(samples=samples, splits=splits, image_nhwc=image_nhwc, digest=digest)
 
 
 def _pairs_path(samples: Samples, config: DatasetConfig, pack_dir: Path) -> Path:

@@ -44,6 +44,7 @@ class Samples:
         source: reads image ``index``.
         content: what the pixels depend on (file sizes, generator settings), for the pack's key.
         notes: what was left out and why, one sentence each.
+        official_n: str (n,), the split that the set's own lists give each image; None where it has no lists.
     """
 
     id_n: np.ndarray
@@ -54,6 +55,7 @@ class Samples:
     source: ImageSource
     content: str
     notes: tuple[str, ...] = ()
+    official_n: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.id_n)

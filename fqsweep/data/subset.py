@@ -33,6 +33,7 @@ def take(samples: Samples, kept: np.ndarray) -> Samples:
         groups=groups,
         cluster_n=samples.cluster_n[kept],
         source=SubsetSource(samples.source, kept),
+        official_n=None if samples.official_n is None else samples.official_n[kept],
     )
 
 

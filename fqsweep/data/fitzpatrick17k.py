@@ -63,10 +63,17 @@ def describe(config: Fitzpatrick17kConfig, data_dir: Path) -> Samples:
         class_names=tuple(sorted(set(label_n.tolist()) - {""})),
         group_n={name: named[name][type_n] for name in plain_attributes(config.group_attributes)},
         group_names={"skin_type": SKIN_TYPES, "skin_tone": SKIN_TONES},
-        images=TableImages(id_n, lambda: first_folder(root, IMAGE_FOLDERS), _spellings(table)),
+        images=images_of(table, root),
         official_n=_official_splits(root, id_n) if config.official_splits else None,
     )
     return assemble(rows, config, unknown_groups=config.unknown_groups, missing_images=config.missing_images)
+
+
+def images_of(table: pd.DataFrame, root: Path) -> TableImages:
+    """The images of the table's rows, wherever below ``root`` they lie."""
+    return TableImages(
+        table["md5hash"].to_numpy(str), lambda: first_folder(root, IMAGE_FOLDERS), _spellings(table)
+    )
 
 
 def _spellings(table: pd.DataFrame) -> Callable[[str], tuple[str, ...]]:

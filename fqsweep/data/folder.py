@@ -39,6 +39,10 @@ class FolderSource:
         """
         return decode_square(self.paths[index], size=size)
 
+    def path_of(self, index: int) -> Path:
+        """Where image ``index`` lies."""
+        return self.paths[index]
+
 
 class MissingImages(InputError):
     """Images that a table lists are not there: ``names`` holds all of them."""
@@ -188,6 +192,19 @@ def decode_square(path: Path, *, size: int) -> np.ndarray:
         raise InputError(
             f"{path} cannot be decoded ({error}); fetch it again or remove its row from the CSV"
         ) from error
+
+
+def check_header(path: Path) -> None:
+    """Read as much of an image file as tells its format and size.
+
+    Raises:
+        InputError: the file is missing or is no image.
+    """
+    try:
+        with Image.open(path):
+            pass
+    except _UNREADABLE as error:
+        raise InputError(f"{path} cannot be opened ({error}); fetch it again") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -173,7 +173,7 @@ def _fill(
     def decode(index: int) -> None:
         image_nhwc[index] = samples.source.read(index, size=size)
 
-    pool = ThreadPoolExecutor(num_threads or _usable_cores())
+    pool = ThreadPoolExecutor(num_threads or usable_cores())
     try:
         for done, _ in enumerate(pool.map(decode, range(total)), start=1):
             if on_progress and (done % 100 == 0 or done == total):
@@ -182,5 +182,6 @@ def _fill(
         pool.shutdown(cancel_futures=True)
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

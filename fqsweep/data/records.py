@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,10 @@ class ImageSource(Protocol):
         Raises:
             InputError: the image is missing or cannot be decoded; the message names its path.
         """
+        ...
+
+    def path_of(self, index: int) -> Path | None:
+        """Where image ``index`` lies, None for generated images."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +22,10 @@ class SubsetSource:
     def read(self, index: int, *, size: int) -> np.ndarray:
         """Image ``index`` as uint8 (size, size, 3), RGB."""
         return self.whole.read(int(self.kept[index]), size=size)
+
+    def path_of(self, index: int) -> Path | None:
+        """Where image ``index`` lies, None for generated images."""
+        return self.whole.path_of(int(self.kept[index]))
 
 
 def take(samples: Samples, kept: np.ndarray) -> Samples:

@@ -130,6 +130,9 @@ class SynthdermSource:
         label, skin_type, number = (int(code_n[index]) for code_n in (self.label_n, self.type_n, self.number_n))
         return paint_image(self.config, number, label=label, skin_type=skin_type, size=size)
 
+    def path_of(self, _index: int) -> None:
+        """None: these images are in no file."""
+
 
 @dataclass(frozen=True)
 class PaintedImages:

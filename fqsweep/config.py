@@ -21,6 +21,7 @@ Granularity = Literal["channel", "tensor"]
 ScaleRule = Literal["absmax", "mse", "curvature"]
 Regulariser = Literal["none", "gap", "group_dro"]
 KernelChoice = Literal["auto", "eager", "compiled"]
+Schedule = Literal["cosine", "step", "constant"]
 
 
 class Record(BaseModel):
@@ -447,30 +448,42 @@ class TrainingRecipe(Record):
 
     Attributes:
         learning_rate, weight_decay: AdamW's; ``finetune_learning_rate`` is used after quantising.
+        schedule: ``cosine`` falls to 2 % of the rate; ``step`` divides it by 10 after a half and three quarters of
+            the steps; ``constant`` keeps it.
         patience: stop after this many epochs without a better validation loss, None never.
         class_balance: ``sampler`` draws classes equally often, ``none`` as they come.
+        group_balance: ``sampler`` draws groups equally often; with ``class_balance`` each class of each group. The
+            parent then depends on the group attribute.
         augment: ``none``, ``flips``, ``standard`` (flips, rotation, shift, brightness) or ``autoaugment``.
         gradient_clip: largest norm of the gradient, None for no clipping.
-        warmup_frac: share of the steps with a rising rate before the cosine falls.
+        warmup_frac: share of the steps with a rising rate before the schedule begins.
+        ema_decay: evaluate and keep a running mean of the full-precision parent's weights with this decay a
+            step, None for the weights themselves.
         calibration_images: how many images of the calibration split importance uses, None for all.
         quantiser_kernels: ``compiled`` fuses the quantisers' arithmetic (10 to 30 s once a process on a CPU);
             ``auto`` does so on a GPU and where training is long enough to earn that back.
+        precision: ``bf16`` computes in bfloat16 on a GPU.
+        channels_last: memory layout of images and weights; ``auto`` uses it on a GPU.
     """
 
     epochs: int = Field(default=20, ge=1)
     batch_size: int = Field(default=64, ge=2)
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
+    schedule: Schedule = "cosine"
     warmup_frac: float = Field(default=0.1, ge=0, lt=1)
     patience: int | None = Field(default=None, ge=1)
     class_balance: Literal["none", "sampler"] = "none"
+    group_balance: Literal["none", "sampler"] = "none"
     augment: Literal["none", "flips", "standard", "autoaugment"] = "flips"
     gradient_clip: float | None = Field(default=1.0, gt=0)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
     finetune_epochs: int = Field(default=3, ge=0)
     finetune_learning_rate: float = Field(default=1e-4, gt=0)
     calibration_images: int | None = Field(default=None, ge=8)
     precision: Literal["fp32", "bf16"] = "fp32"
     quantiser_kernels: KernelChoice = "auto"
+    channels_last: Literal["auto", "always", "never"] = "auto"
 
 
 class SearchConfig(Record):

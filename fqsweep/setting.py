@@ -58,6 +58,7 @@ class Setting:
             batch_size=recipe.batch_size,
             shuffle=True,
             class_balance=recipe.class_balance,
+            group_balance=recipe.group_balance,
             augment=recipe.augment,
             seed=seed,
         )
@@ -82,6 +83,7 @@ class Setting:
         batch_size: int,
         shuffle: bool,
         class_balance: str = "none",
+        group_balance: str = "none",
         augment: str = "none",
         seed: int = 0,
     ) -> BatchLoader:
@@ -96,6 +98,7 @@ class Setting:
             std=self.normalisation.std,
             shuffle=shuffle,
             class_balance=class_balance,
+            group_balance=group_balance,
             augment=augment,
             seed=seed,
         )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from fqsweep.config import (
@@ -27,6 +28,7 @@ from fqsweep.files import write_bytes
 
 __all__ = ["Dataset", "Samples", "Splits", "dataset_digest", "describe_samples", "open_dataset", "plan_dataset"]
 
+LOCAL_PACKS_VARIABLE = "FQSWEEP_LOCAL_PACKS"
 _logger = logging.getLogger(__name__)
 
 
@@ -76,7 +78,8 @@ def open_dataset(
     The split is stored beside the pack as ``<digest>_splits.csv``: id, split, class and groups of each image.
 
     The groups are checked before anything is decoded, and again where near-duplicates found in the decoded
-    images (of sets read from files) were joined to one cluster.
+    images (of sets read from files) were joined to one cluster. Where the environment variable
+    ``FQSWEEP_LOCAL_PACKS`` names a folder on the machine's own disk, packs are copied there once a machine.
 
     Args:
         config: which set.
@@ -88,7 +91,14 @@ def open_dataset(
         InputError: as ``describe_samples``, ``check_groups`` and ``fqsweep.data.packs.open_pack``.
     """
     samples, splits = plan_dataset(config, data_dir=data_dir)
-    image_nhwc = open_pack(samples, size=config.image_size, pack_dir=pack_dir, on_progress=on_progress)
+    local = os.environ.get(LOCAL_PACKS_VARIABLE)
+    image_nhwc = open_pack(
+        samples,
+        size=config.image_size,
+        pack_dir=pack_dir,
+        local_dir=Path(local) if local else None,
+        on_progress=on_progress,
+    )
     if not isinstance(config, SynthdermConfig):
         joined = join_near_duplicates(samples, image_nhwc, cache=_pairs_path(samples, config, pack_dir))
         if joined is not samples:

@@ -2,7 +2,8 @@
 
 A pack is a ``.npy`` file of uint8 (n, h, w, 3), named by a hash of what its pixels depend on, with a ``.json``
 beside it that holds its size and checksums. Both are written beside and moved into place, data first: a pack
-without its ``.json`` was cut short and is made again.
+without its ``.json`` was cut short and is made again, and so is one whose checksum is wrong when a process opens
+it for the first time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from fqsweep.files import locked, write_json
 PACK_VERSION = 1
 OnProgress = Callable[[int, int], None]
 _HEADER_BYTES = 4096
-_CHUNK_BYTES = 1 << 24
+# Packs (path, time of change, size) whose checksum this process has compared.
+_compared: set[tuple[str, int, int]] = set()
 
 
 def open_pack(
@@ -35,6 +37,7 @@ def open_pack(
     *,
     size: int,
     pack_dir: Path,
+    local_dir: Path | None = None,
     num_threads: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> np.ndarray:
@@ -46,6 +49,8 @@ def open_pack(
         samples: whose images.
         size: side in pixels.
         pack_dir: folder of packs, made if needed.
+        local_dir: folder on a disk of this machine to which the pack is copied once, where ``pack_dir`` is far
+            away (a network file system); None uses it where it lies.
         num_threads: decoding threads, None for one per usable core.
         on_progress: called with (images done, images in all).
 
@@ -53,10 +58,12 @@ def open_pack(
         InputError: an image cannot be decoded, or the disk has no room; the message names the path.
     """
     path = pack_path(samples, size=size, pack_dir=pack_dir)
-    if not _is_whole(path):
+    if not _is_sound(path):
         with locked(path):
-            if not _is_whole(path):
+            if not _is_sound(path):
                 _write_pack(path, samples, size=size, num_threads=num_threads, on_progress=on_progress)
+    if local_dir is not None:
+        path = _copy_to(local_dir, path)
     image_nhwc: np.ndarray = np.load(path, mmap_mode="r")
     return image_nhwc
 
@@ -75,6 +82,33 @@ def verify_pack(path: Path) -> None:
     """
     if not _is_whole(path) or _read_record(path).get("sha256") != _checksum(path):
         raise InputError(f"{path} is not as it was written; delete it, the next run makes it again")
+
+
+def _copy_to(local_dir: Path, path: Path) -> Path:
+    """The pack's copy in ``local_dir``, made now if it is not there; of several processes one copies."""
+    local = local_dir / path.name
+    if not _is_sound(local):
+        with locked(local):
+            if not _is_sound(local):
+                _require_room(local_dir, needed_bytes=path.stat().st_size)
+                _copy_whole(local, path)
+                _copy_whole(local.with_suffix(".json"), path.with_suffix(".json"))
+    if not _is_sound(local):
+        raise InputError(f"{local} is not the same as {path}; delete both, the next run makes them again")
+    return local
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a pack is whole; a process compares the checksum of each pack once."""
+    if not _is_whole(path):
+        return False
+    state = path.stat()
+    seen = (str(path), state.st_mtime_ns, state.st_size)
+    if seen not in _compared:
+        if _read_record(path).get("sha256") != _checksum(path):
+            return False
+        _compared.add(seen)
+    return True
 
 
 def _read_record(path: Path) -> dict[str, object]:
@@ -98,11 +132,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write_pack(
@@ -124,6 +155,8 @@ def _write_pack(
         record = _describe_pack(beside, shape)
         os.replace(beside, path)
         write_json(path.with_suffix(".json"), record)
+        state = path.stat()
+        _compared.add((str(path), state.st_mtime_ns, state.st_size))
     finally:
         os.close(handle)
         beside.unlink(missing_ok=True)
@@ -138,6 +171,18 @@ def _describe_pack(path: Path, shape: tuple[int, ...]) -> dict[str, object]:
         "head_sha256": head_sha256,
         "sha256": _checksum(path),
     }
+
+
+def _copy_whole(target: Path, source: Path) -> None:
+    """Copy a file whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        shutil.copyfile(source, name)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _require_room(folder: Path, *, needed_bytes: int) -> None:

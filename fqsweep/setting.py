@@ -43,6 +43,11 @@ class Setting:
     def autocast(self) -> bool:
         return self.cell.recipe.precision == "bf16" and self.device.type == "cuda"
 
+    @property
+    def channels_last(self) -> bool:
+        wanted = self.cell.recipe.channels_last
+        return wanted == "always" or (wanted == "auto" and self.device.type == "cuda")
+
     def model_with(self, state: Mapping[str, torch.Tensor]) -> nn.Module:
         """The cell's network with these weights, on the setting's device in eval mode."""
         untrained = self.cell.architecture.model_copy(update={"pretrained": False})

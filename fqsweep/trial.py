@@ -21,6 +21,7 @@ from torch import nn
 
 from fqsweep.allocation import allocate_bits, allocate_by_quantile
 from fqsweep.baseline import baseline_log, ensure_baseline, ensure_importance
+from fqsweep.checkpoints import CHECKPOINT_NAME, Checkpoint
 from fqsweep.config import Allocating, BaqMethod, Finetuning, Fp32Method, UniformMethod
 from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport
@@ -92,7 +93,8 @@ def run_trial(
     seed_everything(cell.seed)
     units = list_units(parent, granularity=_granularity(cell))
     macs = count_macs(parent, image_size=cell.dataset.image_size)
-    state, bits_u, log = _quantise(setting, parent, units, weights, paths, recorder)
+    checkpoint = Checkpoint(paths.trial(key) / CHECKPOINT_NAME)
+    state, bits_u, log = _quantise(setting, parent, units, weights, paths, recorder, checkpoint)
     _check_budget(cell, units, bits_u)
     blob = pack_weights(
         state.tensors,
@@ -130,6 +132,7 @@ def run_trial(
         write_bytes(folder / "bits.csv", _as_csv(layers))
         write_bytes(folder / "bits.png", draw_bits(layers, title=cell.title))
     write_json(paths.result(key), asdict(result))
+    checkpoint.remove()
     return result
 
 
@@ -148,6 +151,7 @@ def _quantise(
     weights: dict[str, float],
     paths: SweepPaths,
     recorder: Recorder,
+    checkpoint: Checkpoint,
 ) -> tuple[QuantisedState, np.ndarray, TrainingLog]:
     cell = setting.cell
     settings = cell.point.settings
@@ -169,7 +173,7 @@ def _quantise(
         importance = ensure_importance(setting, parent, paths, recorder)
         step_ub = importance.step_ub
         bits_u = assign_bits(settings, importance, units, budget_bits=_budget(cell))
-    return _finetune(setting, parent, units, bits_u, step_ub, weights, recorder)
+    return _finetune(setting, parent, units, bits_u, step_ub, weights, recorder, checkpoint)
 
 
 def _budget(cell: Cell) -> float:
@@ -235,6 +239,7 @@ def _finetune(
     step_ub: np.ndarray,
     weights: dict[str, float],
     recorder: Recorder,
+    checkpoint: Checkpoint,
 ) -> tuple[QuantisedState, np.ndarray, TrainingLog]:
     cell = setting.cell
     settings = cell.point.settings
@@ -266,7 +271,9 @@ def _finetune(
         fairness_weight=_weight("fairness_weight", settings, weights),
         distillation_weight=settings.distillation_weight,
         teacher=teacher,
+        schedule=cell.recipe.schedule,
         autocast=setting.autocast,
+        channels_last=setting.channels_last,
     )
     if isinstance(settings, BaqMethod) and epochs:
         bits_u = _learn_bits_into(plan, settings, parent, units, bits_u, steps, kernels, _budget(cell), weights)
@@ -280,6 +287,7 @@ def _finetune(
             plan,
             evaluate=lambda model: setting.score(model, "val")[0],
             recorder=recorder,
+            checkpoint=checkpoint,
         )
     state = detach_quantisers(parent)
     return state, units.join(state.bits), log

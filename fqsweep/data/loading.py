@@ -133,7 +133,7 @@ class BatchLoader:
         if self.augment != "none":
             image_bchw = augment_floats(image_bchw, kind=self.augment, generator=generator)
         return Batch(
-            image_bchw=torch.addcmul(shift, image_bchw, scale),
+            image_bchw=image_bchw.mul_(scale).add_(shift),
             label_b=torch.from_numpy(self.labels[index_b].astype(np.int64)).to(self.device),
             group_b=torch.from_numpy(self.groups[index_b].astype(np.int64)).to(self.device),
         )

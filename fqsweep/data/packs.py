@@ -9,6 +9,7 @@ it for the first time.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -146,10 +147,8 @@ def _write_pack(
     beside = Path(name)
     try:
         _reserve(handle, path.parent, shape)
-        image_nhwc = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
-        _fill(image_nhwc, samples, num_threads=num_threads, on_progress=on_progress)
-        image_nhwc.flush()
-        del image_nhwc
+        start_byte = _write_header(handle, shape)
+        _fill(handle, start_byte, samples, size=size, num_threads=num_threads, on_progress=on_progress)
         os.fsync(handle)
         os.chmod(beside, 0o644)
         record = _describe_pack(beside, shape)
@@ -199,7 +198,7 @@ def _no_room(folder: Path, needed_bytes: int, free_bytes: int) -> str:
 
 
 def _reserve(handle: int, folder: Path, shape: tuple[int, ...]) -> None:
-    """Claim the blocks now: a disk that fills up under a memory map would kill the process, not raise."""
+    """Claim the blocks now: a disk that is full is better found before an hour of decoding than after it."""
     needed_bytes = math.prod(shape) + _HEADER_BYTES
     if not hasattr(os, "posix_fallocate"):
         return
@@ -209,14 +208,34 @@ def _reserve(handle: int, folder: Path, shape: tuple[int, ...]) -> None:
         raise InputError(_no_room(folder, needed_bytes, shutil.disk_usage(folder).free)) from error
 
 
+def _write_header(handle: int, shape: tuple[int, ...]) -> int:
+    """Write the header of a ``.npy`` file and give the file its length; returns where the first image begins."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    header = stream.getvalue()
+    os.pwrite(handle, header, 0)
+    os.ftruncate(handle, len(header) + math.prod(shape))
+    return len(header)
+
+
 def _fill(
-    image_nhwc: np.ndarray, samples: Samples, *, num_threads: int | None, on_progress: OnProgress | None
+    handle: int,
+    start_byte: int,
+    samples: Samples,
+    *,
+    size: int,
+    num_threads: int | None,
+    on_progress: OnProgress | None,
 ) -> None:
-    """Decode in threads: Pillow and NumPy let go of the interpreter for most of the work."""
-    total, size = len(samples), image_nhwc.shape[1]
+    """Decode in threads: Pillow and NumPy let go of the interpreter for most of the work.
+
+    Images are written, not mapped: pages of a map would count as this process's memory until the end.
+    """
+    total, image_bytes = len(samples), size * size * 3
 
     def decode(index: int) -> None:
-        image_nhwc[index] = samples.source.read(index, size=size)
+        pixels = np.ascontiguousarray(samples.source.read(index, size=size))
+        os.pwrite(handle, pixels.data, start_byte + index * image_bytes)
 
     pool = ThreadPoolExecutor(num_threads or usable_cores())
     try:

@@ -8,6 +8,7 @@ from fqsweep.data.augment import (
     IMAGENET_POLICY,
     OPERATIONS,
     SIGNED,
+    _affine_grid,
     auto_augment,
     change_light,
     random_flips,
@@ -132,6 +133,12 @@ def test_rotation_and_shift_keep_the_centre_in_place_and_invent_no_black() -> No
     brightest = moved[:, 0].reshape(64, -1).argmax(dim=1)
     offset = torch.stack((brightest // 32, brightest % 32)).float() - 15.5
     assert offset.abs().max() <= 4.5
+
+
+def test_the_grid_is_torchs() -> None:
+    theta_b23 = torch.randn((3, 2, 3), generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.affine_grid(theta_b23, [3, 1, 5, 7], align_corners=False)
+    assert torch.allclose(_affine_grid(theta_b23, 5, 7), expected, atol=1e-6)
 
 
 def test_light_changes_stay_in_their_bounds() -> None:

@@ -1,7 +1,8 @@
 """The full-precision parent and the cost table: computed once, shared by every trial that needs them.
 
 Both lie on disk under a key of what determines them. Whoever asks first computes, under a lock; a
-file is there whole or not at all, so a process that dies half-way leaves nothing behind.
+file is there whole or not at all. A process that dies while it trains leaves a checkpoint, from which the next
+one goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from fqsweep.checkpoints import CHECKPOINT_NAME, Checkpoint
 from fqsweep.config import Allocating
 from fqsweep.files import SweepPaths, locked, write_bytes, write_json
 from fqsweep.importance import Importance, load_importance, measure_importance, save_importance
@@ -45,16 +47,21 @@ def _train_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
         warmup_frac=recipe.warmup_frac,
         gradient_clip=recipe.gradient_clip,
         patience=recipe.patience,
+        schedule=recipe.schedule,
+        ema_decay=recipe.ema_decay,
         autocast=setting.autocast,
+        channels_last=setting.channels_last,
     )
+    folder = paths.baseline(cell.baseline_key)
+    checkpoint = Checkpoint(folder / CHECKPOINT_NAME)
     log = train(
         model,
         setting.training_batches(seed=cell.seed),
         plan,
         evaluate=lambda trained: setting.score(trained, "val")[0],
         recorder=recorder,
+        checkpoint=checkpoint,
     )
-    folder = paths.baseline(cell.baseline_key)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_bytes(folder / "model.safetensors", save_tensors(state))
     meta = {
@@ -67,6 +74,7 @@ def _train_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
         "best_epoch": log.best_epoch,
     }
     write_json(folder / "meta.json", meta)
+    checkpoint.remove()
 
 
 def baseline_log(setting: Setting, paths: SweepPaths) -> dict[str, object]:

@@ -87,12 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
 
     data = commands.add_parser("data", help="look at data sets and prepare them")
-    data.add_argument("action", choices=("list", "verify", "pack"))
+    data.add_argument("action", choices=("list", "fetch", "verify", "pack"))
     data.add_argument(
         "name", nargs="?", metavar="NAME", help="isic2019, fitzpatrick17k, synthderm, or a SPACE.yaml"
     )
     data.add_argument("--out", type=Path, help="output folder of the sweep that will use the packs")
     _add_data_dir(data)
+    data.add_argument("--fast", action="store_true", help="verify: read only the headers of the images")
+    data.add_argument("--mirror", metavar="URL", help="fetch: a folder on the web that holds the set's files")
+    data.add_argument(
+        "--accept-changed", action="store_true", help="fetch: keep images whose MD5 is not the published one"
+    )
+    data.add_argument(
+        "--retry-gone", action="store_true", help="fetch: ask again for images that were gone or changed"
+    )
     data.set_defaults(command=_data)
 
     analyze = commands.add_parser("analyze", help="fronts, tables and the report of a sweep")
@@ -247,28 +255,82 @@ def _plan(options: argparse.Namespace) -> int:
         print(json.dumps({"name": space.name, **dataclasses.asdict(plan), "cells": cells}, indent=1))
     else:
         print(describe_plan(space, plan))
+        for dataset in space.datasets:
+            _print_data_warnings(dataset, options.data_dir)
     return EXIT_OK
 
 
-def _data(options: argparse.Namespace) -> int:
-    from fqsweep.data import open_dataset, plan_dataset
-    from fqsweep.data.report import describe_kinds, describe_set
+def _print_data_warnings(dataset: DatasetConfig, data_dir: Path | None) -> None:
+    """What to know of a data set before its figures are believed, where it is at hand."""
+    from fqsweep.data import plan_dataset
+    from fqsweep.data.report import describe_thin_pairs
 
+    if data_dir is None and not isinstance(dataset, SynthdermConfig):
+        return
+    try:
+        samples, splits = plan_dataset(dataset, data_dir=data_dir)
+    except InputError as error:
+        print(f"data set {dataset.name} cannot be used yet: {error}")
+        return
+    for line in describe_thin_pairs(dataset, samples, splits):
+        print(line)
+
+
+def _data(options: argparse.Namespace) -> int:
     if options.action == "list":
+        from fqsweep.data.report import describe_kinds
+
         print(describe_kinds(options.data_dir))
         return EXIT_OK
     if options.name is None:
         raise InputError(
-            f"data {options.action} needs a data set or a search space: fqsweep data verify isic2019"
+            f"data {options.action} needs a data set or a search space: fqsweep data {options.action} isic2019"
         )
     title, datasets = _datasets_named(options.name)
-    for dataset in datasets:
-        samples, splits = plan_dataset(dataset, data_dir=options.data_dir)
-        print(describe_set(dataset, samples, splits))
-        if options.action == "pack":
-            packs = SweepPaths(options.out or Path("out") / title).packs
-            packed = open_dataset(dataset, data_dir=options.data_dir, pack_dir=packs)
-            print(f"packed: {packed.image_nhwc.shape} in {packs}")
+    actions = {"fetch": _fetch_data, "verify": _verify_data, "pack": _pack_data}
+    # A list, not a generator: every data set has its turn, whatever became of the one before.
+    return max([actions[options.action](dataset, title, options) for dataset in datasets])
+
+
+def _fetch_data(dataset: DatasetConfig, _title: str, options: argparse.Namespace) -> int:
+    from fqsweep.data.download import DownloadError
+    from fqsweep.data.fetch import FetchOptions, fetch_dataset
+
+    if options.data_dir is None:
+        raise InputError("data fetch needs a folder to fetch into: pass --data-dir")
+    how = FetchOptions(
+        mirror=options.mirror, accept_changed=options.accept_changed, retry_gone=options.retry_gone
+    )
+    try:
+        text, complete = fetch_dataset(dataset, options.data_dir, how)
+    except DownloadError as error:
+        print(f"fqsweep: {error}", file=sys.stderr)
+        return EXIT_FAILED_CELLS
+    print(text)
+    return EXIT_OK if complete else EXIT_FAILED_CELLS
+
+
+def _verify_data(dataset: DatasetConfig, _title: str, options: argparse.Namespace) -> int:
+    from fqsweep.data.meter import Meter
+    from fqsweep.data.verify import describe_findings, verify_dataset
+
+    found = verify_dataset(
+        dataset, data_dir=options.data_dir, fast=options.fast, on_progress=Meter(dataset.name, unit="images")
+    )
+    print(describe_findings(found))
+    return EXIT_OK if found.is_sound else EXIT_FAILED_CELLS
+
+
+def _pack_data(dataset: DatasetConfig, title: str, options: argparse.Namespace) -> int:
+    from fqsweep.data import open_dataset
+    from fqsweep.data.meter import Meter
+    from fqsweep.data.report import describe_set
+
+    packs = SweepPaths(options.out or Path("out") / title).packs
+    meter = Meter(f"packing {dataset.name}", unit="images")
+    packed = open_dataset(dataset, data_dir=options.data_dir, pack_dir=packs, on_progress=meter)
+    print(describe_set(dataset, packed.samples, packed.splits))
+    print(f"packed: {packed.image_nhwc.shape} in {packs}, split: {packed.digest}_splits.csv")
     return EXIT_OK
 
 

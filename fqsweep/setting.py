@@ -43,6 +43,11 @@ class Setting:
     def autocast(self) -> bool:
         return self.cell.recipe.precision == "bf16" and self.device.type == "cuda"
 
+    @property
+    def channels_last(self) -> bool:
+        wanted = self.cell.recipe.channels_last
+        return wanted == "always" or (wanted == "auto" and self.device.type == "cuda")
+
     def model_with(self, state: Mapping[str, torch.Tensor]) -> nn.Module:
         """The cell's network with these weights, on the setting's device in eval mode."""
         untrained = self.cell.architecture.model_copy(update={"pretrained": False})
@@ -58,6 +63,7 @@ class Setting:
             batch_size=recipe.batch_size,
             shuffle=True,
             class_balance=recipe.class_balance,
+            group_balance=recipe.group_balance,
             augment=recipe.augment,
             seed=seed,
         )
@@ -82,6 +88,7 @@ class Setting:
         batch_size: int,
         shuffle: bool,
         class_balance: str = "none",
+        group_balance: str = "none",
         augment: str = "none",
         seed: int = 0,
     ) -> BatchLoader:
@@ -96,6 +103,7 @@ class Setting:
             std=self.normalisation.std,
             shuffle=shuffle,
             class_balance=class_balance,
+            group_balance=group_balance,
             augment=augment,
             seed=seed,
         )

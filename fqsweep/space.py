@@ -52,9 +52,13 @@ BASELINE_FIELDS = (
     "warmup_frac",
     "patience",
     "class_balance",
+    "group_balance",
     "augment",
     "gradient_clip",
+    "schedule",
+    "ema_decay",
     "precision",
+    "channels_last",
 )
 # How pydantic names the branches of a weight, which is a number or a range.
 NUMBER_BRANCHES = ("float", "constrained-float")
@@ -138,10 +142,14 @@ class Cell(Record):
 
     @cached_property
     def baseline_key(self) -> str:
-        """Hash of what determines the full-precision parent, shared by every method, budget and group attribute."""
+        """Hash of what determines the full-precision parent, shared by every method, budget and group attribute.
+
+        Only a parent that is trained on balanced groups depends on what the groups are.
+        """
         data = self.dataset.model_dump(mode="json", exclude={"name"})
         recipe = self.recipe.model_dump(mode="json", include=set(BASELINE_FIELDS))
-        return content_hash([RESULT_VERSION, data, self.architecture, self.seed, recipe])
+        groups = self.group_attribute if self.recipe.group_balance == "sampler" else None
+        return content_hash([RESULT_VERSION, data, self.architecture, self.seed, recipe, groups])
 
     @cached_property
     def importance_key(self) -> str | None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fqsweep.config import Regulariser
+from fqsweep.checkpoints import Checkpoint, random_state, restore_random_state
+from fqsweep.config import Regulariser, Schedule
 from fqsweep.data.loading import Batch, BatchLoader
 from fqsweep.errors import TrialError
 from fqsweep.quant.baq import LearnedBits
@@ -26,6 +28,8 @@ RUNNING_MOMENTUM = 0.1
 DRO_STEP = 0.1
 GAIN_LEARNING_RATE = 2e-3
 FINAL_RATE_FRAC = 0.02
+STEP_FACTOR = 0.1
+STEPS_AT = (0.5, 0.75)
 
 
 class Recorder(Protocol):
@@ -92,7 +96,10 @@ class TrainingPlan:
         regulariser, fairness_weight, distillation_weight: see ``config.Finetuning``; ``teacher`` is the parent.
         learned_bits: the bits' optimiser, stepped until ``settle_epoch`` (a fraction of an epoch counts);
             ``freeze`` is then called once and returns nothing.
+        schedule: of the learning rate, see ``config.TrainingRecipe``.
+        ema_decay: evaluate and keep the running mean of the weights; not together with learned bits.
         autocast: bf16 on the model's device.
+        channels_last: memory layout of images, and of weights without quantisers.
     """
 
     epochs: int
@@ -110,7 +117,10 @@ class TrainingPlan:
     bitrate_weight: float = 0.0
     settle_epoch: float = 0.0
     freeze: Callable[[], None] = lambda: None
+    schedule: Schedule = "cosine"
+    ema_decay: float | None = None
     autocast: bool = False
+    channels_last: bool = False
     frozen: bool = False
 
     def freeze_bits(self) -> None:
@@ -135,88 +145,181 @@ def train(
     *,
     evaluate: Callable[[nn.Module], dict[str, float]],
     recorder: Recorder,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainingLog:
     """Train in place.
 
     Args:
         evaluate: metrics on the validation split after each epoch; ``val/loss`` is needed for patience.
+        checkpoint: where the state after each epoch is kept. Training goes on from it where there is one, with
+            the same results to the last digit as without the break; the caller removes it.
 
     Raises:
         TrialError: a loss that is not finite, naming epoch and step.
     """
-    log = TrainingLog()
-    optimiser = _optimiser(model, plan)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate_schedule(plan, loader.num_batches))
-    regulariser = GroupRegulariser(plan.regulariser, max(plan.num_groups, 1)).to(loader.device)
-    best_loss, best_state = math.inf, None
-    for epoch in range(plan.epochs):
+    run = _Run.begin(model, loader, plan)
+    if checkpoint is not None and run.resume(checkpoint.load()):
+        recorder.note(f"training goes on after epoch {run.epoch} of {plan.epochs}")
+    while run.epoch < plan.epochs and not run.is_patience_over:
         start = time.perf_counter()
-        train_loss = _train_epoch(model, loader, plan, optimiser, schedule, regulariser, epoch)
-        log.train_s += time.perf_counter() - start
-        metrics = {"train/loss": train_loss, **evaluate(model)}
+        train_loss = _train_epoch(run)
+        run.log.train_s += time.perf_counter() - start
+        metrics = {"train/loss": train_loss, **evaluate(run.evaluated)}
         if plan.learned_bits is not None:
             metrics["bits/learned_mean"] = float(plan.learned_bits.mean_bits().detach())
-        log.epochs.append(metrics)
-        recorder.log_metrics(metrics, epoch=epoch)
-        if plan.patience is None:
-            log.best_epoch = epoch
-            continue
-        if metrics["val/loss"] < best_loss:
-            best_loss, log.best_epoch = metrics["val/loss"], epoch
-            best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if epoch - log.best_epoch >= plan.patience:
-            break
+        recorder.log_metrics(metrics, epoch=run.epoch)
+        run.end_epoch(metrics)
+        if checkpoint is not None:
+            checkpoint.save(run.state_dict())
     if plan.learned_bits is not None and not plan.frozen:
         plan.freeze_bits()
-    if best_state is not None:
-        model.load_state_dict(best_state)
-    return log
+    if run.best_state is not None:
+        model.load_state_dict(run.best_state)
+    elif run.mean is not None:
+        model.load_state_dict(run.mean.module.state_dict())
+    return run.log
 
 
-def _train_epoch(
-    model: nn.Module,
-    loader: BatchLoader,
-    plan: TrainingPlan,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    regulariser: GroupRegulariser,
-    epoch: int,
-) -> float:
+@dataclass(kw_only=True)
+class _Run:
+    """Everything that a step or an epoch changes; ``epoch`` counts those that are finished."""
+
+    model: nn.Module
+    loader: BatchLoader
+    plan: TrainingPlan
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    regulariser: GroupRegulariser
+    mean: AveragedModel | None
+    log: TrainingLog = field(default_factory=TrainingLog)
+    epoch: int = 0
+    best_loss: float = math.inf
+    best_state: dict[str, torch.Tensor] | None = None
+
+    @classmethod
+    def begin(cls, model: nn.Module, loader: BatchLoader, plan: TrainingPlan) -> _Run:
+        """Nothing is trained yet."""
+        if plan.channels_last and not any(parametrize.is_parametrized(module) for module in model.modules()):
+            model.to(memory_format=torch.channels_last)
+        optimiser = _optimiser(model, plan)
+        mean = None
+        if plan.ema_decay is not None:
+            assert plan.learned_bits is None, "learned bits change the model's parameters when they settle"
+            mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema_decay), use_buffers=True)
+        return cls(
+            model=model,
+            loader=loader,
+            plan=plan,
+            optimiser=optimiser,
+            schedule=torch.optim.lr_scheduler.LambdaLR(optimiser, _rate_schedule(plan, loader.num_batches)),
+            regulariser=GroupRegulariser(plan.regulariser, max(plan.num_groups, 1)).to(loader.device),
+            mean=mean,
+        )
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is scored: the running mean where there is one."""
+        return self.model if self.mean is None else self.mean.module
+
+    @property
+    def is_patience_over(self) -> bool:
+        return self.plan.patience is not None and self.epoch - 1 - self.log.best_epoch >= self.plan.patience
+
+    def end_epoch(self, metrics: dict[str, float]) -> None:
+        """Note an epoch's metrics, and its weights if they are the best."""
+        self.log.epochs.append(metrics)
+        if self.plan.patience is None:
+            self.log.best_epoch = self.epoch
+        elif metrics["val/loss"] < self.best_loss:
+            self.best_loss, self.log.best_epoch = metrics["val/loss"], self.epoch
+            self.best_state = {name: tensor.clone() for name, tensor in self.evaluated.state_dict().items()}
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as tensors and plain values."""
+        learned = self.plan.learned_bits
+        return {
+            "extent": [self.plan.epochs, self.loader.num_batches],
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "regulariser": self.regulariser.state_dict(),
+            "mean": None if self.mean is None else self.mean.state_dict(),
+            "learned_bits": None if learned is None else learned.state_dict(),
+            "frozen": self.plan.frozen,
+            "best_loss": self.best_loss,
+            "best_state": self.best_state,
+            "log": asdict(self.log),
+            "random": random_state(),
+        }
+
+    def resume(self, state: dict[str, Any] | None) -> bool:
+        """Go on from a stored state; False, and nothing changed, where there is none of this run."""
+        if state is None or state["extent"] != [self.plan.epochs, self.loader.num_batches]:
+            return False
+        if self.plan.learned_bits is not None:
+            self.plan.learned_bits.load_state_dict(state["learned_bits"])
+            if state["frozen"]:
+                self.plan.freeze_bits()  # as it was then: the widths are those that were rounded
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.regulariser.load_state_dict(state["regulariser"])
+        if self.mean is not None:
+            self.mean.load_state_dict(state["mean"])
+        device = self.loader.device
+        best = state["best_state"]
+        self.best_state = None if best is None else {name: tensor.to(device) for name, tensor in best.items()}
+        self.best_loss, self.epoch = state["best_loss"], state["epoch"]
+        self.log = TrainingLog(**state["log"])
+        restore_random_state(state["random"])
+        return True
+
+
+def _train_epoch(run: _Run) -> float:
+    """One epoch; returns its mean loss."""
+    model, plan, num_batches = run.model, run.plan, run.loader.num_batches
     model.train()
     losses = []
-    settle_step = plan.settle_epoch * loader.num_batches
-    for index, batch in enumerate(loader.epoch(epoch)):
-        step = epoch * loader.num_batches + index
+    settle_step = plan.settle_epoch * num_batches
+    for index, batch in enumerate(run.loader.epoch(run.epoch)):
+        step = run.epoch * num_batches + index
         if plan.learned_bits is not None and settle_step <= step and not plan.frozen:
             plan.freeze_bits()
         learning_bits = plan.learned_bits is not None and step < settle_step
-        loss = _loss(model, batch, plan, regulariser, learning_bits=learning_bits)
-        optimiser.zero_grad(set_to_none=True)
+        loss = _loss(model, batch, plan, run.regulariser, learning_bits=learning_bits)
+        run.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         if plan.gradient_clip is not None:
             nn.utils.clip_grad_norm_(
-                [p for g in optimiser.param_groups for p in g["params"]], plan.gradient_clip
+                [p for g in run.optimiser.param_groups for p in g["params"]], plan.gradient_clip
             )
-        optimiser.step()
-        schedule.step()
+        run.optimiser.step()
+        run.schedule.step()
         if learning_bits:
             assert plan.learned_bits is not None
             plan.learned_bits.step(rate_frac=1 - 0.9 * step / max(settle_step, 1))
+        if run.mean is not None:
+            run.mean.update_parameters(model)
         losses.append(loss.detach())
-    return _mean_finite(torch.stack(losses), epoch)
+    return _mean_finite(torch.stack(losses), run.epoch)
 
 
 def _loss(
     model: nn.Module, batch: Batch, plan: TrainingPlan, regulariser: GroupRegulariser, *, learning_bits: bool
 ) -> torch.Tensor:
-    device_type = batch.image_bchw.device.type
+    image_bchw = batch.image_bchw
+    if plan.channels_last:
+        image_bchw = image_bchw.to(memory_format=torch.channels_last)
+    device_type = image_bchw.device.type
     with torch.autocast(device_type, dtype=torch.bfloat16, enabled=plan.autocast), parametrize.cached():
-        logit_bc = model(batch.image_bchw).float()
+        logit_bc = model(image_bchw).float()
         loss_b = F.cross_entropy(logit_bc, batch.label_b, reduction="none")
         loss = loss_b.mean()
         if plan.distillation_weight > 0 and plan.teacher is not None:
             with torch.no_grad():
-                target_bc = plan.teacher(batch.image_bchw).float().softmax(dim=1)
+                target_bc = plan.teacher(image_bchw).float().softmax(dim=1)
             follow = F.kl_div(logit_bc.log_softmax(dim=1), target_bc, reduction="batchmean")
             loss = (1 - plan.distillation_weight) * loss + plan.distillation_weight * follow
         if plan.fairness_weight > 0 and plan.regulariser != "none":
@@ -267,8 +370,12 @@ def _rate_schedule(plan: TrainingPlan, steps_per_epoch: int) -> Callable[[int], 
     def rate_frac(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(1, total - warmup)
-        return FINAL_RATE_FRAC + (1 - FINAL_RATE_FRAC) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        if plan.schedule == "constant":
+            return 1.0
+        if plan.schedule == "step":
+            return STEP_FACTOR ** sum(progress >= at for at in STEPS_AT)
+        return FINAL_RATE_FRAC + (1 - FINAL_RATE_FRAC) * (1 + math.cos(math.pi * progress)) / 2
 
     return rate_frac
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from fqsweep.assignment import Budget, allowed_choices, assign_bits
 from fqsweep.baseline import baseline_log, ensure_baseline, ensure_importance
+from fqsweep.checkpoints import CHECKPOINT_NAME, Checkpoint
 from fqsweep.config import BaqMethod, Finetuning, Fp32Method, UniformMethod
 from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport
@@ -91,7 +92,8 @@ def run_trial(
     seed_everything(cell.seed)
     units = list_units(parent, granularity=granularity_of(cell), exempt=exempt_of(cell))
     macs = count_macs(parent, image_size=cell.dataset.image_size)
-    state, bits_u, log = _quantise(setting, parent, units, weights, paths, recorder)
+    checkpoint = Checkpoint(paths.trial(key) / CHECKPOINT_NAME)
+    state, bits_u, log = _quantise(setting, parent, units, weights, paths, recorder, checkpoint)
     blob = pack_weights(
         state.tensors,
         {f"{name}.weight": bits for name, bits in state.bits.items()},
@@ -129,6 +131,7 @@ def run_trial(
         write_bytes(folder / "bits.csv", _as_csv(layers))
         write_bytes(folder / "bits.png", draw_bits(layers, title=cell.title))
     write_json(paths.result(key), asdict(result))
+    checkpoint.remove()
     return result
 
 
@@ -142,6 +145,7 @@ def _quantise(
     weights: dict[str, float],
     paths: SweepPaths,
     recorder: Recorder,
+    checkpoint: Checkpoint,
 ) -> tuple[QuantisedState, np.ndarray, TrainingLog]:
     cell = setting.cell
     settings = cell.point.settings
@@ -164,7 +168,7 @@ def _quantise(
         step_ub = importance.step_ub
         allocation = assign_bits(settings, importance, units, budget=_budget(setting, parent, units))
         bits_u = allocation.bits_u
-    return _finetune(setting, parent, units, bits_u, step_ub, weights, recorder)
+    return _finetune(setting, parent, units, bits_u, step_ub, weights, recorder, checkpoint)
 
 
 def _budget(setting: Setting, parent: nn.Module, units: UnitTable) -> Budget:
@@ -193,6 +197,7 @@ def _finetune(
     step_ub: np.ndarray,
     weights: dict[str, float],
     recorder: Recorder,
+    checkpoint: Checkpoint,
 ) -> tuple[QuantisedState, np.ndarray, TrainingLog]:
     cell = setting.cell
     settings = cell.point.settings
@@ -224,7 +229,9 @@ def _finetune(
         fairness_weight=_weight("fairness_weight", settings, weights),
         distillation_weight=settings.distillation_weight,
         teacher=teacher,
+        schedule=cell.recipe.schedule,
         autocast=setting.autocast,
+        channels_last=setting.channels_last,
     )
     if isinstance(settings, BaqMethod) and epochs:
         limit = mean_weight_bits(units, bits_u) if cell.budget_bits is None else cell.budget_bits
@@ -241,6 +248,7 @@ def _finetune(
             plan,
             evaluate=lambda model: setting.score(model, "val")[0],
             recorder=recorder,
+            checkpoint=checkpoint,
         )
     state = detach_quantisers(parent)
     return state, units.join(state.bits), log

@@ -16,7 +16,7 @@ ORDER = (
     ("fqsweep", "errors", "names", "config"),
     ("space", "files"),
     ("tasks", "search"),
-    ("data", "models", "allocation", "fairness", "progress", "pictures"),
+    ("data", "models", "allocation", "fairness", "progress", "pictures", "checkpoints"),
     ("quant",),
     ("importance", "training"),
     ("setting", "assignment", "baseline"),

@@ -211,5 +211,16 @@ def test_the_metric_that_chooses_is_the_first_rising_objective_on_validation() -
 
 
 def test_real_isic_images_are_described(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "verify", "isic2019_cpu", "--data-dir", str(shared_data)]) == 0
+    assert main(["data", "verify", "isic2019_cpu", "--fast", "--data-dir", str(shared_data)]) == 0
     assert "3,584 images" in capsys.readouterr().out
+
+
+def test_plan_warns_of_classes_with_few_test_images_in_a_group(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(photos / "bad.yaml"), "--data-dir", str(photos)]) == 0
+    warning = "warning: photos: 4 (class, group) pairs have fewer than 10 test images, so that balanced_acc_worst by sex"
+    assert warning in capsys.readouterr().out
+    (photos / "photos.csv").unlink()
+    assert main(["plan", str(photos / "bad.yaml"), "--data-dir", str(photos)]) == 0
+    assert "data set photos cannot be used yet" in capsys.readouterr().out

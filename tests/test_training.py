@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from fqsweep.data.loading import BatchLoader
 from fqsweep.errors import TrialError
-from fqsweep.training import GroupRegulariser, TrainingPlan, predict, train
+from fqsweep.training import GroupRegulariser, TrainingPlan, _rate_schedule, predict, train
 
 
 class Silent:
@@ -201,3 +203,59 @@ def test_predict_gives_probabilities_in_the_order_of_the_split() -> None:
     picked = probability_nc[np.arange(96), label_n]
     assert loss == pytest.approx(-np.log(picked).mean())
     assert sorted(label_n) == sorted(plain.labels) and len(group_n) == 96
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("cosine", [1.0, 0.51, 0.02]), ("step", [1.0, 0.1, 0.01]), ("constant", [1.0, 1.0, 1.0])],
+)
+def test_the_rate_follows_its_schedule_after_a_rising_start(schedule: str, expected: list[float]) -> None:
+    rate_frac = _rate_schedule(plan(epochs=10, warmup_frac=0.1, schedule=schedule), 10)
+    assert rate_frac(0) < rate_frac(5) < 1
+    assert [rate_frac(step) for step in (10, 55, 100)] == pytest.approx(expected)
+
+
+def test_the_running_mean_of_the_weights_is_what_is_scored_and_kept() -> None:
+    scored: list[torch.Tensor] = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        scored.append(model[0].weight.detach().clone())
+        return loss_of(model)
+
+    means, plains = [], []
+    for ema_decay, kept in ((0.5, means), (None, plains)):
+        model = network()
+        train(model, loader(n=16), plan(epochs=3, ema_decay=ema_decay), evaluate=evaluate, recorder=Silent())
+        kept.append(model[0].weight.detach().clone())
+    mean, (first, second, third) = scored[0], scored[3:]
+    for weight in (second, third):  # one step an epoch; the first step's weights begin the mean
+        mean = 0.5 * mean + 0.5 * weight
+    assert torch.equal(scored[0], first)
+    assert torch.allclose(means[0], mean, atol=1e-7)
+    assert torch.equal(plains[0], third) and not torch.equal(means[0], plains[0])
+
+
+def test_channels_last_changes_the_layout_and_not_the_model() -> None:
+    weights = []
+    for channels_last in (False, True):
+        model = network()
+        train(model, loader(), plan(channels_last=channels_last), evaluate=loss_of, recorder=Silent())
+        weights.append(model[0].weight.detach())
+    assert weights[1].is_contiguous(memory_format=torch.channels_last) and not weights[1].is_contiguous()
+    assert torch.allclose(weights[0], weights[1], atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_bf16_and_channels_last_train_on_a_gpu() -> None:
+    model = network().cuda()
+    batches = replace(loader(), device="cuda")
+    before = predict(model, batches.epoch(0))[3]
+    train(
+        model,
+        batches,
+        plan(epochs=5, autocast=True, channels_last=True),
+        evaluate=lambda trained: {"val/loss": predict(trained, batches.epoch(0), autocast=True)[3]},
+        recorder=Silent(),
+    )
+    assert predict(model, batches.epoch(0))[3] < 0.7 * before

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from fqsweep.config import (
@@ -20,12 +21,14 @@ from fqsweep.data import fitzpatrick17k, isic2019, synthderm, table
 from fqsweep.data.duplicates import join_near_duplicates
 from fqsweep.data.packs import OnProgress, open_pack, pack_path
 from fqsweep.data.records import Dataset, Samples, Splits
-from fqsweep.data.splits import check_groups, split_samples
+from fqsweep.data.splits import check_groups, split_samples, splits_as_csv
 from fqsweep.data.subset import stratified_subset
 from fqsweep.errors import InputError
+from fqsweep.files import write_bytes
 
 __all__ = ["Dataset", "Samples", "Splits", "dataset_digest", "describe_samples", "open_dataset", "plan_dataset"]
 
+LOCAL_PACKS_VARIABLE = "FQSWEEP_LOCAL_PACKS"
 _logger = logging.getLogger(__name__)
 
 
@@ -72,8 +75,11 @@ def open_dataset(
 ) -> Dataset:
     """A data set ready for training: described, cut to ``max_images``, split, checked and decoded.
 
+    The split is stored beside the pack as ``<digest>_splits.csv``: id, split, class and groups of each image.
+
     The groups are checked before anything is decoded, and again where near-duplicates found in the decoded
-    images (of sets read from files) were joined to one cluster.
+    images (of sets read from files) were joined to one cluster. Where the environment variable
+    ``FQSWEEP_LOCAL_PACKS`` names a folder on the machine's own disk, packs are copied there once a machine.
 
     Args:
         config: which set.
@@ -85,19 +91,25 @@ def open_dataset(
         InputError: as ``describe_samples``, ``check_groups`` and ``fqsweep.data.packs.open_pack``.
     """
     samples, splits = plan_dataset(config, data_dir=data_dir)
-    image_nhwc = open_pack(samples, size=config.image_size, pack_dir=pack_dir, on_progress=on_progress)
+    local = os.environ.get(LOCAL_PACKS_VARIABLE)
+    image_nhwc = open_pack(
+        samples,
+        size=config.image_size,
+        pack_dir=pack_dir,
+        local_dir=Path(local) if local else None,
+        on_progress=on_progress,
+    )
     if not isinstance(config, SynthdermConfig):
         joined = join_near_duplicates(samples, image_nhwc, cache=_pairs_path(samples, config, pack_dir))
         if joined is not samples:
             samples, splits = joined, _checked_splits(joined, config)
     for note in samples.notes:
         _logger.info("%s: %s", config.name, note)
-    return Dataset(
-        samples=samples,
-        splits=splits,
-        image_nhwc=image_nhwc,
-        digest=dataset_digest(samples, splits, config.image_size),
-    )
+    digest = dataset_digest(samples, splits, config.image_size)
+    split_file = pack_dir / f"{digest}_splits.csv"
+    if not split_file.exists():
+        write_bytes(split_file, splits_as_csv(samples, splits))
+    return Dataset(samples=samples, splits=splits, image_nhwc=image_nhwc, digest=digest)
 
 
 def _pairs_path(samples: Samples, config: DatasetConfig, pack_dir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""From the rows of a data set to its ``Samples``: labels mapped, unknowns dropped, files found.
+"""From the rows of a data set to its ``Samples``: labels mapped, groups crossed, unknowns dropped, files found.
 
 All data sets go through here, so that label maps, unknown groups and notes mean the same everywhere.
 Axes: n rows or images.
@@ -6,17 +6,34 @@ Axes: n rows or images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
+from fqsweep.config import CROSS, DatasetBase, crossed_parts
 from fqsweep.data.records import Groups, ImageSource, Samples
 from fqsweep.data.tabular import nearest
 from fqsweep.errors import InputError
 
 UNKNOWN_GROUP = "unknown"
+
+
+class RowImages(Protocol):
+    """The images of a data set's rows."""
+
+    def present(self) -> np.ndarray:
+        """Which rows have an image, bool (n,)."""
+        ...
+
+    def open(self, kept: np.ndarray) -> tuple[ImageSource, str]:
+        """A source for these rows' images, and a hash of what their pixels depend on.
+
+        Raises:
+            InputError: some are missing.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +46,8 @@ class Rows:
         class_names: the set's own classes, in order; all labels are among them.
         group_n: group attribute -> str (n,).
         group_names: group attribute -> its groups, in order.
-        find_source: opens the kept rows' images and says what their pixels depend on.
+        images: the rows' images.
+        official_n: str (n,), the split that the set's own lists give each row; None where it has no lists.
     """
 
     origin: str
@@ -39,38 +57,55 @@ class Rows:
     class_names: tuple[str, ...]
     group_n: Mapping[str, np.ndarray]
     group_names: Mapping[str, tuple[str, ...]]
-    find_source: Callable[[np.ndarray], tuple[ImageSource, str]]
+    images: RowImages
+    official_n: np.ndarray | None = None
 
 
 def assemble(
-    rows: Rows, *, label_map: Mapping[str, Sequence[str]] | None, unknown_groups: Literal["drop", "keep"]
+    rows: Rows,
+    config: DatasetBase,
+    *,
+    unknown_groups: Literal["drop", "keep"] = "drop",
+    missing_images: Literal["refuse", "drop"] = "refuse",
 ) -> Samples:
     """The samples of ``rows``, in the order of their ids.
 
+    Args:
+        rows: with all plain attributes that ``config.group_attributes`` are made of.
+        config: its label map, dropped classes and group attributes.
+        unknown_groups, missing_images: see ``fqsweep.config.FilesBase``.
+
     Raises:
-        InputError: ids repeat, the label map names an unknown class, images are missing, or nothing is left.
+        InputError: ids repeat, a class is named that is not there, images are missing, or nothing is left.
     """
     _refuse_repeated_ids(rows)
-    label_n, class_names, notes = _map_labels(rows, label_map)
+    label_n, class_names, notes = _map_labels(rows, config.label_map, config.drop_classes)
     keep_n = label_n != ""
     if unknown_groups == "drop":
         keep_n, dropped = _without_unknown_groups(rows, keep_n)
+        notes += dropped
+    if rows.official_n is not None:
+        keep_n, dropped = _without(keep_n, rows.official_n == "", "in none of the official lists")
+        notes += dropped
+    if missing_images == "drop":
+        keep_n, dropped = _without(keep_n, ~rows.images.present(), "without an image file")
         notes += dropped
     kept = np.flatnonzero(keep_n)
     if len(kept) == 0:
         raise InputError(f"{rows.origin}: no image is left of {len(keep_n)} rows; {' '.join(notes)}")
     kept = kept[np.argsort(rows.id_n[kept], kind="stable")]
     class_names, without = _classes_with_images(label_n[kept], class_names)
-    source, content = rows.find_source(kept)
+    source, content = rows.images.open(kept)
     return Samples(
         id_n=rows.id_n[kept],
         label_n=_codes(label_n[kept], class_names),
         class_names=class_names,
-        groups={name: _encode_groups(rows, name, kept) for name in rows.group_n},
+        groups={name: _encode_groups(rows, name, kept) for name in config.group_attributes},
         cluster_n=_cluster_codes(rows.cluster_n[kept]),
         source=source,
         content=content,
         notes=(*notes, *without),
+        official_n=None if rows.official_n is None else rows.official_n[kept],
     )
 
 
@@ -88,31 +123,44 @@ def _refuse_repeated_ids(rows: Rows) -> None:
 
 
 def _map_labels(
-    rows: Rows, label_map: Mapping[str, Sequence[str]] | None
+    rows: Rows, label_map: Mapping[str, Sequence[str]] | None, drop_classes: Sequence[str]
 ) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
-    unlabelled = int((rows.label_n == "").sum())
+    for name in drop_classes:
+        _require_class(name, rows, where="drop_classes")
+    label_n = np.where(np.isin(rows.label_n, list(drop_classes)), "", rows.label_n)
+    unlabelled, dropped = int((rows.label_n == "").sum()), int((label_n != rows.label_n).sum())
     notes = [f"{unlabelled} images without a label are left out."] if unlabelled else []
+    if dropped:
+        notes.append(f"{dropped} images of dropped classes are left out: {_listed(drop_classes)}.")
+    names = tuple(name for name in rows.class_names if name not in drop_classes)
     if label_map is None:
-        return rows.label_n, rows.class_names, notes
-    new_name = _inverted(label_map, rows)
-    mapped_n = np.array([new_name.get(label, "") for label in rows.label_n], dtype=str)
-    left_out = sorted(set(rows.label_n[mapped_n == ""]) - {""})
+        return label_n, names, notes
+    new_name = _inverted(label_map, rows, drop_classes)
+    mapped_n = np.array([new_name.get(label, "") for label in label_n], dtype=str)
+    left_out = sorted(set(label_n[mapped_n == ""]) - {""})
     if left_out:
-        count = int((mapped_n == "").sum()) - unlabelled
+        count = int((mapped_n == "").sum()) - unlabelled - dropped
         notes.append(f"{count} images of classes outside label_map are left out: {_listed(left_out)}.")
     return mapped_n, tuple(label_map), notes
 
 
-def _inverted(label_map: Mapping[str, Sequence[str]], rows: Rows) -> dict[str, str]:
+def _require_class(name: str, rows: Rows, *, where: str) -> None:
+    if name not in rows.class_names:
+        raise InputError(
+            f"{where}: {rows.origin} has no class {name!r}{nearest(name, rows.class_names)}; "
+            f"its classes: {', '.join(rows.class_names)}"
+        )
+
+
+def _inverted(
+    label_map: Mapping[str, Sequence[str]], rows: Rows, drop_classes: Sequence[str]
+) -> dict[str, str]:
     new_name: dict[str, str] = {}
     for new, olds in label_map.items():
         for old in olds:
-            if old not in rows.class_names:
-                known = ", ".join(rows.class_names)
-                raise InputError(
-                    f"label_map: {new}: {rows.origin} has no class {old!r}{nearest(old, rows.class_names)}; "
-                    f"its classes: {known}"
-                )
+            _require_class(old, rows, where=f"label_map: {new}")
+            if old in drop_classes:
+                raise InputError(f"class {old!r} stands in label_map and in drop_classes; keep one")
             if old in new_name:
                 raise InputError(
                     f"label_map: class {old!r} stands under both {new_name[old]!r} and {new!r}; keep one"
@@ -143,14 +191,30 @@ def _without_unknown_groups(rows: Rows, keep_n: np.ndarray) -> tuple[np.ndarray,
     return keep_n, notes
 
 
+def _without(keep_n: np.ndarray, leave_n: np.ndarray, what: str) -> tuple[np.ndarray, list[str]]:
+    count = int((keep_n & leave_n).sum())
+    return keep_n & ~leave_n, [f"{count} images {what} are left out."] if count else []
+
+
 def _encode_groups(rows: Rows, attribute: str, kept: np.ndarray) -> Groups:
-    value_n = np.where(rows.group_n[attribute][kept] == "", UNKNOWN_GROUP, rows.group_n[attribute][kept])
-    names = rows.group_names[attribute]
+    value_n, names = _crossed(rows, crossed_parts(attribute), kept)
+    value_n = np.where(value_n == "", UNKNOWN_GROUP, value_n)
     if (value_n == UNKNOWN_GROUP).any() and UNKNOWN_GROUP not in names:
         names = (*names, UNKNOWN_GROUP)
     present = set(value_n.tolist())
     names = tuple(name for name in names if name in present)
     return Groups(code_n=_codes(value_n, names), names=names)
+
+
+def _crossed(rows: Rows, parts: Sequence[str], kept: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Values and names of the crossing of ``parts``, the first changing slowest; empty where one is unknown."""
+    value_n, names = rows.group_n[parts[0]][kept], rows.group_names[parts[0]]
+    for part in parts[1:]:
+        other_n, others = rows.group_n[part][kept], rows.group_names[part]
+        pair_n = [f"{one}{CROSS}{other}" for one, other in zip(value_n, other_n, strict=True)]
+        value_n = np.where((value_n == "") | (other_n == ""), "", np.array(pair_n, dtype=str))
+        names = tuple(f"{one}{CROSS}{other}" for one in names for other in others)
+    return value_n, names
 
 
 def _cluster_codes(cluster_n: np.ndarray) -> np.ndarray:

@@ -36,7 +36,11 @@ def join_near_duplicates(samples: Samples, image_nhwc: np.ndarray, *, cache: Pat
         image_nhwc: their images, uint8.
         cache: file where the pairs found are kept; it belongs to these very images.
     """
-    pair_p2 = _cached_pairs(image_nhwc, cache)
+    return join_pairs(samples, _cached_pairs(image_nhwc, cache))
+
+
+def join_pairs(samples: Samples, pair_p2: np.ndarray) -> Samples:
+    """Samples whose clusters also hold the images of each pair together; the same object where there is none."""
     if len(pair_p2) == 0:
         return samples
     note = f"{len(np.unique(pair_p2))} images have near-duplicates, which are kept on one side of the split."

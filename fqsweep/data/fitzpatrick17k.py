@@ -1,27 +1,43 @@
 """Fitzpatrick17k (Groh et al. 2021): clinical photographs with a Fitzpatrick skin type.
 
-``<folder>/fitzpatrick17k.csv`` as published, and one ``<md5hash>.jpg`` for each row, beside it or in
-``images/``. The types are ``fitzpatrick_scale`` (``fitzpatrick`` in some copies), -1 where unknown.
+``<folder>/fitzpatrick17k.csv`` as published, and for each row one image called by its ``md5hash`` (or, as
+in copies fetched by address, its ``url_alphanum``), beside the CSV or in ``images/``. The types are
+``fitzpatrick_scale`` (``fitzpatrick`` in the prepared archive), -1 or empty where unknown. The prepared archive
+has lists of its splits beside the CSV: ``train.csv``, ``validation.csv`` (or ``val.csv``), ``test.csv``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from fqsweep.config import Fitzpatrick17kConfig
+from fqsweep.config import Fitzpatrick17kConfig, plain_attributes
 from fqsweep.data.assembly import Rows, assemble
-from fqsweep.data.folder import ImageFolder, first_folder, require_folder
-from fqsweep.data.records import ImageSource, Samples
+from fqsweep.data.folder import TableImages, first_folder, require_folder
+from fqsweep.data.records import Samples
+from fqsweep.data.splits import SPLIT_NAMES, SPLIT_SPELLINGS
 from fqsweep.data.tabular import as_numbers, read_table, require_column
 from fqsweep.errors import InputError
 
 CSV = "fitzpatrick17k.csv"
-IMAGE_FOLDERS = ("images", "data", "finalfitz17k", "fitzpatrick17k", "data/finalfitz17k", ".")
+IMAGE_FOLDERS = (
+    "images",
+    "data",
+    "finalfitz17k",
+    "fitzpatrick17k",
+    "fitzpatrick17k_images",
+    "fitz17k",
+    "data/finalfitz17k",
+    "data/fitzpatrick17k",
+    ".",
+)
+LIST_NAMES = ("{}.csv", "split_{}.csv", "{}_split.csv", "fitzpatrick17k_{}.csv", "{}_list.csv")
 SKIN_TYPES = ("1", "2", "3", "4", "5", "6")
 SKIN_TONES = ("1-3", "4-6")
+_WRONGLY_LABELLED = "3"
 
 
 def describe(config: Fitzpatrick17kConfig, data_dir: Path) -> Samples:
@@ -33,25 +49,57 @@ def describe(config: Fitzpatrick17kConfig, data_dir: Path) -> Samples:
     root = require_folder(data_dir, config.folder, what="Fitzpatrick17k")
     path = root / CSV
     table = read_table(path, columns=("md5hash", config.label_level))
+    if config.drop_wrong_labels:
+        require_column(table, "qc", path=path)
+        table = table[~table["qc"].str.startswith(_WRONGLY_LABELLED)].reset_index(drop=True)
     type_n = _skin_types(table, path)
     named = {"skin_type": np.array(["", *SKIN_TYPES]), "skin_tone": np.array(["", *np.repeat(SKIN_TONES, 3)])}
-    id_n = table["md5hash"].to_numpy(str)
-
-    def find_source(kept: np.ndarray) -> tuple[ImageSource, str]:
-        return ImageFolder(first_folder(root, IMAGE_FOLDERS)).open(id_n[kept].tolist())
-
-    label_n = table[config.label_level].to_numpy(str)
+    id_n, label_n = table["md5hash"].to_numpy(str), table[config.label_level].to_numpy(str)
     rows = Rows(
         origin=str(path),
         id_n=id_n,
         label_n=label_n,
         cluster_n=np.full(len(id_n), ""),
         class_names=tuple(sorted(set(label_n.tolist()) - {""})),
-        group_n={attribute: named[attribute][type_n] for attribute in config.group_attributes},
+        group_n={name: named[name][type_n] for name in plain_attributes(config.group_attributes)},
         group_names={"skin_type": SKIN_TYPES, "skin_tone": SKIN_TONES},
-        find_source=find_source,
+        images=images_of(table, root),
+        official_n=_official_splits(root, id_n) if config.official_splits else None,
     )
-    return assemble(rows, label_map=config.label_map, unknown_groups=config.unknown_groups)
+    return assemble(rows, config, unknown_groups=config.unknown_groups, missing_images=config.missing_images)
+
+
+def images_of(table: pd.DataFrame, root: Path) -> TableImages:
+    """The images of the table's rows, wherever below ``root`` they lie."""
+    return TableImages(
+        table["md5hash"].to_numpy(str), lambda: first_folder(root, IMAGE_FOLDERS), _spellings(table)
+    )
+
+
+def _spellings(table: pd.DataFrame) -> Callable[[str], tuple[str, ...]]:
+    """An image's names: its hash, or its address without signs."""
+    if "url_alphanum" not in table.columns:
+        return lambda name: (name,)
+    address = dict(zip(table["md5hash"], table["url_alphanum"], strict=True))
+    return lambda name: (name, address[name]) if address.get(name) else (name,)
+
+
+def _official_splits(root: Path, id_n: np.ndarray) -> np.ndarray:
+    """The split that the archive's lists give each image, str (n,); empty where none names it."""
+    split_of: dict[str, str] = {}
+    for split in SPLIT_NAMES:
+        spelled = [name for name, meaning in SPLIT_SPELLINGS.items() if meaning == split]
+        files = [root / form.format(name) for name in spelled for form in LIST_NAMES]
+        path = next((file for file in files if file.is_file()), None)
+        for name in [] if path is None else read_table(path, columns=("md5hash",))["md5hash"]:
+            if split_of.setdefault(name, split) != split:
+                raise InputError(f"{path}: image {name} stands in the lists of {split_of[name]} and {split}")
+    if "train" not in split_of.values():
+        raise InputError(
+            f"official_splits needs the list of the training images in {root}, as train.csv with a column md5hash; "
+            "put it there or set official_splits: false"
+        )
+    return np.array([split_of.get(name, "") for name in id_n.tolist()], dtype=str)
 
 
 def _skin_types(table: pd.DataFrame, path: Path) -> np.ndarray:

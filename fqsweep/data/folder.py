@@ -18,6 +18,13 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError)
 
 
+Spellings = Callable[[str], Iterable[str]]
+
+
+def _as_given(name: str) -> tuple[str]:
+    return (name,)
+
+
 @dataclass(frozen=True)
 class FolderSource:
     """Decodes the file at each index."""
@@ -31,6 +38,18 @@ class FolderSource:
             InputError: the file is missing or cannot be decoded.
         """
         return decode_square(self.paths[index], size=size)
+
+    def path_of(self, index: int) -> Path:
+        """Where image ``index`` lies."""
+        return self.paths[index]
+
+
+class MissingImages(InputError):
+    """Images that a table lists are not there: ``names`` holds all of them."""
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 @dataclass(frozen=True)
@@ -62,9 +81,7 @@ class ImageFolder:
         name = name.removeprefix("./")
         return name if name in self.size_of else self._by_stem.get(name)
 
-    def open(
-        self, names: Sequence[str], *, spellings: Callable[[str], Iterable[str]] = lambda name: (name,)
-    ) -> tuple[FolderSource, str]:
+    def open(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> tuple[FolderSource, str]:
         """A source for the images called ``names``, and a hash of their names and sizes.
 
         Args:
@@ -72,23 +89,52 @@ class ImageFolder:
             spellings: other names under which an image is known to be found, best first.
 
         Raises:
-            InputError: some are not there; the message counts them and names the first three.
+            MissingImages: some are not there; the message counts them and names the first three.
         """
-        found = [
-            next((file for other in spellings(name) if (file := self.find(other))), None) for name in names
-        ]
+        found = self.locate(names, spellings=spellings)
         missing = [name for name, file in zip(names, found, strict=True) if file is None]
         if missing:
             first = ", ".join(str(self.root / name) for name in missing[:3])
-            raise InputError(
-                f"{len(missing)} of {len(names)} images that the CSV lists are not in {self.root}, "
-                f"first: {first}; complete the folder or remove their rows"
+            raise MissingImages(
+                f"{len(missing)} of {len(names)} images that the table lists are not in {self.root}, "
+                f"first: {first}; complete the folder, remove their rows or set missing_images: drop",
+                missing,
             )
         files = [file for file in found if file is not None]
         paths = tuple(self.root / file for file in files)
         return FolderSource(paths), content_hash(
             [(name, self.size_of[file]) for name, file in zip(names, files, strict=True)]
         )
+
+    def locate(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> list[str | None]:
+        """The file of each name, None where there is none."""
+        return [next((file for other in spellings(name) if (file := self.find(other))), None) for name in names]
+
+
+@dataclass(frozen=True)
+class TableImages:
+    """The images of a table's rows: ``names`` str (n,), below the folder that ``find_root`` finds when asked."""
+
+    names: np.ndarray
+    find_root: Callable[[], Path]
+    spellings: Spellings = _as_given
+
+    @cached_property
+    def _folder(self) -> ImageFolder:
+        return ImageFolder(self.find_root())
+
+    def present(self) -> np.ndarray:
+        """Which rows have an image, bool (n,)."""
+        found = self._folder.locate(self.names.tolist(), spellings=self.spellings)
+        return np.array([file is not None for file in found], dtype=bool)
+
+    def open(self, kept: np.ndarray) -> tuple[FolderSource, str]:
+        """A source for these rows' images, and a hash of their names and sizes.
+
+        Raises:
+            MissingImages: some are not there.
+        """
+        return self._folder.open(self.names[kept].tolist(), spellings=self.spellings)
 
 
 def require_folder(data_dir: Path, folder: str, *, what: str) -> Path:
@@ -146,6 +192,19 @@ def decode_square(path: Path, *, size: int) -> np.ndarray:
         raise InputError(
             f"{path} cannot be decoded ({error}); fetch it again or remove its row from the CSV"
         ) from error
+
+
+def check_header(path: Path) -> None:
+    """Read as much of an image file as tells its format and size.
+
+    Raises:
+        InputError: the file is missing or is no image.
+    """
+    try:
+        with Image.open(path):
+            pass
+    except _UNREADABLE as error:
+        raise InputError(f"{path} cannot be opened ({error}); fetch it again") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -7,22 +7,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from fqsweep.config import Isic2019Config
+from fqsweep.config import Isic2019Config, plain_attributes
 from fqsweep.data.assembly import Rows, assemble
-from fqsweep.data.folder import ImageFolder, first_folder, require_folder
-from fqsweep.data.records import ImageSource, Samples
-from fqsweep.data.tabular import as_numbers, plain_text, read_table
+from fqsweep.data.folder import TableImages, first_folder, require_folder
+from fqsweep.data.records import Samples
+from fqsweep.data.tabular import as_numbers, bin_names, name_bins, plain_text, read_table
 from fqsweep.errors import InputError
 
 TRUTH_CSV = "ISIC_2019_Training_GroundTruth.csv"
 METADATA_CSV = "ISIC_2019_Training_Metadata.csv"
-IMAGE_FOLDERS = ("ISIC_2019_Training_Input", "images", ".")
+IMAGE_FOLDERS = (
+    "ISIC_2019_Training_Input",
+    "ISIC_2019_Training_Input_preprocessed",
+    "images",
+    "train",
+    "data",
+    ".",
+)
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
 SEXES = ("female", "male")
 _TWIN = "_downsampled"
@@ -38,18 +44,15 @@ def describe(config: Isic2019Config, data_dir: Path) -> Samples:
     truth, metadata = _read_tables(root)
     group_n: dict[str, np.ndarray] = {}
     group_names: dict[str, tuple[str, ...]] = {}
-    for attribute in config.group_attributes:
+    for attribute in plain_attributes(config.group_attributes):
         values = (
             _sexes(metadata, root / METADATA_CSV)
             if attribute == "sex"
             else _age_bins(metadata, config.age_edges, root / METADATA_CSV)
         )
         group_n[attribute] = values
-        group_names[attribute] = SEXES if attribute == "sex" else age_bin_names(config.age_edges)
+        group_names[attribute] = SEXES if attribute == "sex" else bin_names(config.age_edges)
     id_n = truth["image"].to_numpy(str)
-
-    def find_source(kept: np.ndarray) -> tuple[ImageSource, str]:
-        return ImageFolder(first_folder(root, IMAGE_FOLDERS)).open(id_n[kept].tolist(), spellings=_spellings)
 
     rows = Rows(
         origin=str(root),
@@ -59,19 +62,9 @@ def describe(config: Isic2019Config, data_dir: Path) -> Samples:
         class_names=tuple(name for name in CLASSES if name in truth.columns),
         group_n=group_n,
         group_names=group_names,
-        find_source=find_source,
+        images=TableImages(id_n, lambda: first_folder(root, IMAGE_FOLDERS), _spellings),
     )
-    return assemble(rows, label_map=config.label_map, unknown_groups=config.unknown_groups)
-
-
-def age_bin_names(edges: Sequence[int]) -> tuple[str, ...]:
-    """Names of the bins between ``edges`` in years.
-
-    >>> age_bin_names((40, 60))
-    ('<40', '40-59', '60+')
-    """
-    inner = tuple(f"{low}-{high - 1}" for low, high in pairwise(edges))
-    return (f"<{edges[0]}", *inner, f"{edges[-1]}+")
+    return assemble(rows, config, unknown_groups=config.unknown_groups, missing_images=config.missing_images)
 
 
 def _read_tables(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -112,9 +105,7 @@ def _sexes(metadata: pd.DataFrame, path: Path) -> np.ndarray:
 def _age_bins(metadata: pd.DataFrame, edges: Sequence[int], path: Path) -> np.ndarray:
     if not edges or list(edges) != sorted(set(edges)):
         raise InputError(f"age_edges must be rising ages such as [40, 60], but is {list(edges)}")
-    age_n = as_numbers(metadata["age_approx"], path=path)
-    bin_n = np.digitize(np.nan_to_num(age_n), edges)
-    return np.where(np.isnan(age_n), "", np.array(age_bin_names(edges))[bin_n])
+    return name_bins(as_numbers(metadata["age_approx"], path=path), edges)
 
 
 def _spellings(name: str) -> tuple[str, str]:

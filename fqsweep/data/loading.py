@@ -18,7 +18,7 @@ import torch
 
 from fqsweep.data.augment import Augment, augment_floats, auto_augment
 
-ClassBalance = Literal["none", "sampler"]
+Balance = Literal["none", "sampler"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class BatchLoader:
         device: where batches are made.
         mean, std: of each channel, for pixel values from 0 to 1.
         shuffle: False gives the images in the order of ``indices``.
-        class_balance: ``sampler`` draws every class equally often (needs ``shuffle``); an epoch still has as
-            many images as there are indices.
+        class_balance, group_balance: ``sampler`` draws every class, every group or (both) every class of every
+            group equally often (needs ``shuffle``); an epoch still has as many images as there are indices.
         augment: see ``fqsweep.config.TrainingRecipe``.
         seed: of order and augmentation.
 
@@ -61,22 +61,21 @@ class BatchLoader:
     mean: Sequence[float]
     std: Sequence[float]
     shuffle: bool = True
-    class_balance: ClassBalance | str = "none"
+    class_balance: Balance | str = "none"
+    group_balance: Balance | str = "none"
     augment: Augment | str = "none"
     seed: int = 0
     _normalisation: tuple[torch.Tensor, torch.Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.class_balance not in get_args(ClassBalance):
-            raise ValueError(
-                f"class_balance must be one of {get_args(ClassBalance)}, but is {self.class_balance!r}"
-            )
+        for option in ("class_balance", "group_balance"):
+            value = getattr(self, option)
+            if value not in get_args(Balance):
+                raise ValueError(f"{option} must be one of {get_args(Balance)}, but is {value!r}")
+            if value == "sampler" and not self.shuffle:
+                raise ValueError(f"{option} 'sampler' draws at random: set shuffle=True or {option}='none'")
         if self.augment not in get_args(Augment):
             raise ValueError(f"augment must be one of {get_args(Augment)}, but is {self.augment!r}")
-        if self.class_balance == "sampler" and not self.shuffle:
-            raise ValueError(
-                "class_balance 'sampler' draws at random: set shuffle=True or class_balance='none'"
-            )
         if not len(self.images) == len(self.labels) == len(self.groups):
             sizes = f"{len(self.images)}, {len(self.labels)}, {len(self.groups)}"
             raise ValueError(f"images, labels and groups must have one length, but have {sizes}")
@@ -106,14 +105,19 @@ class BatchLoader:
     def _order(self, rng: np.random.Generator) -> np.ndarray:
         if not self.shuffle:
             return self.indices
-        if self.class_balance == "none":
+        if self.class_balance == self.group_balance == "none":
             return rng.permutation(self.indices)
-        return _balanced_draw(self._members_by_class, num_draws=len(self.indices), rng=rng)
+        return _balanced_draw(self._members_by_kind, num_draws=len(self.indices), rng=rng)
 
     @cached_property
-    def _members_by_class(self) -> list[np.ndarray]:
-        label_i = self.labels[self.indices]
-        return [self.indices[label_i == label] for label in np.unique(label_i)]
+    def _members_by_kind(self) -> list[np.ndarray]:
+        """The images of each class, group, or class in a group: of what is drawn equally often."""
+        kind_i = np.zeros(len(self.indices), np.int64)
+        if self.class_balance == "sampler":
+            kind_i += self.labels[self.indices]
+        if self.group_balance == "sampler":
+            kind_i += self.groups[self.indices] * (int(self.labels.max()) + 1)
+        return [self.indices[kind_i == kind] for kind in np.unique(kind_i)]
 
     def _generator(self, rng: np.random.Generator) -> torch.Generator:
         """Random draws are made on the CPU on every device, so that a GPU sees the same augmentation."""
@@ -129,7 +133,7 @@ class BatchLoader:
         if self.augment != "none":
             image_bchw = augment_floats(image_bchw, kind=self.augment, generator=generator)
         return Batch(
-            image_bchw=torch.addcmul(shift, image_bchw, scale),
+            image_bchw=image_bchw.mul_(scale).add_(shift),
             label_b=torch.from_numpy(self.labels[index_b].astype(np.int64)).to(self.device),
             group_b=torch.from_numpy(self.groups[index_b].astype(np.int64)).to(self.device),
         )
@@ -144,9 +148,9 @@ def _gather(images: np.ndarray, index_b: np.ndarray) -> np.ndarray:
 
 
 def _balanced_draw(members_k: list[np.ndarray], *, num_draws: int, rng: np.random.Generator) -> np.ndarray:
-    """``num_draws`` indices, each class equally often (to within one), in random order.
+    """``num_draws`` indices, each kind equally often (to within one), in random order.
 
-    A class goes through all its images before any comes again.
+    A kind goes through all its images before any comes again.
     """
     count_k = np.full(len(members_k), num_draws // len(members_k))
     count_k[rng.permutation(len(members_k))[: num_draws % len(members_k)]] += 1

@@ -2,12 +2,14 @@
 
 A pack is a ``.npy`` file of uint8 (n, h, w, 3), named by a hash of what its pixels depend on, with a ``.json``
 beside it that holds its size and checksums. Both are written beside and moved into place, data first: a pack
-without its ``.json`` was cut short and is made again.
+without its ``.json`` was cut short and is made again, and so is one whose checksum is wrong when a process opens
+it for the first time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -27,7 +29,8 @@ from fqsweep.files import locked, write_json
 PACK_VERSION = 1
 OnProgress = Callable[[int, int], None]
 _HEADER_BYTES = 4096
-_CHUNK_BYTES = 1 << 24
+# Packs (path, time of change, size) whose checksum this process has compared.
+_compared: set[tuple[str, int, int]] = set()
 
 
 def open_pack(
@@ -35,6 +38,7 @@ def open_pack(
     *,
     size: int,
     pack_dir: Path,
+    local_dir: Path | None = None,
     num_threads: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> np.ndarray:
@@ -46,6 +50,8 @@ def open_pack(
         samples: whose images.
         size: side in pixels.
         pack_dir: folder of packs, made if needed.
+        local_dir: folder on a disk of this machine to which the pack is copied once, where ``pack_dir`` is far
+            away (a network file system); None uses it where it lies.
         num_threads: decoding threads, None for one per usable core.
         on_progress: called with (images done, images in all).
 
@@ -53,10 +59,12 @@ def open_pack(
         InputError: an image cannot be decoded, or the disk has no room; the message names the path.
     """
     path = pack_path(samples, size=size, pack_dir=pack_dir)
-    if not _is_whole(path):
+    if not _is_sound(path):
         with locked(path):
-            if not _is_whole(path):
+            if not _is_sound(path):
                 _write_pack(path, samples, size=size, num_threads=num_threads, on_progress=on_progress)
+    if local_dir is not None:
+        path = _copy_to(local_dir, path)
     image_nhwc: np.ndarray = np.load(path, mmap_mode="r")
     return image_nhwc
 
@@ -75,6 +83,33 @@ def verify_pack(path: Path) -> None:
     """
     if not _is_whole(path) or _read_record(path).get("sha256") != _checksum(path):
         raise InputError(f"{path} is not as it was written; delete it, the next run makes it again")
+
+
+def _copy_to(local_dir: Path, path: Path) -> Path:
+    """The pack's copy in ``local_dir``, made now if it is not there; of several processes one copies."""
+    local = local_dir / path.name
+    if not _is_sound(local):
+        with locked(local):
+            if not _is_sound(local):
+                _require_room(local_dir, needed_bytes=path.stat().st_size)
+                _copy_whole(local, path)
+                _copy_whole(local.with_suffix(".json"), path.with_suffix(".json"))
+    if not _is_sound(local):
+        raise InputError(f"{local} is not the same as {path}; delete both, the next run makes them again")
+    return local
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a pack is whole; a process compares the checksum of each pack once."""
+    if not _is_whole(path):
+        return False
+    state = path.stat()
+    seen = (str(path), state.st_mtime_ns, state.st_size)
+    if seen not in _compared:
+        if _read_record(path).get("sha256") != _checksum(path):
+            return False
+        _compared.add(seen)
+    return True
 
 
 def _read_record(path: Path) -> dict[str, object]:
@@ -98,11 +133,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write_pack(
@@ -115,15 +147,15 @@ def _write_pack(
     beside = Path(name)
     try:
         _reserve(handle, path.parent, shape)
-        image_nhwc = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
-        _fill(image_nhwc, samples, num_threads=num_threads, on_progress=on_progress)
-        image_nhwc.flush()
-        del image_nhwc
+        start_byte = _write_header(handle, shape)
+        _fill(handle, start_byte, samples, size=size, num_threads=num_threads, on_progress=on_progress)
         os.fsync(handle)
         os.chmod(beside, 0o644)
         record = _describe_pack(beside, shape)
         os.replace(beside, path)
         write_json(path.with_suffix(".json"), record)
+        state = path.stat()
+        _compared.add((str(path), state.st_mtime_ns, state.st_size))
     finally:
         os.close(handle)
         beside.unlink(missing_ok=True)
@@ -140,6 +172,18 @@ def _describe_pack(path: Path, shape: tuple[int, ...]) -> dict[str, object]:
     }
 
 
+def _copy_whole(target: Path, source: Path) -> None:
+    """Copy a file whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        shutil.copyfile(source, name)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
 def _require_room(folder: Path, *, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
@@ -154,7 +198,7 @@ def _no_room(folder: Path, needed_bytes: int, free_bytes: int) -> str:
 
 
 def _reserve(handle: int, folder: Path, shape: tuple[int, ...]) -> None:
-    """Claim the blocks now: a disk that fills up under a memory map would kill the process, not raise."""
+    """Claim the blocks now: a disk that is full is better found before an hour of decoding than after it."""
     needed_bytes = math.prod(shape) + _HEADER_BYTES
     if not hasattr(os, "posix_fallocate"):
         return
@@ -164,16 +208,36 @@ def _reserve(handle: int, folder: Path, shape: tuple[int, ...]) -> None:
         raise InputError(_no_room(folder, needed_bytes, shutil.disk_usage(folder).free)) from error
 
 
+def _write_header(handle: int, shape: tuple[int, ...]) -> int:
+    """Write the header of a ``.npy`` file and give the file its length; returns where the first image begins."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    header = stream.getvalue()
+    os.pwrite(handle, header, 0)
+    os.ftruncate(handle, len(header) + math.prod(shape))
+    return len(header)
+
+
 def _fill(
-    image_nhwc: np.ndarray, samples: Samples, *, num_threads: int | None, on_progress: OnProgress | None
+    handle: int,
+    start_byte: int,
+    samples: Samples,
+    *,
+    size: int,
+    num_threads: int | None,
+    on_progress: OnProgress | None,
 ) -> None:
-    """Decode in threads: Pillow and NumPy let go of the interpreter for most of the work."""
-    total, size = len(samples), image_nhwc.shape[1]
+    """Decode in threads: Pillow and NumPy let go of the interpreter for most of the work.
+
+    Images are written, not mapped: pages of a map would count as this process's memory until the end.
+    """
+    total, image_bytes = len(samples), size * size * 3
 
     def decode(index: int) -> None:
-        image_nhwc[index] = samples.source.read(index, size=size)
+        pixels = np.ascontiguousarray(samples.source.read(index, size=size))
+        os.pwrite(handle, pixels.data, start_byte + index * image_bytes)
 
-    pool = ThreadPoolExecutor(num_threads or _usable_cores())
+    pool = ThreadPoolExecutor(num_threads or usable_cores())
     try:
         for done, _ in enumerate(pool.map(decode, range(total)), start=1):
             if on_progress and (done % 100 == 0 or done == total):
@@ -182,5 +246,6 @@ def _fill(
         pool.shutdown(cancel_futures=True)
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

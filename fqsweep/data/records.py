@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,10 @@ class ImageSource(Protocol):
         Raises:
             InputError: the image is missing or cannot be decoded; the message names its path.
         """
+        ...
+
+    def path_of(self, index: int) -> Path | None:
+        """Where image ``index`` lies, None for generated images."""
         ...
 
 
@@ -44,6 +49,7 @@ class Samples:
         source: reads image ``index``.
         content: what the pixels depend on (file sizes, generator settings), for the pack's key.
         notes: what was left out and why, one sentence each.
+        official_n: str (n,), the split that the set's own lists give each image; None where it has no lists.
     """
 
     id_n: np.ndarray
@@ -54,6 +60,7 @@ class Samples:
     source: ImageSource
     content: str
     notes: tuple[str, ...] = ()
+    official_n: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.id_n)

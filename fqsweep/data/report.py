@@ -8,6 +8,7 @@ import numpy as np
 
 from fqsweep.config import DatasetConfig
 from fqsweep.data.records import Samples, Splits
+from fqsweep.data.splits import MIN_PAIR_IMAGES, thin_pairs
 
 KINDS = {
     "synthderm": "procedural skin images, six skin types; needs no files",
@@ -38,6 +39,19 @@ def describe_set(config: DatasetConfig, samples: Samples, splits: Splits) -> str
         groups = samples.groups[attribute]
         lines.append(_counts(attribute, groups.code_n, groups.names, splits))
     return "\n".join(lines)
+
+
+def describe_thin_pairs(config: DatasetConfig, samples: Samples, splits: Splits) -> list[str]:
+    """One warning a group attribute that has (class, group) pairs with few test images."""
+    warnings = []
+    for attribute in config.group_attributes:
+        thin = thin_pairs(samples, splits, attributes=[attribute])
+        if thin:
+            warnings.append(
+                f"warning: {config.name}: {len(thin)} (class, group) pairs have fewer than {MIN_PAIR_IMAGES} test "
+                f"images, so that balanced_acc_worst by {attribute} is noisy; first: {thin[0]}"
+            )
+    return warnings
 
 
 def _counts(title: str, code_n: np.ndarray, names: tuple[str, ...], splits: Splits) -> str:

@@ -1,12 +1,18 @@
 """Divide samples into train, calibration, validation and test, and check that groups are large enough.
 
+A set's own lists are kept as they are; what they lack (a calibration split, say) is taken out of their
+training list in the shares that the fractions give.
+
 Axes: n images, j kinds of margin, m margins (sets of images whose shares are kept), s splits.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,8 +21,17 @@ from fqsweep.data.records import Samples, Splits
 from fqsweep.errors import InputError
 
 SPLIT_NAMES = ("train", "calibration", "validation", "test")
+SPLIT_SPELLINGS = {
+    **{name: name for name in SPLIT_NAMES},
+    **dict.fromkeys(("training",), "train"),
+    **dict.fromkeys(("calib",), "calibration"),
+    **dict.fromkeys(("val", "valid", "dev"), "validation"),
+    **dict.fromkeys(("testing", "holdout"), "test"),
+}
 # Groups weigh more in the choice of a split than strata, classes and the whole: they are what is compared.
 _GROUP_WEIGHT = 2.0
+# With fewer test images of a class in a group, that group's recall of the class is mostly chance.
+MIN_PAIR_IMAGES = 10
 
 
 def split_samples(samples: Samples, fractions: SplitFractions, *, attributes: Sequence[str]) -> Splits:
@@ -30,24 +45,42 @@ def split_samples(samples: Samples, fractions: SplitFractions, *, attributes: Se
     The result depends on ids, labels, groups and clusters, not on the order of rows. O(n log n).
 
     Args:
-        samples: what to divide; images of one cluster stay on one side.
+        samples: what to divide; images of one cluster stay on one side, unless the set's own lists say otherwise.
         fractions: shares and seed.
         attributes: group attributes to stratify by.
 
     Returns:
         Disjoint ascending indices which cover all samples.
     """
+    if samples.official_n is None:
+        split_n = np.full(len(samples), "train")
+        names: tuple[str, ...] = SPLIT_NAMES
+    else:
+        split_n = samples.official_n
+        names = ("train", *(name for name in SPLIT_NAMES if name not in set(split_n.tolist())))
+    inside = np.flatnonzero(split_n == "train")
+    share_s = np.array([getattr(fractions, name) for name in names])
+    dealt_i = _deal(samples, inside, share_s / share_s.sum(), attributes=attributes, seed=fractions.seed)
+    split_n = split_n.astype("<U11")
+    split_n[inside] = np.array(names)[dealt_i]
+    return Splits(**{name: np.flatnonzero(split_n == name) for name in SPLIT_NAMES})
+
+
+def _deal(
+    samples: Samples, inside: np.ndarray, share_s: np.ndarray, *, attributes: Sequence[str], seed: int
+) -> np.ndarray:
+    """Which split each of the samples ``inside`` goes to, int64 (len(inside),) into ``share_s``."""
     margin_nj, weight_m = _margins(samples, attributes)
-    share_s = np.array([getattr(fractions, name) for name in SPLIT_NAMES])
     dealt_ms = np.zeros((len(weight_m), len(share_s)))
-    split_n = np.empty(len(samples), dtype=np.int64)
-    for members in _clusters_in_order(samples, margin_nj[:, 0], seed=fractions.seed):
+    split_n = np.full(len(samples), -1, dtype=np.int64)
+    for members in _clusters_in_order(samples, inside, margin_nj[:, 0], seed=seed):
         margins, count = np.unique(margin_nj[members], return_counts=True)
         due_ms = np.outer(dealt_ms[margins].sum(axis=1) + count, share_s)
         chosen = int(np.argmax((weight_m[margins] * count) @ (due_ms - dealt_ms[margins])))
         dealt_ms[margins, chosen] += count
         split_n[members] = chosen
-    return Splits(**{name: np.flatnonzero(split_n == code) for code, name in enumerate(SPLIT_NAMES)})
+    dealt_i: np.ndarray = split_n[inside]
+    return dealt_i
 
 
 def check_groups(samples: Samples, splits: Splits, *, attributes: Sequence[str], min_count: int) -> None:
@@ -82,6 +115,68 @@ def check_groups(samples: Samples, splits: Splits, *, attributes: Sequence[str],
         )
 
 
+def thin_pairs(
+    samples: Samples, splits: Splits, *, attributes: Sequence[str], min_count: int = MIN_PAIR_IMAGES
+) -> list[str]:
+    """(class, group) pairs with few test images, in words: figures that rest on them are noisy.
+
+    ``test/balanced_acc_worst`` is a mean of recalls over the classes of one group: a class of three images
+    moves it in steps of a third.
+    """
+    found = []
+    for attribute in attributes:
+        groups = samples.groups[attribute]
+        shape = (len(samples.class_names), len(groups.names))
+        count_kg = np.zeros(shape, np.int64)
+        np.add.at(count_kg, (samples.label_n[splits.test], groups.code_n[splits.test]), 1)
+        found += [
+            f"{attribute} {groups.names[g]!r}, class {samples.class_names[k]!r}: {count_kg[k, g]} test images"
+            for g in range(shape[1])
+            for k in range(shape[0])
+            if count_kg[k, g] < min_count
+        ]
+    return found
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A cluster with images on several sides: ``ids`` of the first image on each, and the splits' names."""
+
+    ids: tuple[str, ...]
+    splits: tuple[str, ...]
+
+
+def find_leaks(samples: Samples, splits: Splits) -> list[Leak]:
+    """Clusters (lesions, patients, near-duplicates) of which several splits have images."""
+    split_n = np.full(len(samples), -1)
+    for code, (_, index) in enumerate(splits.items()):
+        split_n[index] = code
+    order = np.lexsort((samples.id_n, split_n, samples.cluster_n))
+    order = order[split_n[order] >= 0]
+    borders = np.flatnonzero(np.diff(samples.cluster_n[order])) + 1
+    leaks = []
+    for members in np.split(order, borders):
+        codes, first = np.unique(split_n[members], return_index=True)
+        if len(codes) > 1:
+            ids = tuple(samples.id_n[members[first]].tolist())
+            leaks.append(Leak(ids, tuple(SPLIT_NAMES[code] for code in codes)))
+    return leaks
+
+
+def splits_as_csv(samples: Samples, splits: Splits) -> bytes:
+    """The split as a table that people can read: one row an image with its id, split, class and groups."""
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["id", "split", "class", *samples.groups])
+    split_n = np.full(len(samples), "", dtype="<U11")
+    for name, index in splits.items():
+        split_n[index] = name
+    label_n = np.array(samples.class_names)[samples.label_n]
+    group_gn = [np.array(groups.names)[groups.code_n] for groups in samples.groups.values()]
+    writer.writerows(zip(samples.id_n, split_n, label_n, *group_gn, strict=True))
+    return stream.getvalue().encode()
+
+
 def stable_order(id_n: np.ndarray, *, seed: int) -> np.ndarray:
     """Float64 (n,) in [0, 1): a random-looking rank that depends on id and seed alone, not on the position."""
     digests = (hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest() for name in id_n.tolist())
@@ -108,11 +203,13 @@ def _margins(samples: Samples, attributes: Sequence[str]) -> tuple[np.ndarray, n
     return np.stack(columns, axis=1) + starts, np.repeat(weights, sizes)
 
 
-def _clusters_in_order(samples: Samples, stratum_n: np.ndarray, *, seed: int) -> list[np.ndarray]:
-    """Index arrays of the clusters: larger first, then those of rarer strata, then by hash."""
+def _clusters_in_order(
+    samples: Samples, inside: np.ndarray, stratum_n: np.ndarray, *, seed: int
+) -> list[np.ndarray]:
+    """Index arrays of the clusters among ``inside``: larger first, then those of rarer strata, then by hash."""
     rank_n = stable_order(samples.id_n, seed=seed)
     rarity_n = np.bincount(stratum_n)[stratum_n]
-    by_cluster = np.argsort(samples.cluster_n, kind="stable")
+    by_cluster = inside[np.argsort(samples.cluster_n[inside], kind="stable")]
     borders = np.flatnonzero(np.diff(samples.cluster_n[by_cluster])) + 1
-    clusters = np.split(by_cluster, borders)
+    clusters = [members for members in np.split(by_cluster, borders) if len(members)]
     return sorted(clusters, key=lambda members: (-len(members), rarity_n[members].min(), rank_n[members].min()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +23,10 @@ class SubsetSource:
         """Image ``index`` as uint8 (size, size, 3), RGB."""
         return self.whole.read(int(self.kept[index]), size=size)
 
+    def path_of(self, index: int) -> Path | None:
+        """Where image ``index`` lies, None for generated images."""
+        return self.whole.path_of(int(self.kept[index]))
+
 
 def take(samples: Samples, kept: np.ndarray) -> Samples:
     """The samples at the ascending indices ``kept``; class and group names stay as they are."""
@@ -33,6 +38,7 @@ def take(samples: Samples, kept: np.ndarray) -> Samples:
         groups=groups,
         cluster_n=samples.cluster_n[kept],
         source=SubsetSource(samples.source, kept),
+        official_n=None if samples.official_n is None else samples.official_n[kept],
     )
 
 

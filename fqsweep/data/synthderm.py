@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from fqsweep.config import SynthdermConfig, content_hash
+from fqsweep.config import SynthdermConfig, content_hash, plain_attributes
 from fqsweep.data.assembly import Rows, assemble
 from fqsweep.data.records import ImageSource, Samples
 from fqsweep.data.synthderm_paint import Appearance, Skin, paint
@@ -130,6 +130,33 @@ class SynthdermSource:
         label, skin_type, number = (int(code_n[index]) for code_n in (self.label_n, self.type_n, self.number_n))
         return paint_image(self.config, number, label=label, skin_type=skin_type, size=size)
 
+    def path_of(self, _index: int) -> None:
+        """None: these images are in no file."""
+
+
+@dataclass(frozen=True)
+class PaintedImages:
+    """All images of a set, none of which can be missing; ``label_n`` and ``type_n`` as in their source."""
+
+    config: SynthdermConfig
+    label_n: np.ndarray
+    type_n: np.ndarray
+
+    def present(self) -> np.ndarray:
+        """All true, bool (n,)."""
+        return np.ones(len(self.label_n), dtype=bool)
+
+    def open(self, kept: np.ndarray) -> tuple[ImageSource, str]:
+        """The painter of these images, and a hash of the generator's settings."""
+        settings = {
+            "version": GENERATOR_VERSION,
+            "difficulty": self.config.difficulty,
+            "seed": self.config.generator_seed,
+            "imbalance": self.config.imbalance,
+        }
+        source = SynthdermSource(self.config, kept, self.label_n[kept], self.type_n[kept])
+        return source, content_hash(settings)
+
 
 def describe(config: SynthdermConfig) -> Samples:
     """All images of the set that ``config`` describes; nothing is painted yet.
@@ -139,23 +166,17 @@ def describe(config: SynthdermConfig) -> Samples:
     """
     label_n, type_n = _draw_codes(config)
     names = {"skin_type": np.array(SKIN_TYPES)[type_n], "skin_tone": np.array(SKIN_TONES)[type_n // 3]}
-    settings = {"version": GENERATOR_VERSION, "difficulty": config.difficulty, "seed": config.generator_seed}
-    settings |= {"imbalance": config.imbalance}
-
-    def find_source(kept: np.ndarray) -> tuple[ImageSource, str]:
-        return SynthdermSource(config, kept, label_n[kept], type_n[kept]), content_hash(settings)
-
     rows = Rows(
         origin="synthderm",
         id_n=np.array([f"synthderm_{number:06d}" for number in range(config.num_images)]),
         label_n=np.array(CLASS_NAMES)[label_n],
         cluster_n=np.full(config.num_images, ""),
         class_names=CLASS_NAMES,
-        group_n={attribute: names[attribute] for attribute in config.group_attributes},
+        group_n={attribute: names[attribute] for attribute in plain_attributes(config.group_attributes)},
         group_names={"skin_type": SKIN_TYPES, "skin_tone": SKIN_TONES},
-        find_source=find_source,
+        images=PaintedImages(config, label_n, type_n),
     )
-    return assemble(rows, label_map=config.label_map, unknown_groups="drop")
+    return assemble(rows, config)
 
 
 def paint_image(config: SynthdermConfig, number: int, *, label: int, skin_type: int, size: int) -> np.ndarray:

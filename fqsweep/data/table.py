@@ -1,4 +1,4 @@
-"""Any CSV with a folder of images, described by a ``TableConfig``."""
+"""Any CSV or Parquet file with a folder of images, described by a ``TableConfig``."""
 
 from __future__ import annotations
 
@@ -6,59 +6,75 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from fqsweep.config import TableConfig
+from fqsweep.config import TableConfig, plain_attributes
 from fqsweep.data.assembly import Rows, assemble
-from fqsweep.data.folder import ImageFolder, require_folder
-from fqsweep.data.records import ImageSource, Samples
-from fqsweep.data.tabular import plain_text, read_table
+from fqsweep.data.folder import TableImages, require_folder
+from fqsweep.data.records import Samples
+from fqsweep.data.splits import SPLIT_SPELLINGS
+from fqsweep.data.tabular import as_numbers, bin_names, name_bins, plain_text, read_table
 from fqsweep.errors import InputError
 
 GroupMap = Mapping[str, tuple[str | int | float, ...]]
 
 
 def describe(config: TableConfig, data_dir: Path) -> Samples:
-    """The images of the CSV with label, groups and patient.
+    """The images of the table with label, groups and patient.
 
     Raises:
         InputError: see ``fqsweep.data.describe_samples``.
     """
     path = data_dir / config.csv
-    columns = [config.image_column, config.label_column, *config.group_columns.values()]
-    table = read_table(path, columns=columns + ([config.patient_column] if config.patient_column else []))
-    images = ImageFolder(require_folder(data_dir, config.images, what=f"images of {config.name}"))
-    texts = {
-        column: np.array([plain_text(cell) for cell in table[column]], dtype=str) for column in set(columns)
-    }
+    wanted = [config.image_column, config.label_column, *config.group_columns.values()]
+    extra = [column for column in (config.patient_column, config.split_column) if column]
+    table = read_table(path, columns=wanted + extra)
+    root = require_folder(data_dir, config.images, what=f"images of {config.name}")
     id_n = table[config.image_column].to_numpy(str)
     if (id_n == "").any():
         line = int(np.flatnonzero(id_n == "")[0]) + 2
         raise InputError(f"{path}, line {line}: column {config.image_column!r} is empty; name the image")
-
-    def find_source(kept: np.ndarray) -> tuple[ImageSource, str]:
-        return images.open(id_n[kept].tolist())
-
-    group_n, group_names = {}, {}
-    for attribute in config.group_attributes:
-        value_n = texts[config.group_columns[attribute]]
-        group_n[attribute], group_names[attribute] = _named_groups(
-            value_n, config.group_maps.get(attribute), where=f"group_maps: {attribute}"
-        )
-    label_n = texts[config.label_column]
-    patient = config.patient_column
+    grouped = {name: _groups(name, config, table, path) for name in plain_attributes(config.group_attributes)}
+    label_n = _texts(table[config.label_column])
     rows = Rows(
         origin=str(path),
         id_n=id_n,
         label_n=label_n,
-        cluster_n=np.array([plain_text(cell) for cell in table[patient]])
-        if patient
-        else np.full(len(id_n), ""),
+        cluster_n=_texts(table[config.patient_column]) if config.patient_column else np.full(len(id_n), ""),
         class_names=_in_order(label_n),
-        group_n=group_n,
-        group_names=group_names,
-        find_source=find_source,
+        group_n={name: value_n for name, (value_n, _) in grouped.items()},
+        group_names={name: names for name, (_, names) in grouped.items()},
+        images=TableImages(id_n, lambda: root),
+        official_n=_splits(table[config.split_column], path) if config.split_column else None,
     )
-    return assemble(rows, label_map=config.label_map, unknown_groups=config.unknown_groups)
+    return assemble(rows, config, unknown_groups=config.unknown_groups, missing_images=config.missing_images)
+
+
+def _texts(cells: pd.Series) -> np.ndarray:
+    return np.array([plain_text(cell) for cell in cells], dtype=str)
+
+
+def _splits(cells: pd.Series, path: Path) -> np.ndarray:
+    """The split that the table gives each image, str (n,)."""
+    text_n = [plain_text(cell).lower() for cell in cells]
+    strange = sorted({text for text in text_n if text and text not in SPLIT_SPELLINGS})
+    if strange:
+        raise InputError(
+            f"{path}: column {cells.name!r} must name splits ({', '.join(SPLIT_SPELLINGS)}), "
+            f"but has {', '.join(strange[:5])}"
+        )
+    return np.array([SPLIT_SPELLINGS.get(text, "") for text in text_n], dtype=str)
+
+
+def _groups(
+    attribute: str, config: TableConfig, table: pd.DataFrame, path: Path
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Each row's group, str (n,), and all groups in order."""
+    cells = table[config.group_columns[attribute]]
+    if attribute in config.group_edges:
+        edges = config.group_edges[attribute]
+        return name_bins(as_numbers(cells, path=path), edges), bin_names(edges)
+    return _named_groups(_texts(cells), config.group_maps.get(attribute), where=f"group_maps: {attribute}")
 
 
 def _named_groups(

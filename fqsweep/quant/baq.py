@@ -10,6 +10,8 @@ one common shift.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -96,6 +98,23 @@ class LearnedBits:
         for parameter in self.parameters:
             parameter.copy_(bits_u[start : start + len(parameter)])
             start += len(parameter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The widths and their optimiser's state, as tensors and plain values."""
+        return {
+            "bits_u": torch.cat([p.detach() for p in self.parameters]).clone(),
+            "velocity_u": self.velocity_u.clone(),
+            "scale": self.scale.clone(),
+            "num_steps": self.num_steps,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that ``state_dict`` gave."""
+        self._store(state["bits_u"].to(self.velocity_u.device))
+        self.velocity_u.copy_(state["velocity_u"])
+        self.scale.copy_(state["scale"])
+        self.num_steps = state["num_steps"]
 
     def values(self) -> np.ndarray:
         """The widths as they are, float64 (u,)."""

@@ -91,3 +91,16 @@ def make_samples() -> Callable[..., Samples]:
         )
 
     return make
+
+
+@pytest.fixture
+def write_space(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a search space of one data set, given as a YAML mapping, and returns its file."""
+
+    def write(dataset: str) -> Path:
+        path = tmp_path / "space.yaml"
+        lines = ["name: small", f"datasets: [{dataset}]", "architectures: [test_resnet]"]
+        path.write_text("\n".join([*lines, "seeds: [0]", "methods: [{method: fp32}]"]))
+        return path
+
+    return write

@@ -3,10 +3,10 @@ from types import ModuleType
 
 import pytest
 
-from fqsweep.data import isic2019, tabular
+from fqsweep.data import tabular
 
 
-@pytest.mark.parametrize("module", [isic2019, tabular])
+@pytest.mark.parametrize("module", [tabular])
 def test_the_examples_in_docstrings_run(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fqsweep.config import Fitzpatrick17kConfig
@@ -70,3 +71,37 @@ def test_the_complete_public_csv_is_read(shared_data: Path, tmp_path: Path) -> N
     assert np.bincount(samples.groups["skin_type"].code_n).tolist() == [2947, 4808, 3308, 2781, 1533, 635]
     partition = describe_samples(config(label_level="three_partition_label"), data_dir=tmp_path)
     assert partition.class_names == ("benign", "malignant", "non-neoplastic")
+
+
+def test_images_marked_as_wrongly_labelled_can_be_dropped(fitzpatrick_root: Path) -> None:
+    path = fitzpatrick_root / "fitzpatrick17k.csv"
+    path.write_text(path.read_text().replace("non-neoplastic,,", "non-neoplastic,3 Wrongly labelled,", 1))
+    assert len(describe_samples(config(), data_dir=fitzpatrick_root.parent)) == 4
+    kept = describe_samples(config(drop_wrong_labels=True), data_dir=fitzpatrick_root.parent)
+    assert kept.id_n.tolist() == [f"{number:032x}" for number in (1, 2, 3)]
+
+
+def test_images_may_be_called_by_their_address(fitzpatrick_root: Path) -> None:
+    table = pd.read_csv(fitzpatrick_root / "fitzpatrick17k.csv", dtype=str)
+    table["url_alphanum"] = [f"httpsite{number}.jpg" for number in range(5)]
+    table.to_csv(fitzpatrick_root / "fitzpatrick17k.csv", index=False)
+    for number in range(1, 5):
+        (fitzpatrick_root / "images" / f"{number:032x}.jpg").rename(
+            fitzpatrick_root / "images" / f"httpsite{number}.jpg"
+        )
+    assert len(describe_samples(config(), data_dir=fitzpatrick_root.parent)) == 4
+
+
+def test_the_archives_lists_are_kept_and_a_missing_one_is_asked_for(fitzpatrick_root: Path) -> None:
+    official = config(official_splits=True)
+    with pytest.raises(InputError, match=r"needs the list of the training images .* as train\.csv"):
+        describe_samples(official, data_dir=fitzpatrick_root.parent)
+    hashes = [f"{number:032x}" for number in range(5)]
+    pd.DataFrame({"md5hash": hashes[:2]}).to_csv(fitzpatrick_root / "train.csv", index=False)
+    pd.DataFrame({"md5hash": hashes[2:3]}).to_csv(fitzpatrick_root / "val.csv", index=False)
+    samples = describe_samples(official, data_dir=fitzpatrick_root.parent)
+    assert samples.official_n is not None
+    assert samples.official_n.tolist() == ["train", "train", "validation"]
+    pd.DataFrame({"md5hash": hashes[:1]}).to_csv(fitzpatrick_root / "test.csv", index=False)
+    with pytest.raises(InputError, match="stands in the lists of train and test"):
+        describe_samples(official, data_dir=fitzpatrick_root.parent)

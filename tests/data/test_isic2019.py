@@ -121,6 +121,14 @@ def test_an_age_that_is_no_number_is_named_with_its_line(isic_root: Path) -> Non
         describe_samples(config(group_attributes=("age",)), data_dir=isic_root.parent)
 
 
+def test_sex_crossed_with_age_is_a_group_attribute(isic_root: Path) -> None:
+    crossed = config(group_attributes=("sex x age",), unknown_groups="keep")
+    groups = describe_samples(crossed, data_dir=isic_root.parent).groups["sex x age"]
+    assert groups.names == ("female x 40-59", "male x <40", "unknown")
+    with pytest.raises(ValueError, match=r"must be one of sex, age, or several crossed \('sex x age'\)"):
+        config(group_attributes=("sex x site",))
+
+
 def test_the_real_images_open_with_their_known_counts(shared_data: Path, tmp_path: Path) -> None:
     small = config(image_size=32, max_images=600, group_attributes=("sex", "age"), min_group_count=5)
     samples = describe_samples(small, data_dir=shared_data)

@@ -1,8 +1,19 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
-from fqsweep.data.augment import change_light, random_flips, rotate_and_shift
+from fqsweep.data.augment import (
+    HIGHEST_LEVEL,
+    IMAGENET_POLICY,
+    OPERATIONS,
+    SIGNED,
+    _affine_grid,
+    auto_augment,
+    change_light,
+    random_flips,
+    rotate_and_shift,
+)
 from fqsweep.data.loading import BatchLoader
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -89,6 +100,8 @@ def test_the_sampler_draws_classes_equally_and_no_image_twice_before_all_others(
     [
         ({"augment": "flip"}, "augment must be one of .* but is 'flip'"),
         ({"class_balance": "loss"}, "class_balance must be one of"),
+        ({"group_balance": "loss"}, "group_balance must be one of"),
+        ({"group_balance": "sampler", "shuffle": False}, "set shuffle=True"),
         ({"class_balance": "sampler", "shuffle": False}, "set shuffle=True"),
         ({"indices": np.array([], int)}, "indices is empty"),
         ({"labels": np.zeros(3, int)}, "must have one length, but have 20, 3, 20"),
@@ -122,6 +135,12 @@ def test_rotation_and_shift_keep_the_centre_in_place_and_invent_no_black() -> No
     assert offset.abs().max() <= 4.5
 
 
+def test_the_grid_is_torchs() -> None:
+    theta_b23 = torch.randn((3, 2, 3), generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.affine_grid(theta_b23, [3, 1, 5, 7], align_corners=False)
+    assert torch.allclose(_affine_grid(theta_b23, 5, 7), expected, atol=1e-6)
+
+
 def test_light_changes_stay_in_their_bounds() -> None:
     image = torch.rand((200, 3, 8, 8), generator=torch.Generator().manual_seed(1)) * 100 + 80
     lit = change_light(image, generator=torch.Generator().manual_seed(0))
@@ -131,6 +150,82 @@ def test_light_changes_stay_in_their_bounds() -> None:
     spread = (lit.std(dim=(1, 2, 3)) / image.std(dim=(1, 2, 3))) / ratio
     assert float(spread.min()) >= 0.9 - 1e-3
     assert float(spread.max()) <= 1.1 + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("class_balance", "group_balance"), [("none", "sampler"), ("sampler", "sampler"), ("sampler", "none")]
+)
+def test_groups_and_classes_are_drawn_equally_often_as_asked(class_balance: str, group_balance: str) -> None:
+    labels, groups = np.repeat([0, 1, 0, 1], [70, 15, 5, 10]), np.repeat([0, 0, 1, 1], [70, 15, 5, 10])
+    batches = BatchLoader(
+        images=np.zeros((100, 4, 4, 3), np.uint8),
+        labels=labels,
+        groups=groups,
+        indices=np.arange(100),
+        batch_size=10,
+        device="cpu",
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        class_balance=class_balance,
+        group_balance=group_balance,
+    )
+    seen = list(batches.epoch(0))
+    label_n, group_n = torch.cat([b.label_b for b in seen]), torch.cat([b.group_b for b in seen])
+    if group_balance == "none":
+        assert torch.bincount(label_n).tolist() == [50, 50]
+    elif class_balance == "none":
+        assert torch.bincount(group_n).tolist() == [50, 50]
+    else:
+        assert torch.bincount(2 * group_n + label_n).tolist() == [25] * 4
+
+
+TORCHVISION_NAMES = {
+    "rotate": "Rotate",
+    "shear": "ShearX",
+    "colour": "Color",
+    "contrast": "Contrast",
+    "sharpness": "Sharpness",
+    "posterize": "Posterize",
+    "solarize": "Solarize",
+    "autocontrast": "AutoContrast",
+    "equalize": "Equalize",
+    "invert": "Invert",
+}
+
+
+def test_the_policy_and_its_operations_are_torchvisions() -> None:
+    """torchvision applies one policy to a whole batch; its tables and single operations are the reference."""
+    reference = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)
+    ours = [
+        tuple((TORCHVISION_NAMES[name], probability, level) for name, probability, level in pair)
+        for pair in IMAGENET_POLICY
+    ]
+    assert ours == [tuple((n, p, level or 0) for n, p, level in pair) for pair in reference._policies]
+    pixels = torch.randint(
+        0, 256, (3, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    for name, level in {(name, level) for pair in IMAGENET_POLICY for name, _, level in pair}:
+        magnitudes, signed = reference._AUGMENTATION_SPACE[TORCHVISION_NAMES[name]]
+        assert signed == (name in SIGNED)
+        table = magnitudes(10, 24, 24)
+        for sign in (1, -1) if signed else (1,):
+            size = 0.0 if table is None else sign * float(table[level])
+            expected = reference._apply_image_or_video_transform(
+                pixels, TORCHVISION_NAMES[name], size, reference.interpolation, reference._fill
+            )
+            apart = (OPERATIONS[name](pixels, sign * level / HIGHEST_LEVEL).int() - expected.int()).abs()
+            assert int(apart.max()) <= 1, (
+                name,
+                level,
+            )  # rounding of the strength
+
+
+def test_autoaugment_draws_for_each_image_and_leaves_the_given_ones_alone() -> None:
+    pixels = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(64, 3, 16, 16)
+    before = pixels.clone()
+    changed = auto_augment(pixels, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pixels, before)
+    assert 10 < len(torch.unique(changed.reshape(64, -1), dim=0)) < 64
 
 
 @pytest.mark.gpu

@@ -28,6 +28,20 @@ def test_a_data_set_opens_whole(tmp_path: Path) -> None:
     assert np.array_equal(dataset.image_nhwc[index], dataset.samples.source.read(index, size=16))
 
 
+def test_the_split_is_stored_beside_the_pack(tmp_path: Path) -> None:
+    dataset = open_dataset(config(), data_dir=None, pack_dir=tmp_path)
+    lines = (tmp_path / f"{dataset.digest}_splits.csv").read_text().splitlines()
+    assert lines[0] == "id,split,class,skin_type" and len(lines) == 301
+    first_test = dataset.samples.id_n[dataset.splits.test[0]]
+    assert next(line for line in lines if line.startswith(first_test)).split(",")[1] == "test"
+
+
+def test_crossed_groups_work_for_generated_sets(tmp_path: Path) -> None:
+    crossed = config(group_attributes=("skin_tone x skin_type",), num_images=600)
+    groups = open_dataset(crossed, data_dir=None, pack_dir=tmp_path).samples.groups["skin_tone x skin_type"]
+    assert groups.names[0] == "I-III x I" and len(groups.names) == 6
+
+
 def test_the_digest_tells_data_sets_apart(tmp_path: Path) -> None:
     def digest(**changes: object) -> str:
         return open_dataset(config(**changes), data_dir=None, pack_dir=tmp_path).digest

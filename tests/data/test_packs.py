@@ -83,6 +83,29 @@ def test_full_verification_finds_one_changed_byte(tmp_path: Path) -> None:
         verify_pack(path)
 
 
+def test_opening_finds_a_changed_byte_and_makes_the_pack_again(tmp_path: Path) -> None:
+    before = np.array(open_pack(few(), size=32, pack_dir=tmp_path))
+    path = pack_path(few(), size=32, pack_dir=tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert np.array_equal(open_pack(few(), size=32, pack_dir=tmp_path), before)
+    verify_pack(path)
+
+
+def test_a_pack_is_copied_to_the_machines_own_disk_once(tmp_path: Path) -> None:
+    far, near = tmp_path / "far", tmp_path / "near"
+    for _ in range(2):
+        image_nhwc = open_pack(few(), size=16, pack_dir=far, local_dir=near)
+        assert Path(image_nhwc.filename).parent == near  # type: ignore[attr-defined]
+    before = np.array(open_pack(few(), size=16, pack_dir=far))
+    assert np.array_equal(image_nhwc, before)
+    path = pack_path(few(), size=16, pack_dir=near)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert np.array_equal(open_pack(few(), size=16, pack_dir=far, local_dir=near), before)
+    assert sorted(p.suffix for p in near.iterdir() if p.suffix != ".lock") == [".json", ".npy"]
+
+
 def test_processes_that_ask_at_once_share_one_pack(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     ready, queue = context.Event(), context.Queue()

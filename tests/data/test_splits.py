@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,8 +7,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fqsweep.config import SplitFractions
-from fqsweep.data.records import Samples
-from fqsweep.data.splits import check_groups, split_samples, stable_order
+from fqsweep.data.records import Samples, Splits
+from fqsweep.data.splits import (
+    Leak,
+    check_groups,
+    find_leaks,
+    split_samples,
+    splits_as_csv,
+    stable_order,
+    thin_pairs,
+)
 from fqsweep.errors import InputError
 
 SHARES = {"train": 0.6, "calibration": 0.1, "validation": 0.15, "test": 0.15}
@@ -122,3 +131,50 @@ def test_large_enough_groups_pass(make_samples: Make) -> None:
         attributes=["site"],
         min_count=10,
     )
+
+
+def test_official_lists_are_kept_and_what_they_lack_is_taken_out_of_train(make_samples: Make) -> None:
+    rng = np.random.default_rng(3)
+    official_n = np.repeat(["train", "validation"], [800, 200])
+    plain = make_samples(rng.integers(0, 3, 1000), rng.integers(0, 2, 1000), rng.integers(0, 700, 1000))
+    samples = replace(plain, official_n=official_n)
+    splits = split_samples(samples, SplitFractions(), attributes=["site"])
+    assert splits.validation.tolist() == list(range(800, 1000))
+    for name, share in (("train", 0.6), ("calibration", 0.1), ("test", 0.15)):
+        assert len(getattr(splits, name)) == pytest.approx(800 * share / 0.85, abs=3)
+    inside = [set(plain.cluster_n[getattr(splits, name)]) for name in ("train", "calibration", "test")]
+    assert sum(map(len, inside)) == len(set.union(*inside))
+
+
+def test_leaks_are_found_where_lists_divide_a_patient(make_samples: Make) -> None:
+    samples = make_samples([0] * 6, [0] * 6, [0, 0, 1, 1, 2, 3])
+    splits = Splits(
+        train=np.array([0, 2]), calibration=np.array([3]), validation=np.array([4]), test=np.array([1, 5])
+    )
+    assert find_leaks(samples, splits) == [
+        Leak(("image00000", "image00001"), ("train", "test")),
+        Leak(("image00002", "image00003"), ("train", "calibration")),
+    ]
+    assert find_leaks(samples, split_samples(samples, SplitFractions(), attributes=["site"])) == []
+
+
+def test_pairs_with_few_test_images_are_named(make_samples: Make) -> None:
+    samples = make_samples([0] * 12 + [1] * 9 + [0] * 10, [0] * 12 + [1] * 19)
+    empty = np.empty(0, np.int64)
+    splits = Splits(train=empty, calibration=empty, validation=empty, test=np.arange(31))
+    assert thin_pairs(samples, splits, attributes=["site"]) == [
+        "site 'group0', class 'class1': 0 test images",
+        "site 'group1', class 'class1': 9 test images",
+    ]
+
+
+def test_the_split_can_be_read_by_people(make_samples: Make) -> None:
+    samples = make_samples([0, 1], [1, 0])
+    splits = Splits(
+        train=np.array([1]), calibration=np.array([0]), validation=np.empty(0, int), test=np.empty(0, int)
+    )
+    assert splits_as_csv(samples, splits).decode().splitlines() == [
+        "id,split,class,site",
+        "image00000,calibration,class0,group1",
+        "image00001,train,class1,group0",
+    ]

@@ -90,3 +90,88 @@ def test_a_file_that_is_no_csv_is_refused(folder: Path, content: bytes) -> None:
     (folder / "table.csv").write_bytes(content)
     with pytest.raises(InputError, match=r"table\.csv (cannot be read as a UTF-8 CSV|has no column)"):
         describe_samples(config(), data_dir=folder)
+
+
+def test_parquet_gives_the_same_samples_as_csv(folder: Path) -> None:
+    typed = pd.read_csv(folder / "table.csv")
+    typed["who"] = typed["who"].astype("category")
+    typed.to_parquet(folder / "table.parquet")
+    from_csv, from_parquet = (
+        describe_samples(config(csv=name, patient_column="who", unknown_groups="keep"), data_dir=folder)
+        for name in ("table.csv", "table.parquet")
+    )
+    assert from_csv.id_n.tolist() == from_parquet.id_n.tolist()
+    assert from_csv.class_names == from_parquet.class_names
+    assert from_csv.groups["age"].names == from_parquet.groups["age"].names
+    assert from_csv.cluster_n.tolist() == from_parquet.cluster_n.tolist()
+    (folder / "table.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(InputError, match=r"table\.parquet cannot be read as a Parquet file"):
+        describe_samples(config(csv="table.parquet"), data_dir=folder)
+
+
+def test_edges_make_bins_and_a_missing_number_is_unknown(folder: Path) -> None:
+    samples = describe_samples(config(group_edges={"age": (40, 60)}, unknown_groups="keep"), data_dir=folder)
+    named = dict(zip(samples.id_n.tolist(), samples.groups["age"].code_n.tolist(), strict=True))
+    assert samples.groups["age"].names == ("<40", "40-59", "60+", "unknown")
+    assert named == {"a/1.png": 0, "a/2": 1, "3.jpg": 2, "4.png": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_edges": {"age": (60, 40)}}, "must be rising numbers"),
+        ({"group_edges": {"sex": (1,)}}, "no entry in group_columns"),
+        ({"group_edges": {"age": (1,)}, "group_maps": {"age": {"a": (1,)}}}, "both group_maps and group_edges"),
+        ({"group_attributes": ("age x sex",)}, "'sex' has no entry in group_columns"),
+    ],
+)
+def test_bins_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_crossed_attributes_make_a_group_of_each_pair(folder: Path) -> None:
+    crossed = config(
+        group_columns={"age": "age", "who": "who"},
+        group_attributes=("age", "who x age"),
+        group_edges={"age": (40, 60)},
+        unknown_groups="keep",
+    )
+    samples = describe_samples(crossed, data_dir=folder)
+    groups = samples.groups["who x age"]
+    named = {name: groups.names[code] for name, code in zip(samples.id_n.tolist(), groups.code_n, strict=True)}
+    assert named == {"a/1.png": "p1 x <40", "a/2": "p1 x 40-59", "3.jpg": "unknown", "4.png": "unknown"}
+    assert samples.groups["age"].names == ("<40", "40-59", "60+", "unknown")
+
+
+def test_classes_can_be_dropped_by_name(folder: Path) -> None:
+    samples = describe_samples(config(drop_classes=("10",), unknown_groups="keep"), data_dir=folder)
+    assert samples.class_names == ("2",)
+    assert "2 images of dropped classes are left out: 10." in samples.notes
+    with pytest.raises(InputError, match=r"drop_classes: .* has no class '11' \(nearest: '10'\)"):
+        describe_samples(config(drop_classes=("11",)), data_dir=folder)
+    with pytest.raises(InputError, match="'10' stands in label_map and in drop_classes"):
+        describe_samples(config(drop_classes=("10",), label_map={"x": ("10",)}), data_dir=folder)
+
+
+def test_missing_images_are_refused_or_dropped_as_asked(folder: Path) -> None:
+    (folder / "photos" / "3.jpg").unlink()
+    with pytest.raises(InputError, match=r"1 of 3 images .*3\.jpg; .* set missing_images: drop"):
+        describe_samples(config(), data_dir=folder)
+    samples = describe_samples(config(missing_images="drop"), data_dir=folder)
+    assert samples.id_n.tolist() == ["a/1.png", "a/2"]
+    assert "1 images without an image file are left out." in samples.notes
+
+
+def test_a_split_column_is_kept_and_strange_words_in_it_are_named(folder: Path) -> None:
+    table = pd.read_csv(folder / "table.csv", dtype=str)
+    table["part"] = ["Training", "val", "test", ""]
+    table.to_csv(folder / "table.csv", index=False)
+    samples = describe_samples(config(split_column="part", unknown_groups="keep"), data_dir=folder)
+    assert samples.official_n is not None
+    named = dict(zip(samples.id_n.tolist(), samples.official_n.tolist(), strict=True))
+    assert named == {"a/1.png": "train", "a/2": "validation", "3.jpg": "test"}
+    assert "1 images in none of the official lists are left out." in samples.notes
+    table.assign(part="fold1").to_csv(folder / "table.csv", index=False)
+    with pytest.raises(InputError, match="column 'part' must name splits .* but has fold1"):
+        describe_samples(config(split_column="part"), data_dir=folder)

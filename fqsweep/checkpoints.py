@@ -1,0 +1,88 @@
+"""Training in progress on disk, so that what is killed goes on from its last epoch."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fqsweep.files import write_bytes
+
+CHECKPOINT_NAME = "checkpoint.pt"
+CHECKPOINT_VERSION = 1
+# Saving takes at most this share of the time: of very short epochs not each is saved.
+MAX_TIME_FRAC = 0.05
+_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
+
+
+@dataclass
+class Checkpoint:
+    """One file that holds the newest state of one training run, whole or not at all.
+
+    Attributes:
+        path: the file; it belongs to this very run, as its folder's key says.
+        max_time_frac: largest share of the time that is spent on saving; 1 saves after every epoch.
+    """
+
+    path: Path
+    max_time_frac: float = MAX_TIME_FRAC
+    _last_save_s: float = 0.0
+    _last_end: float = field(default_factory=time.perf_counter)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Store ``state`` (tensors, numbers, text and containers of them), if it is time to."""
+        start = time.perf_counter()
+        if self.max_time_frac * (start - self._last_end + self._last_save_s) < self._last_save_s:
+            return
+        stream = io.BytesIO()
+        torch.save({"version": CHECKPOINT_VERSION, **state}, stream)
+        write_bytes(self.path, stream.getvalue())
+        self._last_end = time.perf_counter()
+        self._last_save_s = self._last_end - start
+
+    def load(self) -> dict[str, Any] | None:
+        """The stored state on the CPU; None where there is none, or none that can be used.
+
+        Only tensors and plain values are read, never code (``weights_only``).
+        """
+        if not self.path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        except _UNREADABLE:
+            return None
+        return state if state.get("version") == CHECKPOINT_VERSION else None
+
+    def remove(self) -> None:
+        """Delete the file; its run has a result."""
+        self.path.unlink(missing_ok=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's generators, as tensors and plain values."""
+    numpy_state: Any = np.random.get_state(legacy=False)
+    keys, position = numpy_state["state"]["key"], int(numpy_state["state"]["pos"])
+    gauss = [int(numpy_state["has_gauss"]), float(numpy_state["gauss"])]
+    return {
+        "python": random.getstate(),
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), position, *gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back to where they were."""
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,197 @@
+"""Fetch published data sets into a data folder.
+
+ISIC 2019 comes as two tables and one archive of 9 GB, Fitzpatrick17k as a table with the address of each image.
+Neither publisher states checksums of the tables and the archive: lengths and the archive's own CRCs are compared,
+and images with the MD5 that Fitzpatrick17k's table gives.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fqsweep.config import DatasetConfig, Fitzpatrick17kConfig, Isic2019Config
+from fqsweep.data import fitzpatrick17k, isic2019
+from fqsweep.data.download import Patience, download_file, open_session, require_room
+from fqsweep.data.folder import ImageFolder, first_folder
+from fqsweep.data.meter import Meter
+from fqsweep.data.photos import (
+    FINAL_OUTCOMES,
+    Failure,
+    Manners,
+    Photo,
+    fetch_photos,
+    read_report,
+    write_report,
+)
+from fqsweep.data.tabular import read_table
+from fqsweep.data.unpack import unpack_zip
+from fqsweep.errors import InputError
+from fqsweep.files import locked
+
+ISIC2019_BASE = "https://isic-challenge-data.s3.amazonaws.com/2019"
+FITZPATRICK17K_BASE = "https://raw.githubusercontent.com/mattgroh/fitzpatrick17k/main"
+REPORT_NAME = "fetch_report.csv"
+MeterOf = Callable[[str, str], Callable[[int, int], None]]
+
+
+def _live_meter(title: str, unit: str) -> Callable[[int, int], None]:
+    return Meter(title, unit=unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchOptions:
+    """How data are fetched.
+
+    Attributes:
+        mirror: address of a folder that holds the set's files as they are named here, in place of the publisher's.
+        accept_changed: keep images whose MD5 is not the published one.
+        retry_gone: ask again for images that an earlier call found gone or changed.
+        meter: makes the progress display for a title and a unit.
+    """
+
+    mirror: str | None = None
+    accept_changed: bool = False
+    retry_gone: bool = False
+    patience: Patience = field(default_factory=Patience)
+    manners: Manners = field(default_factory=Manners)
+    meter: MeterOf = _live_meter
+
+
+def fetch_dataset(config: DatasetConfig, data_dir: Path, options: FetchOptions) -> tuple[str, bool]:
+    """Fetch what is missing of a published data set.
+
+    Returns:
+        what was done, in words, and whether the set is complete.
+
+    Raises:
+        InputError: the set has no publisher, or the disk has no room.
+        DownloadError: a table or the archive cannot be had; the same command goes on where it stopped.
+    """
+    if not isinstance(config, Isic2019Config | Fitzpatrick17kConfig):
+        raise InputError(
+            f"data set {config.name!r} ({config.kind}) is not published anywhere: fetch works for isic2019 and "
+            "fitzpatrick17k"
+        )
+    root = data_dir / config.folder
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / ".fetch"):
+        return (
+            _fetch_isic2019(root, options)
+            if isinstance(config, Isic2019Config)
+            else _fetch_fitzpatrick17k(root, options)
+        )
+
+
+def _fetch_table(name: str, root: Path, base: str, options: FetchOptions) -> Path:
+    """The table of that name, fetched if it is not there."""
+    target = root / name
+    if not target.exists():
+        with open_session() as session:
+            download_file(
+                session,
+                f"{(options.mirror or base).rstrip('/')}/{name}",
+                target,
+                patience=options.patience,
+                check_file=lambda part: _refuse_web_page(part, name),
+                on_progress=options.meter(name, "bytes"),
+            )
+    return target
+
+
+def _refuse_web_page(part: Path, name: str) -> None:
+    """Proxies answer with a page of their own and status 200."""
+    if part.read_bytes()[:200].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise InputError(f"{name}: a web page came in place of the table; look at the proxy or the --mirror")
+
+
+# --- ISIC 2019 ------------------------------------------------------------------------------------
+
+
+def _fetch_isic2019(root: Path, options: FetchOptions) -> tuple[str, bool]:
+    truth = _fetch_table(isic2019.TRUTH_CSV, root, ISIC2019_BASE, options)
+    _fetch_table(isic2019.METADATA_CSV, root, ISIC2019_BASE, options)
+    try:
+        folder = first_folder(root, isic2019.IMAGE_FOLDERS)
+    except InputError:
+        folder = _fetch_archive(root, options)
+    rows, images = len(read_table(truth, columns=("image",))), len(ImageFolder(folder).size_of)
+    text = f"{root}: {rows:,} rows, {images:,} images in {folder.name}"
+    return (text, True) if images >= rows else (f"{text}; some are missing, see: fqsweep data verify", False)
+
+
+def _fetch_archive(root: Path, options: FetchOptions) -> Path:
+    """Fetch and unpack the images; the archive is deleted when its images are there."""
+    folder = root / isic2019.IMAGE_FOLDERS[0]
+    archive = root / f"{folder.name}.zip"
+
+    def check_size(rest_bytes: int, total_bytes: int) -> None:
+        require_room(root, rest_bytes + total_bytes, what=f"{archive.name} and its images")
+
+    if not archive.exists():
+        with open_session() as session:
+            download_file(
+                session,
+                f"{(options.mirror or ISIC2019_BASE).rstrip('/')}/{archive.name}",
+                archive,
+                patience=options.patience,
+                check_size=check_size,
+                on_progress=options.meter(archive.name, "bytes"),
+            )
+    unpack_zip(archive, folder, on_progress=options.meter(f"unpacking {archive.name}", "files"))
+    archive.unlink()
+    return folder
+
+
+# --- Fitzpatrick17k -------------------------------------------------------------------------------
+
+
+def _fetch_fitzpatrick17k(root: Path, options: FetchOptions) -> tuple[str, bool]:
+    path = _fetch_table(fitzpatrick17k.CSV, root, FITZPATRICK17K_BASE, options)
+    photos = _missing_photos(path, root, options)
+    report = root / REPORT_NAME
+    known = {} if options.retry_gone else read_report(report)
+    final = [known[p.id] for p in photos if p.id in known and known[p.id].outcome in FINAL_OUTCOMES]
+    skipped = {failure.id for failure in final}
+    failures = fetch_photos(
+        [photo for photo in photos if photo.id not in skipped],
+        patience=options.patience,
+        manners=options.manners,
+        accept_changed=options.accept_changed,
+        on_progress=options.meter("images", "images"),
+    )
+    failures = sorted([*failures, *final], key=lambda failure: failure.id)
+    write_report(report, failures)
+    return _describe_photos(root, len(photos) - len(failures), failures, report), not failures
+
+
+def _missing_photos(path: Path, root: Path, options: FetchOptions) -> list[Photo]:
+    table = read_table(path, columns=("md5hash",) if options.mirror else ("md5hash", "url"))
+    try:
+        folder = first_folder(root, fitzpatrick17k.IMAGE_FOLDERS)
+        here = set(table["md5hash"][fitzpatrick17k.images_of(table, root).present()])
+    except InputError:
+        folder, here = root / fitzpatrick17k.IMAGE_FOLDERS[0], set()
+    urls = (
+        [f"{options.mirror.rstrip('/')}/images/{name}.jpg" for name in table["md5hash"]]
+        if options.mirror
+        else table["url"]
+    )
+    return [
+        Photo(name, url, folder / f"{name}.jpg", md5=name)
+        for name, url in zip(table["md5hash"], urls, strict=True)
+        if name not in here
+    ]
+
+
+def _describe_photos(root: Path, fetched: int, failures: list[Failure], report: Path) -> str:
+    lines = [f"{root}: {fetched:,} images fetched, {len(failures):,} missing"]
+    for outcome, count in sorted(Counter(failure.outcome for failure in failures).items()):
+        lines.append(f"  {count:,} {outcome}")
+    if failures:
+        worthwhile = sum(failure.outcome not in FINAL_OUTCOMES for failure in failures)
+        lines.append(f"  listed in {report}; the same command tries {worthwhile:,} of them again")
+        lines.append("  a search space uses what is there with missing_images: drop")
+    return "\n".join(lines)

@@ -203,8 +203,8 @@ def test_another_safetensors_file_is_refused() -> None:
 
 
 def test_a_later_version_is_refused_by_its_number(blob: bytes) -> None:
-    later = save(load(blob), metadata={**read_metadata(blob), "version": "2"})
-    with pytest.raises(PackedFileError, match="packed model of version 2: this fqsweep reads 1"):
+    later = save(load(blob), metadata={**read_metadata(blob), "version": "3"})
+    with pytest.raises(PackedFileError, match="packed model of version 3: this fqsweep reads 1 and 2"):
         unpack_weights(later)
 
 

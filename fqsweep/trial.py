@@ -32,7 +32,8 @@ from fqsweep.pictures import draw_bits
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
 from fqsweep.quant.costs import FULL_PRECISION_BITS, effective_gbops, mean_weight_bits
-from fqsweep.quant.packing import pack_weights, unpack_weights
+from fqsweep.quant.packed_model import load_model
+from fqsweep.quant.packing import pack_weights
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.setting import Setting, open_setting, seed_everything
 from fqsweep.space import Cell, finetune_epochs, run_params
@@ -331,7 +332,7 @@ def _check_budget(cell: Cell, units: UnitTable, bits_u: np.ndarray) -> None:
 
 def load_packed(blob: bytes, setting: Setting) -> nn.Module:
     """The model that a packed file holds, with nothing else from the trial that made it."""
-    return setting.model_with(unpack_weights(blob))
+    return load_model(blob).to(setting.device)
 
 
 def _file_notes(setting: Setting) -> dict[str, str]:

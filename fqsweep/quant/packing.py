@@ -375,6 +375,20 @@ def _grid_step(weight_n: torch.Tensor, bits: int) -> float | None:
     return None
 
 
+def codes_as_bytes(weight_un: np.ndarray, step_u: np.ndarray, bits: int) -> np.ndarray:
+    """The codes of units of one width as in a packed file, but padded to whole bytes for every 8 codes.
+
+    Args:
+        weight_un: float32 (u, n), on the grid of ``step_u``; bits: 1 to 8.
+    """
+    widths = torch.full((len(step_u),), bits)
+    level_un = round_to_levels(
+        torch.from_numpy(weight_un), torch.from_numpy(step_u)[:, None], *limits_of(widths)
+    )
+    code_n = _codes(level_un, bits)
+    return _to_bytes(np.concatenate([code_n, np.zeros(-len(code_n) % 8, dtype=np.uint8)]), bits)
+
+
 def _codes(level_un: torch.Tensor, width: int) -> np.ndarray:
     """Levels as whole numbers from 0, uint8 (count,)."""
     if width == 1:

@@ -20,7 +20,7 @@ from fqsweep.quant import onnx_export  # noqa: E402
 from fqsweep.quant.onnx_export import OnnxMismatch, compare_with_torch, export_onnx, read_onnx_notes  # noqa: E402
 
 # Beside the packed file, for images of 32 or 64 pixels and about 1.8 bits a weight: small files, much graph.
-LARGEST_GROWTH = {"resnet18": 0.06, "resnet50": 0.06, "deit_tiny_patch16_224": 0.09, "tiny_vit_5m_224": 0.14}
+LARGEST_GROWTH = {"resnet18": 0.06, "deit_tiny_patch16_224": 0.09, "tiny_vit_5m_224": 0.14}
 exported = cache(export_onnx)
 
 
@@ -30,7 +30,7 @@ def small_network(name: str) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SIZE_BY_NAME)
+@pytest.mark.parametrize("name", LARGEST_GROWTH)
 def test_onnxruntime_computes_the_same_from_nearly_the_same_size(name: str) -> None:
     blob = small_network(name)
     content = exported(blob)

@@ -114,9 +114,13 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="the model of a run, for use elsewhere")
     export.add_argument("run_id")
-    export.add_argument("--format", choices=("packed",), default="packed")
-    export.add_argument("--out", type=Path, required=True)
+    export.add_argument("--format", choices=("packed", "onnx"), default="packed")
+    export.add_argument("--out", type=Path, required=True, help="file to write")
+    export.add_argument(
+        "--keep-dropped", action="store_true", help="leave channels of 0 bits in (default: they are removed)"
+    )
     export.add_argument("--tracking-uri", help="MLflow (default: of the newest sweep below out/)")
+    _add_data_dir(export)
     export.set_defaults(command=_export)
 
     ui = commands.add_parser("ui", help="open the MLflow UI of a sweep")
@@ -349,11 +353,18 @@ def _analyze(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fqsweep.tracking import fetch_model
+    from fqsweep.export import export_run
 
     uri = options.tracking_uri or _uri_of(_newest_out())
-    fetch_model(uri, options.run_id, options.out)
-    print(f"{options.out}: {options.out.stat().st_size:,} bytes")
+    for line in export_run(
+        uri,
+        options.run_id,
+        options.out,
+        kind=options.format,
+        keep_dropped=options.keep_dropped,
+        data_dir=options.data_dir,
+    ):
+        print(line, flush=True)
     return EXIT_OK
 
 

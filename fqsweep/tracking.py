@@ -244,8 +244,8 @@ def _recommended_runs(folder: Path) -> dict[str, str]:
     return {one["run_id"]: one["reason"] for one in chosen}
 
 
-def fetch_model(uri: str, run_id: str, target: Path) -> None:
-    """Copy the packed model of a run to ``target``.
+def fetch_model(uri: str, run_id: str) -> bytes:
+    """The packed model of a run.
 
     Raises:
         InputError: no such run, or it has no packed model.
@@ -253,8 +253,24 @@ def fetch_model(uri: str, run_id: str, target: Path) -> None:
     try:
         client = MlflowClient(tracking_uri=uri)
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(client.download_artifacts(run_id, "model.fqs", folder))
-            content = file.read_bytes()
+            return Path(client.download_artifacts(run_id, "model.fqs", folder)).read_bytes()
     except (MlflowException, OSError) as error:
         raise InputError(f"run {run_id} at {uri} has no packed model: {str(error).splitlines()[0]}") from error
-    write_bytes(target, content)
+
+
+def fetch_space(uri: str, run_id: str, folder: Path) -> tuple[Path, dict[str, str]]:
+    """The search space of a run's sweep, copied to ``folder``, and the run's parameters.
+
+    Raises:
+        InputError: the run or its sweep is not there.
+    """
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        run = client.get_run(run_id)
+        parent_id = run.data.tags[TAG_PARENT]
+        names = [
+            item.path for item in client.list_artifacts(parent_id) if item.path.endswith((".yaml", ".yml"))
+        ]
+        return Path(client.download_artifacts(parent_id, names[0], str(folder))), dict(run.data.params)
+    except (MlflowException, OSError, LookupError) as error:
+        raise InputError(f"the sweep of run {run_id} at {uri} cannot be found: {error}") from error

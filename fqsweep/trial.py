@@ -33,7 +33,8 @@ from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
 from fqsweep.quant.costs import FULL_PRECISION_BITS, effective_gbops, fixed_packed_bytes, mean_weight_bits
 from fqsweep.quant.kernels import Kernels, choose_kernels
-from fqsweep.quant.packing import pack_weights, unpack_weights
+from fqsweep.quant.packed_model import load_model
+from fqsweep.quant.packing import pack_weights
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.setting import Setting, open_setting, seed_everything
 from fqsweep.space import Cell, exempt_of, finetune_epochs, granularity_of, run_params
@@ -339,7 +340,7 @@ def _check_budget(cell: Cell, units: UnitTable, bits_u: np.ndarray, *, packed_by
 
 def load_packed(blob: bytes, setting: Setting) -> nn.Module:
     """The model that a packed file holds, with nothing else from the trial that made it."""
-    return setting.model_with(unpack_weights(blob))
+    return load_model(blob).to(setting.device)
 
 
 def _file_notes(setting: Setting) -> dict[str, str]:

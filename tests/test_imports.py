@@ -21,7 +21,7 @@ ORDER = (
     ("importance", "training"),
     ("setting", "assignment", "baseline"),
     ("trial",),
-    ("work", "actor", "estimate", "tracking", "sweep"),
+    ("work", "actor", "estimate", "tracking", "sweep", "export"),
     ("main",),
 )
 ONLY_IN = {
@@ -29,6 +29,8 @@ ONLY_IN = {
     "optuna": {"fqsweep.search"},
     "mlflow": {"fqsweep.tracking", "analysis.load"},
     "timm": {"fqsweep.models"},
+    "onnx": {"fqsweep.quant.onnx_export", "fqsweep.quant.onnx_decoding"},
+    "onnxruntime": {"fqsweep.quant.onnx_export"},
 }
 WITHOUT_TORCH = (
     "errors",

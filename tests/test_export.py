@@ -1,4 +1,4 @@
-"""The export command on a real small sweep: packed and ONNX files that are opened and used."""
+"""The export command on a real trial: packed and ONNX files that are opened and used."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
-from sweeps import finish, start
 
 from fqsweep import export
+from fqsweep.files import SweepPaths
 from fqsweep.main import main
 from fqsweep.quant.packed_model import load_model
 from fqsweep.quant.packing import read_metadata
+from fqsweep.space import expand_cells, load_space
+from fqsweep.tracking import default_uri, open_tracker
+from fqsweep.trial import run_trial
+from fqsweep.work import LogFile
 
 SPACE = """
 name: exported
@@ -33,16 +36,19 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Tracking URI and run of a ResNet18 at half a bit a weight."""
+    """Tracking URI and run of a ResNet18 at half a bit a weight: a sweep of one trial, without Ray."""
     folder = tmp_path_factory.mktemp("exported")
-    (folder / "exported.yaml").write_text(SPACE)
-    code, output = finish(start(folder / "exported.yaml", folder / "out"))
-    assert code == 0, output
-    uri = f"sqlite:///{folder / 'out' / 'mlflow.db'}"
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("fqsweep")
-    (run,) = client.search_runs([experiment.experiment_id], "tags.`fqsweep.kind` = 'trial'")
-    return uri, run.info.run_id
+    file = folder / "exported.yaml"
+    file.write_text(SPACE)
+    paths = SweepPaths(folder / "out")
+    paths.out.mkdir()
+    (cell,) = expand_cells(load_space(file))
+    log = LogFile(paths.log("k"))
+    result = run_trial(cell, key="k", weights={}, paths=paths, data_dir=None, device="cpu", recorder=log)
+    book = open_tracker(default_uri(paths), paths=paths, sweep="exported", space_file=file, facts={})
+    run = book.log_trial(result, [paths.trial("k") / "model.fqs"])
+    assert run is not None
+    return default_uri(paths), run
 
 
 def test_the_packed_export_is_smaller_and_used_alone(

@@ -119,7 +119,7 @@ class WeightWriter:
 
     def _order(self, name: str, rows: str, bits_u: np.ndarray) -> str:
         place_u = _places(bits_u)
-        if np.array_equal(place_u, np.arange(len(bits_u))):
+        if bits_u.all() and np.array_equal(place_u, np.arange(len(bits_u))):
             return rows
         kind = np.uint8 if place_u.max() < 256 else np.uint16
         index = self._constant(f"{name}/order", place_u.astype(kind))

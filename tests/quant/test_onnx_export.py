@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fqsweep.quant import fake_quantize, pack_weights
 from fqsweep.quant.packed_model import load_model, shrink
 from fqsweep.quant.packing import unpack_weights
 from tests.quant.packed_networks import SIZE_BY_NAME, packed_network, random_images
@@ -17,6 +18,7 @@ onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
 ort = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
 
 from fqsweep.quant import onnx_export  # noqa: E402
+from fqsweep.quant.onnx_decoding import DOMAIN, OPSET, WeightWriter, decoding_functions  # noqa: E402
 from fqsweep.quant.onnx_export import OnnxMismatch, compare_with_torch, export_onnx, read_onnx_notes  # noqa: E402
 
 # Beside the packed file, for images of 32 or 64 pixels and about 1.8 bits a weight: small files, much graph.
@@ -63,6 +65,30 @@ def test_weights_are_decoded_bit_for_bit(whole_layers: tuple[str, ...]) -> None:
     assert any(state.float_columns) == (not whole_layers)
     for name, value in found.items():
         assert np.array_equal(value, state[name].numpy()), name
+
+
+@pytest.mark.parametrize(
+    "bits", [[3, 3, 0], [0, 3, 3], [0], [1], [8, 1, 0, 4, 0, 7, 2, 5, 3, 6], [2, 4, 4, 8], [5, 5], [0, 0]]
+)
+@pytest.mark.parametrize("num_columns", [0, 1])
+def test_rows_come_back_in_their_order(bits: list[int], num_columns: int) -> None:
+    """Sorted, unsorted, dropped first or last, all dropped; with and without a float column."""
+    widths = torch.tensor(bits)
+    weight = fake_quantize(torch.randn(len(bits), 3, 2, 2, generator=torch.Generator().manual_seed(0)), widths)
+    state = unpack_weights(pack_weights({"w": weight}, {"w": widths}))
+    if num_columns:
+        column = torch.where(widths > 0, 0.3 + torch.arange(len(bits)), 0.0)
+        state["w"] = torch.cat([weight, column[:, None, None, None].expand(-1, 1, 2, 2)], dim=1)
+        state.float_columns["w"] = 1
+    writer = WeightWriter(state)
+    writer.write("w")
+    output = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, list(state["w"].shape))
+    constants = [onnx.numpy_helper.from_array(value, name) for name, value in writer.constants.items()]
+    graph = onnx.helper.make_graph(writer.nodes, "g", [], [output], constants)
+    imports = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, 1)]
+    model = onnx.helper.make_model(graph, functions=decoding_functions(), opset_imports=imports, ir_version=10)
+    (found,) = onnx_export.open_onnx(model.SerializeToString()).run(["w"], {})
+    assert np.array_equal(found, state["w"].numpy())
 
 
 def test_the_file_says_how_to_use_it() -> None:

@@ -15,18 +15,18 @@ PROJECT = Path(__file__).resolve().parents[1]
 ORDER = (
     ("fqsweep", "errors", "names", "config"),
     ("space", "files"),
-    ("tasks", "search"),
+    ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus"),
     ("data", "models", "allocation", "fairness", "progress", "pictures"),
     ("quant",),
     ("importance", "training"),
     ("setting", "baseline"),
     ("trial",),
-    ("work", "actor", "estimate", "tracking", "sweep"),
+    ("checks", "work", "actor", "estimate", "tracking", "spool", "control", "driver", "sweep"),
     ("main",),
 )
 ONLY_IN = {
     "ray": {"fqsweep.sweep", "fqsweep.actor"},
-    "optuna": {"fqsweep.search"},
+    "optuna": {"fqsweep.studies"},
     "mlflow": {"fqsweep.tracking", "analysis.load"},
     "timm": {"fqsweep.models"},
 }
@@ -42,6 +42,12 @@ WITHOUT_TORCH = (
     "pictures",
     "tasks",
     "search",
+    "stopping",
+    "studies",
+    "ledger",
+    "gpus",
+    "control",
+    "results",
 )
 
 
@@ -145,7 +151,8 @@ def test_nothing_imports_the_analysis() -> None:
     [
         ("fqsweep.allocation, fqsweep.fairness, fqsweep.space, fqsweep.files", "torch, ray, mlflow, timm"),
         ("analysis.report, analysis.page, analysis.load", "torch, ray, timm, optuna"),
-        ("fqsweep.main", "torch, ray, mlflow, timm, optuna"),
+        ("fqsweep.main, fqsweep.control", "torch, ray, mlflow, timm, optuna"),
+        ("fqsweep.sweep", "torch, timm, torchvision"),
     ],
 )
 def test_importing_it_really_loads_none_of(modules: str, forbidden: str) -> None:

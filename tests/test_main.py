@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from fqsweep.checks import check_inputs
 from fqsweep.config import SearchConfig
-from fqsweep.files import SweepPaths
+from fqsweep.files import SweepPaths, write_json
 from fqsweep.main import main, selection_metric
 from fqsweep.space import load_space
-from fqsweep.sweep import check_inputs
 
 PROJECT = Path(__file__).resolve().parents[1]
 SPACE = """
@@ -181,10 +181,10 @@ def test_a_second_driver_is_told_who_holds_the_folder(photos: Path, capsys: pyte
     from filelock import FileLock
 
     (photos / "out").mkdir()
-    (photos / "out" / "driver.txt").write_text("process 12 on ward3")
+    write_json(SweepPaths(photos / "out").driver_note, {"pid": 12, "host": "ward3", "since": 0.0})
     with FileLock(photos / "out" / "driver.lock"):
         assert run(photos) == 2
-    assert "is in use by process 12 on ward3" in capsys.readouterr().err
+    assert "is in use by process 12 on ward3 (since 19" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths
 from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_KEY, TAG_PARENT, TAG_RECOMMENDED
+from fqsweep.results import TrialResult
 from fqsweep.tracking import Tracker, default_uri, fetch_model, open_tracker, publish_report
-from fqsweep.trial import TrialResult
 
 
 @pytest.fixture(scope="module")

@@ -182,4 +182,6 @@ def _start(limits: WeightRange) -> float:
 
 def _family(cell: Cell) -> str:
     """The same for cells that differ in their budget alone."""
-    return content_hash([cell.model_copy(update={"budget_bits": None}).key])
+    return content_hash(
+        [cell.dataset, cell.group_attribute, cell.architecture, cell.point, cell.seed, cell.recipe]
+    )

@@ -228,8 +228,10 @@ def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """A connection to the cluster at ``address``, or Ray on this machine for as long as the sweep runs."""
-    for name in ("ray", "ray.tune", "ray.data", "ray.train"):
+    for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Tune prints a traceback for each worker that dies; the ledger has the reason, and what Tune cannot do it raises.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

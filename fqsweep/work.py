@@ -6,18 +6,16 @@ Another module can stand in for this one (``SweepOptions.work``): it needs a ``p
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from fqsweep.baseline import ensure_baseline, ensure_importance
-from fqsweep.errors import InputError, TrialError
+from fqsweep.faults import limit_time, outcome_of
 from fqsweep.files import AttemptPaths, SweepPaths, append_line, publish, read_lines, write_json
 from fqsweep.results import TrialResult
 from fqsweep.setting import open_setting
@@ -25,9 +23,6 @@ from fqsweep.space import finetune_epochs, run_params
 from fqsweep.stopping import is_unpromising
 from fqsweep.tasks import Ending, Outcome, Task
 from fqsweep.trial import run_trial
-
-# After such an error every later CUDA call of the process fails too.
-STICKY_CUDA = ("cuda error", "device-side assert", "cublas_status", "cudnn_status", "illegal memory access")
 
 
 class TrialPruned(Exception):
@@ -115,20 +110,6 @@ def perform(
     return Outcome(ending=ending, seconds=seconds, peak_gpu_frac=_peak_gpu_frac(device))
 
 
-@contextlib.contextmanager
-def limit_time(log: Path, limit_s: float | None) -> Iterator[None]:
-    """Kill this process when the block takes longer, even where Python itself hangs; the log says where it was."""
-    if limit_s is None:
-        yield
-        return
-    with log.open("a", encoding="utf-8") as stream:
-        faulthandler.dump_traceback_later(limit_s, exit=True, file=stream)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-
 def _peak_gpu_frac(device: str) -> float:
     if not device.startswith("cuda"):
         return 0.0
@@ -190,20 +171,3 @@ def _pruned_result(task: Task, recorder: TrialLog, *, seconds: float) -> TrialRe
         history=history,
         pruned=True,
     )
-
-
-def outcome_of(error: Exception, *, seconds: float, log: Path) -> Outcome:
-    """What an error means for the task: whether another attempt may help, and whether the process is spoiled."""
-    text = f"{type(error).__name__}: {error}"
-    ending: Ending = "broken"
-    poisoned = False
-    if isinstance(error, InputError | TrialError):
-        text, ending = str(error), "failed"
-    elif isinstance(error, torch.cuda.OutOfMemoryError):
-        ending = "out_of_memory"
-        text = "out of GPU memory; raise resources.gpus_per_trial or lower recipe.batch_size"
-    elif isinstance(error, OSError) and error.errno == 28:
-        return Outcome(ending="no_space", reason=str(error.filename or "while writing"), seconds=seconds)
-    elif any(mark in text.lower() for mark in STICKY_CUDA):
-        poisoned = True
-    return Outcome(ending=ending, reason=f"{text} (log: {log})", seconds=seconds, poisoned=poisoned)

@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 ORDER = (
     ("fqsweep", "errors", "names", "config"),
     ("space", "files"),
-    ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus"),
+    ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus", "faults"),
     ("data", "models", "allocation", "fairness", "progress", "pictures"),
     ("quant",),
     ("importance", "training"),
@@ -46,6 +46,7 @@ WITHOUT_TORCH = (
     "studies",
     "ledger",
     "gpus",
+    "faults",
     "control",
     "results",
 )

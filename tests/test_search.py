@@ -15,6 +15,7 @@ from small_spaces import small_space
 from fqsweep.config import Resources, SearchConfig, SearchSpace
 from fqsweep.search import SweepState, plan_sweep, shared_tasks, trials_wanted
 from fqsweep.space import Cell, expand_cells
+from fqsweep.stopping import Curve
 from fqsweep.studies import OptunaStudies
 from fqsweep.tasks import Task
 
@@ -494,3 +495,99 @@ def test_a_journal_cut_short_by_a_crash_goes_on(tmp_path: Path) -> None:
     again.tell(cell, number, METRICS)
     third = OptunaStudies(space.search, journal)
     assert [trial.state.name for trial in third._study(cell).get_trials()] == ["COMPLETE"]
+
+
+def test_a_neighbouring_budget_gives_its_best_weights_to_the_next_study_once(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    one, three = [c for c in expand_cells(space) if c.point.free_weights and c.seed == 0]
+    studies = OptunaStudies(space.search, tmp_path / "journal", cells=expand_cells(space))
+    worths = {0: 0.3, 1: 0.8, 2: 0.5}
+    asked = [studies.ask(one) for _ in worths]
+    for number, worth in worths.items():
+        studies.tell(one, number, {**METRICS, "val/acc_worst": worth})
+    assert [studies.ask(three)[1], studies.ask(three)[1]] == [{"fairness_weight": 0.25}, asked[1][1]]
+    again = OptunaStudies(space.search, tmp_path / "journal", cells=expand_cells(space))
+    again.tell(three, 0, METRICS)
+    again.tell(three, 1, METRICS)
+    assert again.ask(three)[1] not in (asked[1][1], {"fairness_weight": 0.25})
+
+
+def test_weights_of_another_seed_are_no_neighbours(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    first, second = [c for c in expand_cells(space) if c.point.free_weights and c.budget_bits == 1]
+    studies = OptunaStudies(space.search, tmp_path / "journal", cells=expand_cells(space))
+    asked = [studies.ask(first) for _ in range(2)]
+    for number, _ in asked:
+        studies.tell(first, number, {**METRICS, "val/acc_worst": float(number)})
+    studies.ask(second)
+    assert studies.ask(second)[1] != asked[1][1]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_trials_that_were_stopped_early_are_known_to_the_study_and_harm_no_sampler(
+    tmp_path: Path, sampler: str
+) -> None:
+    space = small_space(tmp_path, ("{trials_per_cell: 2}", f"{{trials_per_cell: 2, sampler: {sampler}}}"))
+    cell = searched_cell(space)
+    studies = OptunaStudies(space.search, tmp_path / "journal")
+    for _ in range(12):
+        number, _ = studies.ask(cell)
+        if number % 2:
+            studies.prune(cell, number)
+        else:
+            studies.tell(cell, number, {**METRICS, "val/acc_worst": 0.1 * number})
+    states = [trial.state.name for trial in studies._study(cell).get_trials()]
+    assert states == ["COMPLETE", "PRUNED"] * 6
+    assert len(studies.asked_before(cell)) == 12
+
+
+def test_opening_the_journal_again_lists_the_studies_once_however_many_cells_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = small_space(tmp_path, ("seeds: [0, 1]", f"seeds: {list(range(20))}"))
+    searched = [cell for cell in expand_cells(space) if cell.point.free_weights]
+    first = OptunaStudies(space.search, tmp_path / "journal")
+    for cell in searched:
+        first.ask(cell)
+    second = OptunaStudies(space.search, tmp_path / "journal")
+    monkeypatch.setattr(second.storage, "get_all_studies", lambda: pytest.fail("listed again"))
+    assert all(len(second.asked_before(cell)) == 1 for cell in searched)
+
+
+# --- stopping early ------------------------------------------------------------------------------
+
+
+def test_bars_are_set_from_the_ended_trials_of_the_same_cell(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 4}"))
+    state = plan_sweep(space, FakeStudy(), one_each)
+    seen: dict[str, list[Task]] = {}
+    while (task := state.next_task()) is not None:
+        epochs = [{"val/acc_worst": 0.1 * (1 + task.number)}]
+        if task.weights:
+            seen.setdefault(task.cell.key, []).append(task)
+        state.complete(task, METRICS, Curve(epochs=epochs, whole=task.number != 3))
+    assert len(seen) == 4
+    for tasks in seen.values():
+        bars = [task.bars.get(0, {}).get("val/acc_worst") for task in tasks]
+        assert bars == [None, None, pytest.approx(0.15), pytest.approx(0.2)]
+
+
+def test_a_trial_that_is_stopped_early_ends_its_cell_and_is_no_failure(tmp_path: Path) -> None:
+    study = FakeStudy()
+    state = plan_sweep(small_space(tmp_path), study, one_each)
+    while (task := state.next_task()) is not None:
+        state.complete(task, METRICS, Curve(epochs=[], whole=not (task.weights and task.number == 1)))
+    assert state.counts()["done"] == 12 and state.failures == []
+    assert len(study.pruned) == len(study.told) == 4
+
+
+def test_failures_of_an_earlier_start_are_kept_and_block_what_they_blocked(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    state = plan_sweep(space, FakeStudy(), one_each)
+    parent = next(t for t in state.shared.values() if t.kind == "baseline" and t.cell.seed == 1)
+    state.adopt_failure(parent, "no")
+    trial = next(c for c in state.cells if c.cell.seed == 0 and c.cell.point.method == "fp32")
+    state.adopt_failure(Task(key="k", kind="trial", cell=trial.cell), "no")
+    simulate(state, slots=2, duration=one_each)
+    assert state.counts() == {"done": 5, "failed": 7, "running": 0, "waiting": 0}
+    assert [len(failure.blocked) for failure in state.failures] == [6, 0]

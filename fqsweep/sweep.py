@@ -282,8 +282,14 @@ def _count_slots(space: SearchSpace, limit: int | None) -> int:
 
 @contextlib.contextmanager
 def _ticking(display: Display, paths: SweepPaths) -> Iterator[None]:
-    """Refresh the display once a second while Tune has the main thread, and look whether to stop."""
+    """Refresh the display once a second while Tune has the main thread, and look whether to stop.
+
+    ``fqsweep cancel`` comes as SIGTERM, which a batch system sends too: a shell may have made a driver in the
+    background deaf to SIGINT.
+    """
     over = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
 
     def run() -> None:
         asked = False
@@ -292,10 +298,9 @@ def _ticking(display: Display, paths: SweepPaths) -> Iterator[None]:
                 display.tick()
             if is_asked_to_stop(paths) and not asked:
                 asked = True
-                main = threading.main_thread().ident
-                assert main is not None
-                signal.pthread_kill(main, signal.SIGINT)  # as Ctrl-C; it also ends a wait in C
+                signal.pthread_kill(main, signal.SIGTERM)
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
@@ -303,3 +308,4 @@ def _ticking(display: Display, paths: SweepPaths) -> Iterator[None]:
     finally:
         over.set()
         thread.join(timeout=2 * TICK_S)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

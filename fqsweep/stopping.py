@@ -10,6 +10,10 @@ Rules (``search.early_stopping``):
 
 A trial stops where the best that it has shown is below the bar in *every* objective that epochs measure
 (objectives on ``val/``; bits and sizes are known only at the end). Its last epoch never stops it: the work is done.
+
+Measured on one cell (synthderm 32 px, 1,600 images, ResNet18, baq at 0.5 bits, 8 trials of 6 epochs, one seed; rules
+replayed on whole curves, the best trial was kept each time): ``median`` saves 19 % of the epochs with two trials at a
+time and 40 % with one, ``halving`` 19 % and 46 %. Trials that run side by side set no bars for each other.
 """
 
 from __future__ import annotations

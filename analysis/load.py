@@ -28,6 +28,7 @@ from fqsweep.names import (
     TAG_KEY,
     TAG_KIND,
     TAG_PARENT,
+    TAG_PRUNED,
     TAG_SWEEP,
     metric_keys,
 )
@@ -72,6 +73,8 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     except Exception as error:  # MLflow raises what its backend raises: SQLAlchemy, requests, its own
         raise InputError(f"The tracking URI {tracking_uri!r} cannot be read: {_first_line(error)}") from error
     trials = [run for run in children if run.data.tags.get(TAG_KIND) == KIND_TRIAL]
+    # Trials that were stopped early have no test metrics and take no part.
+    trials = [run for run in trials if run.data.tags.get(TAG_PRUNED) != "true"]
     finished = [run for run in trials if run.info.status == "FINISHED"]
     if not finished:
         raise InputError(

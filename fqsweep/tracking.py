@@ -38,10 +38,11 @@ from fqsweep.names import (
     TAG_KEY,
     TAG_KIND,
     TAG_PARENT,
+    TAG_PRUNED,
     TAG_RECOMMENDED,
     TAG_SWEEP,
 )
-from fqsweep.trial import TrialResult
+from fqsweep.results import TrialResult
 
 MAX_BATCH = 900
 PAGE = 1000
@@ -55,10 +56,17 @@ class Tracker:
         self.experiment_id = experiment_id
         self.parent_id = parent_id
         self.sweep = sweep
-        self.logged = self._logged_before()
+        self.logged = self._logged_before(f"tags.`{TAG_PARENT}` = '{parent_id}'")
 
-    def log_trial(self, result: TrialResult, files: Sequence[Path]) -> str | None:
-        """Write a trial's run; None if it is there already."""
+    def log_trial(self, result: TrialResult, files: Sequence[Path], *, again: bool = False) -> str | None:
+        """Write a trial's run; None if it is there already.
+
+        Args:
+            again: an earlier call failed: how far it came on the server is looked up first.
+        """
+        if again:
+            query = f"tags.`{TAG_PARENT}` = '{self.parent_id}' and tags.`{TAG_KEY}` = '{result.key}'"
+            self.logged |= self._logged_before(query)
         if result.key in self.logged:
             return None
         tags = {
@@ -67,6 +75,7 @@ class Tracker:
             TAG_KIND: KIND_TRIAL,
             TAG_SWEEP: self.sweep,
             "mlflow.source.name": f"fqsweep {__version__}",
+            **({TAG_PRUNED: "true"} if result.pruned else {}),
             **{name: result.params[name] for name in ("method", "variant")},
         }
         now = int(time.time() * 1000)
@@ -96,10 +105,9 @@ class Tracker:
         status = RunStatus.FINISHED if done else RunStatus.FAILED
         self.client.set_terminated(self.parent_id, RunStatus.to_string(status))
 
-    def _logged_before(self) -> dict[str, str]:
-        """Trial key -> run id of runs that an earlier start wrote; runs that were cut off are removed."""
-        query = f"tags.`{TAG_PARENT}` = '{self.parent_id}'"
-        logged = {}
+    def _logged_before(self, query: str) -> dict[str, str]:
+        """Trial key -> run id of runs that are written; runs that were cut off are removed."""
+        logged: dict[str, str] = {}
         for run in _all_runs(self.client, self.experiment_id, query):
             key = run.data.tags.get(TAG_KEY)
             if run.info.status != "FINISHED" or key in logged:

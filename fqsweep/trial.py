@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +36,12 @@ from fqsweep.quant.kernels import Kernels, choose_kernels
 from fqsweep.quant.packed_model import load_model
 from fqsweep.quant.packing import pack_weights
 from fqsweep.quant.units import UnitTable, list_units
+from fqsweep.results import TrialResult
 from fqsweep.setting import Setting, open_setting, seed_everything
 from fqsweep.space import Cell, exempt_of, finetune_epochs, granularity_of, run_params
 from fqsweep.training import Recorder, TrainingLog, TrainingPlan, train
 
 BITS_COLUMNS = ("layer", "units", "weights_per_unit", "mean_bits", *(f"units_at_{b}" for b in range(9)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialResult:
-    """What a finished trial leaves.
-
-    Attributes:
-        key, title, params, weights: what was asked for.
-        metrics: every key of ``names.metric_keys`` and the groups' own; all finite.
-        history: one mapping an epoch of this trial's own training (the parent's for fp32).
-        layers: one row a layer, columns ``BITS_COLUMNS``.
-    """
-
-    key: str
-    title: str
-    params: dict[str, str]
-    weights: dict[str, float]
-    metrics: dict[str, float]
-    history: list[dict[str, float]] = field(default_factory=list)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-
-
-def read_result(path: Path) -> TrialResult:
-    """Read a ``result.json``."""
-    return TrialResult(**json.loads(path.read_text()))
 
 
 def run_trial(

@@ -27,9 +27,10 @@ from fqsweep.files import SweepPaths
 from fqsweep.models import build_model
 from fqsweep.names import metric_keys
 from fqsweep.quant.packing import read_metadata, unpack_weights
+from fqsweep.results import TrialResult, read_result
 from fqsweep.setting import open_setting
 from fqsweep.space import Cell, MethodPoint, expand_cells
-from fqsweep.trial import TrialResult, load_packed, read_result, run_trial
+from fqsweep.trial import load_packed, run_trial
 from fqsweep.work import LogFile
 
 DATA = SynthdermConfig(

@@ -14,7 +14,6 @@ import torch
 
 from fqsweep.files import write_bytes
 
-CHECKPOINT_NAME = "checkpoint.pt"
 CHECKPOINT_VERSION = 1
 # Saving takes at most this share of the time: of very short epochs not each is saved.
 MAX_TIME_FRAC = 0.05

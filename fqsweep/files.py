@@ -75,6 +75,10 @@ class SweepPaths:
     def trial(self, key: str) -> Path:
         return self.out / "trials" / key
 
+    def checkpoint(self, key: str) -> Path:
+        """Training in progress: not in the trial's folder, so that the next attempt finds it."""
+        return self.out / "checkpoints" / f"{key}.pt"
+
     def result(self, key: str) -> Path:
         return self.trial(key) / "result.json"
 

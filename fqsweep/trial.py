@@ -20,7 +20,7 @@ from torch import nn
 
 from fqsweep.assignment import Budget, allowed_choices, assign_bits
 from fqsweep.baseline import baseline_log, ensure_baseline, ensure_importance
-from fqsweep.checkpoints import CHECKPOINT_NAME, Checkpoint
+from fqsweep.checkpoints import Checkpoint
 from fqsweep.config import BaqMethod, Finetuning, Fp32Method, UniformMethod
 from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport
@@ -69,7 +69,7 @@ def run_trial(
     seed_everything(cell.seed)
     units = list_units(parent, granularity=granularity_of(cell), exempt=exempt_of(cell))
     macs = count_macs(parent, image_size=cell.dataset.image_size)
-    checkpoint = Checkpoint(paths.trial(key) / CHECKPOINT_NAME)
+    checkpoint = Checkpoint(paths.checkpoint(key))
     state, bits_u, log = _quantise(setting, parent, units, weights, paths, recorder, checkpoint)
     blob = pack_weights(
         state.tensors,

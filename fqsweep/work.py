@@ -117,10 +117,11 @@ def _peak_gpu_frac(device: str) -> float:
 
 
 def _do(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: str, log: LogFile) -> Ending:
+    if task.kind == "trial" and (paths.baseline(task.cell.baseline_key) / "meta.json").exists():
+        return _do_trial(task, paths=paths, data_dir=data_dir, device=device)
     setting = open_setting(task.cell, paths=paths, data_dir=data_dir, device=device)
     if task.kind == "trial":
-        if not (paths.baseline(task.cell.baseline_key) / "meta.json").exists():
-            ensure_baseline(setting, paths, log)
+        ensure_baseline(setting, paths, log)
         return _do_trial(task, paths=paths, data_dir=data_dir, device=device)
     parent = ensure_baseline(setting, paths, log)
     if task.kind == "importance":
@@ -152,6 +153,7 @@ def _do_trial(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: s
         recorder.note(str(stop))
         result = _pruned_result(task, recorder, seconds=time.perf_counter() - start)
         write_json(own.result(task.key), asdict(result))
+        own.checkpoint(task.key).unlink(missing_ok=True)
         ending = "pruned"
     (paths.out / "trials").mkdir(exist_ok=True)
     if not publish(own.trial(task.key), paths.trial(task.key), last="result.json"):

@@ -1,7 +1,7 @@
 """One cell in, one result out: the story of a trial, without Ray and without MLflow.
 
-data -> parent (shared) -> importance (shared) -> allocation -> quantisers -> fine-tuning -> packed file
--> the model read back from that file -> metrics. What is scored is what lies on disk.
+data -> parent (shared) -> importance (shared) -> allocation -> quantisers -> fine-tuning -> packed file without
+dropped channels -> the model read back from that file -> metrics. What is scored is what lies on disk.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
 from fqsweep.quant.costs import FULL_PRECISION_BITS, effective_gbops, fixed_packed_bytes, mean_weight_bits
 from fqsweep.quant.kernels import Kernels, choose_kernels
-from fqsweep.quant.packed_model import load_model
+from fqsweep.quant.packed_model import load_model, shrink
 from fqsweep.quant.packing import pack_weights
+from fqsweep.quant.removal import RemovalError
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.results import TrialResult
 from fqsweep.setting import Setting, open_setting, seed_everything
@@ -77,6 +78,8 @@ def run_trial(
         steps={f"{name}.weight": steps for name, steps in state.steps.items()},
         metadata=_file_notes(setting),
     )
+    if (bits_u == 0).any():
+        blob = _without_dropped_channels(blob, recorder)
     _check_budget(cell, units, bits_u, packed_bytes=len(blob))
     write_bytes(paths.trial(key) / "model.fqs", blob)
     packed = load_packed(blob, setting)
@@ -317,6 +320,15 @@ def _check_budget(cell: Cell, units: UnitTable, bits_u: np.ndarray, *, packed_by
 def load_packed(blob: bytes, setting: Setting) -> nn.Module:
     """The model that a packed file holds, with nothing else from the trial that made it."""
     return load_model(blob).to(setting.device)
+
+
+def _without_dropped_channels(blob: bytes, recorder: Recorder) -> bytes:
+    """The smaller file of the same network: what nobody needs is neither stored nor computed."""
+    try:
+        return shrink(blob)
+    except RemovalError as error:  # the whole network is what was asked for; smaller is a bonus
+        recorder.note(f"dropped channels stay in the file: {error}")
+        return blob
 
 
 def _file_notes(setting: Setting) -> dict[str, str]:

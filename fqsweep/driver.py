@@ -20,7 +20,7 @@ from fqsweep.ledger import note, read_ledger
 from fqsweep.progress import Snapshot
 from fqsweep.results import TrialResult, read_result
 from fqsweep.search import CellState, SweepState
-from fqsweep.space import finetune_epochs, trial_key
+from fqsweep.space import budget_text, finetune_epochs, trial_key
 from fqsweep.spool import Spool
 from fqsweep.stopping import Curve
 from fqsweep.studies import OptunaStudies
@@ -147,8 +147,7 @@ class SweepDriver:
         self.spool.put(result, files)
         if result.pruned or "val/acc_worst" not in result.metrics:
             return
-        bits = result.metrics["bits/mean_weight"]
-        label = "fp32" if bits == 32 else f"{float(result.params['budget_bits']):g} bit"
+        label = budget_text(result.params)
         value = result.metrics["val/acc_worst"]
         if label not in self.best or value > self.best[label][0]:
             self.best[label] = (value, result.params["variant"])

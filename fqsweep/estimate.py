@@ -11,7 +11,7 @@ from pathlib import Path
 from fqsweep.config import Allocating, ArchitectureConfig, BaqMethod, DatasetConfig, Resources, SearchSpace
 from fqsweep.progress import format_duration
 from fqsweep.search import shared_tasks, trials_wanted
-from fqsweep.space import Cell, expand_cells, finetune_epochs
+from fqsweep.space import Cell, budget_text, expand_cells, finetune_epochs, run_params
 from fqsweep.tasks import Task
 
 # Multiply-accumulates a second that training reaches: measured on one core of a 2-core cloud CPU (ResNet18 and
@@ -156,8 +156,9 @@ def describe_plan(space: SearchSpace, plan: Plan) -> str:
         groups = ", ".join(dataset.group_attributes)
         lines.append(f"  data set      {dataset.name} at {dataset.image_size} px, groups by {groups}")
     lines.append(f"  architectures {', '.join(a.name for a in space.architectures)}")
+    budgets = [f"{b:g} bit" for b in space.budgets_bits] + [f"{b:,} B" for b in space.budgets_bytes]
     lines.append(
-        f"  budgets       {', '.join(f'{b:g}' for b in space.budgets_bits) or 'none'} mean bits per weight"
+        f"  budgets       {'; '.join(budgets) or 'none'} (bits: mean per weight; B: bytes of the file)"
     )
     lines.append(f"  seeds         {', '.join(map(str, space.seeds))}")
     lines += ["", *_method_rows(space), ""]
@@ -174,15 +175,17 @@ def describe_plan(space: SearchSpace, plan: Plan) -> str:
 
 def _method_rows(space: SearchSpace) -> list[str]:
     """One row a method: its budgets, its cells, its trials, and what Optuna searches in it."""
-    rows = [f"  {'method':<14}  {'bits':<18}  {'cells':>5}  {'trials':>6}  searched by Optuna"]
+    rows = [f"  {'method':<14}  {'budgets':<18}  {'cells':>5}  {'trials':>6}  searched by Optuna"]
     cells_by_variant: dict[str, list[Cell]] = {}
     for cell in expand_cells(space):
         cells_by_variant.setdefault(cell.point.variant, []).append(cell)
     for variant, cells in cells_by_variant.items():
-        bits = ", ".join(f"{b:g}" for b in sorted({cell.budget_bits for cell in cells if cell.budget_bits}))
+        budgets = "; ".join(
+            dict.fromkeys(budget_text(run_params(cell, weights={})).removesuffix(" bit") for cell in cells)
+        )
         trials = sum(trials_wanted(cell, space.search) for cell in cells)
         searched = ", ".join(cells[0].point.free_weights) or "-"
-        rows.append(f"  {variant:<14}  {bits or '32':<18}  {len(cells):>5}  {trials:>6}  {searched}")
+        rows.append(f"  {variant:<14}  {budgets:<18}  {len(cells):>5}  {trials:>6}  {searched}")
     return rows
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Cell(Record):
         """Short name for people: dataset/group, architecture, row, budget, seed."""
         budget = "" if self.budget_bits is None or self.point.bits else f"@{self.budget_bits:g}"
         if self.budget_bytes is not None:
-            budget = f"@{self.budget_bytes:,}B"
+            budget = f"@{self.budget_bytes}B"
         parts = (
             f"{self.dataset.name}/{self.group_attribute}",
             self.architecture.name,
@@ -521,6 +521,13 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
         "finetune_epochs": str(epochs),
         **{name: option(name) for name in ("regulariser", "distillation_weight")},
     }
+
+
+def budget_text(params: Mapping[str, str]) -> str:
+    """The budget in a run's parameters as people write it: ``0.5 bit``, ``500,000 B``, or ``fp32``."""
+    if params.get("budget_bytes", NO_VALUE) != NO_VALUE:
+        return f"{int(params['budget_bytes']):,} B"
+    return "fp32" if params["budget_bits"] == NO_VALUE else f"{float(params['budget_bits']):g} bit"
 
 
 def granularity_of(cell: Cell) -> Granularity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from small_spaces import small_space
 from fqsweep import estimate as estimate_module
 from fqsweep.config import Isic2019Config, Predictor, Resources, SynthdermConfig, TableConfig
 from fqsweep.errors import InputError
-from fqsweep.estimate import PASSES_OF_IMPORTANCE, CostModel, estimate, num_images
+from fqsweep.estimate import PASSES_OF_IMPORTANCE, CostModel, describe_plan, estimate, num_images
 from fqsweep.search import plan_sweep, shared_tasks
-from fqsweep.space import expand_cells
+from fqsweep.space import expand_cells, find_space, load_space
 from fqsweep.tasks import Task
 
 
@@ -95,3 +96,10 @@ def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:
     space = small_space(tmp_path, ("[test_resnet]", "[test_resent]"))
     with pytest.raises(InputError, match="timm .* does not know it; near: test_resnet"):
         estimate(space, data_dir=None, num_cores=1)
+
+
+def test_a_plan_names_budgets_in_bits_and_in_bytes() -> None:
+    space = load_space(find_space("demo")).model_copy(update={"budgets_bytes": (500_000,)})
+    text = describe_plan(space, estimate(space, data_dir=None, num_cores=2))
+    assert "budgets       0.5 bit; 1 bit; 2 bit; 4 bit; 500,000 B" in text
+    assert re.search(r"static +0\.5; 1; 2; 4; 500,000 B +5 +5", text)

@@ -12,8 +12,9 @@ import plotly.graph_objects as go
 from analysis.columns import (
     BITS,
     BYTES,
-    budget_text,
+    budget_phrase,
     bytes_text,
+    is_full_precision,
     on_test,
     percent,
     variants,
@@ -24,7 +25,7 @@ from fqsweep.names import metric_of
 NUM_RUNS_SHOWN = 5  # run ids that a hover box lists
 SPLITS = ("test", "val")
 HOVER = (
-    "<b>%{customdata[0]}</b>, budget %{customdata[1]} bits<br>true bits %{customdata[2]}, %{customdata[3]}<br>"
+    "<b>%{customdata[0]}</b>, budget %{customdata[1]}<br>true bits %{customdata[2]}, %{customdata[3]}<br>"
     "test %{customdata[4]} %, validation %{customdata[5]} %<br>worst group on test %{customdata[6]} %, "
     "gap %{customdata[7]} %<br>%{customdata[8]}<extra></extra>"
 )
@@ -42,7 +43,7 @@ def panel_figure(part: pd.DataFrame, *, metric: str, all_variants: list[str]) ->
         all_variants: the variants of all panels: each looks the same in every panel.
     """
     look = looks(all_variants)
-    quantised = part[part["budget_bits"].notna()]
+    quantised = part[~is_full_precision(part)]
     figure = go.Figure()
     figure.add_trace(_front_trace(quantised, metric=metric))
     shown = variants(quantised)
@@ -50,7 +51,7 @@ def panel_figure(part: pd.DataFrame, *, metric: str, all_variants: list[str]) ->
         rows = quantised[quantised["variant"] == variant].sort_values(BITS)
         size = 1.6 * marker_size(place, len(shown))
         figure.add_trace(_variant_trace(rows, look[variant], size=size, metric=metric))
-    reference = part[part["budget_bits"].isna()]
+    reference = part[is_full_precision(part)]
     if not reference.empty and not quantised.empty:
         figure.add_trace(_reference_trace(reference.iloc[0], quantised, metric=metric))
     _lay_out(figure, quantised, metric=metric)
@@ -105,7 +106,7 @@ def _variant_trace(rows: pd.DataFrame, look: Look, *, size: float, metric: str) 
 def _hover(row: pd.Series, *, metric: str) -> list[str]:
     return [
         html.escape(str(row["variant"])),
-        budget_text(row["budget_bits"]),
+        budget_phrase(str(row["budget"])),
         f"{row[BITS]:.3f}",
         bytes_text(row[BYTES]),
         percent(row[on_test(metric)], digits=2),

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pandas as pd
 
-from analysis.columns import GROUP_ACCURACY, GROUP_COUNT
+from analysis.columns import GROUP_ACCURACY, GROUP_COUNT, PANEL, with_budget
 from fqsweep.errors import InputError
 from fqsweep.names import (
     KIND_SWEEP,
@@ -28,6 +28,7 @@ from fqsweep.names import (
     TAG_KEY,
     TAG_KIND,
     TAG_PARENT,
+    TAG_PRUNED,
     TAG_SWEEP,
     metric_keys,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 NUMERIC_PARAMS = (
     "budget_bits",
+    "budget_bytes",
     "seed",
     "fairness_weight",
     "bitrate_weight",
@@ -72,6 +74,9 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     except Exception as error:  # MLflow raises what its backend raises: SQLAlchemy, requests, its own
         raise InputError(f"The tracking URI {tracking_uri!r} cannot be read: {_first_line(error)}") from error
     trials = [run for run in children if run.data.tags.get(TAG_KIND) == KIND_TRIAL]
+    num_trials = len(trials)
+    trials = [run for run in trials if run.data.tags.get(TAG_PRUNED) != "true"]
+    num_pruned = num_trials - len(trials)
     finished = [run for run in trials if run.info.status == "FINISHED"]
     if not finished:
         raise InputError(
@@ -80,7 +85,9 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
         )
     if len(finished) < len(trials):
         unfinished = [run for run in trials if run.info.status != "FINISHED"]
-        notes.append(f"Left out: {_status_counts(unfinished)} of {len(trials)} trial runs.")
+        notes.append(f"Left out: {_status_counts(unfinished)} of {num_trials} trial runs.")
+    if num_pruned:
+        notes.append(f"Stopped early and left out: {num_pruned} of {num_trials} trial runs.")
     return _typed(pd.DataFrame([_row(run) for run in finished]), notes)
 
 
@@ -217,7 +224,7 @@ def _typed(frame: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     absent = [key for key in metric_keys() if key not in frame]
     frame = pd.concat([frame, pd.DataFrame(np.nan, index=frame.index, columns=absent)], axis=1)
     notes += _missing_metric_notes(frame)
-    frame = frame.sort_values(["dataset", "group_attribute", "architecture", "variant", "budget_bits", "seed"])
+    frame = with_budget(frame).sort_values([*PANEL, "variant", "budget_bits", "budget_bytes", "seed", "run_id"])
     frame = frame.reset_index(drop=True)
     frame.attrs["notes"] = notes
     return frame

@@ -17,12 +17,12 @@ from analysis.answers import Answer, Recommendation, lead_counts
 from analysis.columns import (
     BITS,
     GROUP_ACCURACY,
-    bits_phrase,
-    budget_text,
+    budget_phrase,
     budgets,
     bytes_text,
     duration_text,
     group_names,
+    is_full_precision,
     is_maximized,
     on_test,
     panel_title,
@@ -90,7 +90,6 @@ def _render(template: str, findings: Findings, **values: Any) -> str:
         metric=metric_of(findings.metric),
         columns=COLUMNS,
         panel_title=panel_title,
-        budget_text=budget_text,
         plotlyjs=Markup(get_plotlyjs()),
         style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
@@ -136,14 +135,14 @@ def _heat_map(part: pd.DataFrame, *, key: str) -> dict[str, Any]:
     """Variant x budget, each value with the ground and text colour of its place in the panel's range."""
     low, high = float(part[key].min()), float(part[key].max())
     columns = budgets(part)
-    lookup = {(row["variant"], budget_text(row["budget_bits"])): float(row[key]) for _, row in part.iterrows()}
+    lookup = {(row["variant"], row["budget"]): float(row[key]) for _, row in part.iterrows()}
     rows = []
     for variant in variants(part):
-        names = [budget_text(b) for b in columns]
+        names = list(columns)
         if (variant, NO_VALUE) in lookup:
             names = [NO_VALUE] * len(columns)
         rows.append((variant, [_heat_cell(lookup.get((variant, n)), low, high, key) for n in names]))
-    return {"columns": [budget_text(b) for b in columns], "rows": rows, "meaning": metric_of(key).meaning}
+    return {"columns": columns, "rows": rows, "meaning": metric_of(key).meaning}
 
 
 def _heat_cell(value: float | None, low: float, high: float, key: str) -> dict[str, str] | None:
@@ -163,13 +162,11 @@ def _group_view(part: pd.DataFrame) -> dict[str, Any]:
     low = max(0.0, float(values.min().min()) - 0.01)
     high = min(1.0, float(values.max().max()) + 0.01)
     blocks = []
-    for budget in budgets(part) or [float("nan")]:
-        rows = part[part["budget_bits"].isna() | (part["budget_bits"] == budget)]
+    for budget in budgets(part) or [NO_VALUE]:
+        rows = part[is_full_precision(part) | (part["budget"] == budget)]
         dumbbells = [_dumbbell(row, names, low, high) for _, row in rows.iterrows()]
-        title = bits_phrase(budget) if budget == budget else "full precision"
-        blocks.append(
-            {"budget": budget_text(budget), "title": title, "rows": [d for d in dumbbells if d["dots"]]}
-        )
+        title = budget_phrase(budget) if budget != NO_VALUE else "full precision"
+        blocks.append({"budget": budget, "title": title, "rows": [d for d in dumbbells if d["dots"]]})
     legend = [(name, GROUP_COLORS[i % len(GROUP_COLORS)], i % 4) for i, name in enumerate(names)]
     return {"names": legend, "blocks": blocks, "low": percent(low), "high": percent(high)}
 
@@ -199,7 +196,7 @@ def _volumes(part: pd.DataFrame, metric: str) -> dict[str, Any]:
 def _chosen_row(row: pd.Series, metric: str) -> list[str]:
     place = " / ".join(str(row[c]) for c in ("dataset", "group_attribute", "architecture"))
     weights = [f"{row[c]:g}" if row[c] == row[c] else NO_VALUE for c in ("fairness_weight", "bitrate_weight")]
-    chosen = [place, str(row["variant"]), budget_text(row["budget_bits"]), str(row["seed"]), *weights]
+    chosen = [place, str(row["variant"]), str(row["budget"]), str(row["seed"]), *weights]
     return [*chosen, str(row["num_runs"]), percent(row[metric], digits=2), str(row["run_id"])]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.columns import PANEL, is_maximized
+from analysis.columns import PANEL, is_full_precision, is_maximized
 
 MIN_SEEDS = 5
 ALPHA = 0.05
@@ -139,11 +139,11 @@ def compare_variants(
     Args:
         cells: one row a cell (``pareto.select_cells``).
         metric: full metric key that is compared; with leaders chosen on validation, one on ``test/``.
-        leaders: rows with the panel's columns, ``budget_bits`` and ``variant`` (``pareto.leaders``).
+        leaders: rows with the panel's columns, ``budget`` and ``variant`` (``pareto.leaders``).
         test: see ``paired_test``.
 
     Returns:
-        One row a pair: panel, ``budget_bits, variant, other, num_pairs, difference, low, high, p_value,
+        One row a pair: panel, ``budget, variant, other, num_pairs, difference, low, high, p_value,
         p_holm, verdict``. ``difference`` is variant minus other; Holm's family is the panel.
     """
     rows = [row for _, leader in leaders.iterrows() for row in _pairs(cells, leader, metric, test)]
@@ -158,11 +158,11 @@ def compare_variants(
     return frame
 
 
-_PAIR_COLUMNS = ("budget_bits", "variant", "other", "num_pairs", "difference", "low", "high", "p_value")
+_PAIR_COLUMNS = ("budget", "variant", "other", "num_pairs", "difference", "low", "high", "p_value")
 
 
 def _pairs(cells: pd.DataFrame, leader: pd.Series, metric: str, test: Test) -> list[dict[str, Any]]:
-    at_budget = cells[cells["budget_bits"] == leader["budget_bits"]]
+    at_budget = cells[~is_full_precision(cells) & (cells["budget"] == leader["budget"])]
     for column in PANEL:
         at_budget = at_budget[at_budget[column] == leader[column]]
     by_seed = at_budget.pivot_table(index="seed", columns="variant", values=metric, dropna=False)
@@ -171,7 +171,7 @@ def _pairs(cells: pd.DataFrame, leader: pd.Series, metric: str, test: Test) -> l
         if leader["variant"] not in by_seed:
             continue
         result = paired_test((by_seed[leader["variant"]] - by_seed[other]).dropna(), test=test)
-        row = {**{c: leader[c] for c in (*PANEL, "budget_bits", "variant")}, "other": other}
+        row = {**{c: leader[c] for c in (*PANEL, "budget", "variant")}, "other": other}
         numbers = {"num_pairs": result.num_pairs, "difference": result.mean, "low": result.low}
         rows.append({**row, **numbers, "high": result.high, "p_value": result.p_value})
     return rows

@@ -14,7 +14,6 @@ from analysis.columns import (
     BITS,
     BYTES,
     POINT,
-    budget_text,
     bytes_text,
     panel_title,
     panels,
@@ -52,7 +51,10 @@ def _share(key: str, heading: str) -> Column:
 COLUMNS: tuple[Column, ...] = (
     Column(heading="variant", right=False, text=lambda row: str(row["variant"])),
     Column(
-        heading="budget", right=True, text=lambda row: budget_text(row["budget_bits"]), meaning="bits allowed"
+        heading="budget",
+        right=True,
+        text=lambda row: str(row["budget"]),
+        meaning="bits per weight, or size on disk, that was allowed",
     ),
     Column(
         heading="bits",
@@ -127,7 +129,19 @@ def as_csv(points: pd.DataFrame) -> str:
     """The same rows unrounded: fractions, bits, bytes; intervals over seeds in columns of their own."""
     keys = ["test/acc_worst", "test/acc_avg", "test/acc_gap", "test/balanced_acc_worst"]
     spread = [f"test/acc_worst:{what}" for what in ("std", "low", "high")]
-    columns = [*POINT, BITS, BYTES, *keys, *spread, "num_seeds", "on_front", "seeds", "run_ids"]
+    columns = [
+        *POINT,
+        "budget_bits",
+        "budget_bytes",
+        BITS,
+        BYTES,
+        *keys,
+        *spread,
+        "num_seeds",
+        "on_front",
+        "seeds",
+        "run_ids",
+    ]
     return points[columns].to_csv(index=False)
 
 

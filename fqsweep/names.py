@@ -112,6 +112,7 @@ METHODS: tuple[str, ...] = (
 TAG_KEY = "fqsweep.key"
 TAG_SWEEP = "fqsweep.sweep"
 TAG_KIND = "fqsweep.kind"
+TAG_PRUNED = "pruned"
 TAG_FRONT = "front"
 TAG_RECOMMENDED = "recommended"
 TAG_PARENT = "mlflow.parentRunId"

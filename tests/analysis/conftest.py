@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from synthetic_store import SCRIPT_NAME, Spec, grid, write_sweep
 
 from analysis.load import load_runs
+from fqsweep.names import TAG_PRUNED
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         Spec(variant="hawq", budget_bits="2", seed=7, without=("val/acc_worst",)),
         Spec(variant=SCRIPT_NAME, budget_bits="1", seed=2),
         Spec(variant="baq", budget_bits="1", seed=7, status="FAILED"),
+        Spec(variant="pruned", budget_bits="1", seed=7, tags={TAG_PRUNED: "true"}),
     ]
     parent = write_sweep(client, "small", specs, start_ms=2_000)
     write_sweep(client, "unfinished", [Spec(variant="baq", budget_bits="1", status="FAILED")])

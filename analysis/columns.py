@@ -80,7 +80,7 @@ def with_budget(runs: pd.DataFrame) -> pd.DataFrame:
     A budget is in bits per weight ("0.5"), in bytes on disk ("1.5 MB"), or ``none``: full precision, and
     methods that were given none. Records from before there were budgets in bytes have no ``budget_bytes``.
     """
-    known = {c: runs[c] if c in runs else np.nan for c in ("method", "budget_bits", "budget_bytes")}
+    known = {c: runs.get(c, np.nan) for c in ("method", "budget_bits", "budget_bytes")}
     numbers = {c: pd.to_numeric(pd.Series(known[c], index=runs.index), errors="coerce") for c in _BUDGETS}
     labels = [
         budget_label(bits, size)

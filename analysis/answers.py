@@ -25,6 +25,7 @@ from analysis.columns import (
     percent,
 )
 from analysis.pareto import leaders, select_cells, under_budget
+from analysis.rules import Choice, rules_record
 from analysis.stats import MIN_SEEDS, share_interval
 from fqsweep.names import metric_of
 
@@ -247,8 +248,11 @@ def _recommendation(
     )
 
 
-def recommended_record(found: list[Recommendation], *, sweep: str, metric: str) -> dict[str, Any]:
-    """What ``recommended.json`` holds: for each setting (panel) a map from budget to run and reason.
+def recommended_record(
+    found: list[Recommendation], choices: list[Choice], *, sweep: str, metric: str
+) -> dict[str, Any]:
+    """What ``recommended.json`` holds: for each setting (panel) a map from budget to run and reason, and one from
+    selection rule to run.
 
     Settings are kept apart, because runs on other data, groups or networks cannot be compared.
     """
@@ -257,7 +261,10 @@ def recommended_record(found: list[Recommendation], *, sweep: str, metric: str) 
         panel = (item.dataset, item.group_attribute, item.architecture)
         plain = {k: v for k, v in asdict(item).items() if k not in (*PANEL, "budget")}
         by_panel.setdefault(panel, {})[item.budget] = plain
-    settings = [dict(zip(PANEL, panel, strict=True)) | {"budgets": value} for panel, value in by_panel.items()]
+    settings = [
+        dict(zip(PANEL, panel, strict=True)) | {"budgets": value, "rules": rules_record(choices, panel)}
+        for panel, value in by_panel.items()
+    ]
     return {"sweep": sweep, "metric": metric, "settings": settings}
 
 

@@ -145,10 +145,14 @@ def attainment_surfaces(cells: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     quantised = cells[~is_full_precision(cells)].dropna(subset=[metric, on_test(metric), BITS])
     for key, part in quantised.groupby([*PANEL, "variant"], sort=True):
-        place = dict(zip((*PANEL, "variant"), key, strict=True)) | {"num_seeds": part["seed"].nunique()}
-        if place["num_seeds"] < MIN_SURFACE_SEEDS:
+        num_seeds = part["seed"].nunique()
+        place = dict(zip((*PANEL, "variant"), key, strict=True)) | {"num_seeds": num_seeds}
+        if num_seeds < MIN_SURFACE_SEEDS:
             continue
-        fronts = pd.concat([s[mark_front_of(s, chosen)] for _, s in part.groupby("seed")])
+        directions, columns = [o.direction for o in chosen], [o.chooses for o in chosen]
+        fronts = pd.concat(
+            [s[pareto_front(s[columns], directions=directions)] for _, s in part.groupby("seed")]
+        )
         values = np.column_stack([fronts[BITS], sign * fronts[on_test(metric)]])
         corners = moocore.eaf(values, fronts["seed"].to_numpy(), percentiles=QUARTILES)
         rows += [

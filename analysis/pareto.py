@@ -22,7 +22,7 @@ from analysis.columns import (
     variants,
     with_budget,
 )
-from analysis.stats import summarize
+from analysis.stats import student_half_width
 from fqsweep.errors import InputError
 from fqsweep.names import GROUP_METRICS, Direction
 
@@ -114,27 +114,22 @@ def aggregate(cells: pd.DataFrame) -> pd.DataFrame:
         (both joined by spaces, in the same order).
     """
     assert not cells.duplicated(list(CELL)).any(), "one row a cell: call select_cells first"
-    rows = []
-    for _, part in cells.sort_values("seed").groupby(list(POINT), dropna=False, sort=True):
-        first = part.iloc[0]
-        row: dict[str, Any] = {name: first[name] for name in (*POINT, "method", "budget_bits", "budget_bytes")}
-        row |= {"num_seeds": len(part), "seeds": _joined(part["seed"]), "run_ids": _joined(part["run_id"])}
-        means = part[_number_columns(cells)].mean()
-        rows.append(row | {str(k): v for k, v in means.items()} | _spreads(part))
-    return _in_order(pd.DataFrame(rows))
+    grouped = cells.sort_values("seed").groupby(list(POINT), dropna=False, sort=True)
+    points = grouped[["method", "budget_bits", "budget_bytes"]].first()
+    points["num_seeds"] = grouped.size()
+    points = points.join(grouped[["seed", "run_id"]].agg(_joined).set_axis(["seeds", "run_ids"], axis=1))
+    numbers = [c for c in cells.select_dtypes("number").columns if "/" in c]
+    return _in_order(pd.concat([points, grouped[numbers].mean(), _spreads(grouped)], axis=1).reset_index())
 
 
-def _number_columns(cells: pd.DataFrame) -> list[str]:
-    known = cells.select_dtypes("number").columns
-    return [c for c in known if "/" in c]
-
-
-def _spreads(part: pd.DataFrame) -> dict[str, float]:
-    spreads: dict[str, float] = {}
-    for key in SPREAD_METRICS:
-        summary = summarize(part[key])
-        spreads |= {f"{key}:std": summary.std, f"{key}:low": summary.low, f"{key}:high": summary.high}
-    return spreads
+def _spreads(grouped: Any) -> pd.DataFrame:
+    """``stats.summarize`` of each group and metric: standard deviation and the ends of the interval."""
+    keys = list(SPREAD_METRICS)
+    mean, std, num = grouped[keys].mean(), grouped[keys].std(), grouped[keys].count()
+    std = std.where((grouped[keys].max() > grouped[keys].min()) | (num < 2), 0.0)
+    half = student_half_width(std, num)
+    frames = {"std": std, "low": mean - half, "high": mean + half}
+    return pd.concat([f.add_suffix(f":{name}") for name, f in frames.items()], axis=1)
 
 
 def _joined(values: pd.Series) -> str:

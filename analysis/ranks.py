@@ -40,7 +40,7 @@ def rank_variants(cells: pd.DataFrame, *, metric: str) -> Ranking:
     """Rank the variants within each (panel, budget) by their mean over seeds, and test the mean ranks.
 
     A block is a panel at a budget, not a seed: seeds of one block share their data. Variants are taken by the
-    number of blocks that they were run in, as long as ``MIN_BLOCKS`` blocks hold all of those taken.
+    number of blocks that they were run in, as long as ``MIN_BLOCKS`` blocks, and half of all, hold all taken.
     Source: J. Demsar, JMLR 7 (2006), sections 3.2.2 and 3.2.4.
 
     Args:
@@ -76,8 +76,9 @@ def _blocks(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def _largest_shared(value_bv: pd.DataFrame) -> pd.DataFrame:
     taken: list[Any] = []
+    least = max(MIN_BLOCKS, len(value_bv) / 2)
     for variant in value_bv.notna().sum().sort_values(ascending=False, kind="stable").index:
-        if len(value_bv[[*taken, variant]].dropna()) >= MIN_BLOCKS:
+        if len(value_bv[[*taken, variant]].dropna()) >= least:
             taken.append(variant)
     return value_bv[taken].dropna()
 

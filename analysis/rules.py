@@ -139,8 +139,7 @@ def rules_text(choices: list[Choice]) -> str:
     lines = []
     for panel in dict.fromkeys(choice.panel for choice in choices):
         lines.append(f"{panel_title(panel)}:")
-        for choice in (c for c in choices if c.panel == panel):
-            lines.append(f"  {choice.rule}: {_sentence(choice)}")
+        lines += [f"  {choice.rule}: {_sentence(choice)}" for choice in choices if choice.panel == panel]
     return "\n".join(lines) or "No quantised variant has finished: there is nothing to choose from."
 
 

@@ -58,16 +58,18 @@ def summarize(values: Any, *, confidence: float = CONFIDENCE) -> Summary:
     """
     x = np.asarray(values, dtype=float)
     x = x[np.isfinite(x)]
-    if len(x) == 0:
-        return Summary(num=0, mean=math.nan, std=math.nan, low=math.nan, high=math.nan)
-    mean = float(x.mean())
-    if len(x) == 1:
-        return Summary(num=1, mean=mean, std=math.nan, low=math.nan, high=math.nan)
-    if np.ptp(x) == 0:
-        return Summary(num=len(x), mean=mean, std=0.0, low=math.nan, high=math.nan)
-    std = float(x.std(ddof=1))
-    low, high = stats.t.interval(confidence, len(x) - 1, loc=mean, scale=std / math.sqrt(len(x)))
-    return Summary(num=len(x), mean=mean, std=std, low=float(low), high=float(high))
+    mean = float(x.mean()) if len(x) else math.nan
+    std = float(x.std(ddof=1)) if len(x) > 1 else math.nan
+    if len(x) > 1 and np.ptp(x) == 0:
+        std = 0.0
+    half = float(student_half_width(std, len(x), confidence=confidence))
+    return Summary(num=len(x), mean=mean, std=std, low=mean - half, high=mean + half)
+
+
+def student_half_width(std: Any, num: Any, *, confidence: float = CONFIDENCE) -> Any:
+    """Half of Student's t interval of a mean; NaN where ``num`` < 2 or nothing varies. Arrays go value by value."""
+    quantile = stats.t.ppf((1 + confidence) / 2, np.where(np.asarray(num) > 1, np.asarray(num) - 1, np.nan))
+    return np.where(np.asarray(std) > 0, quantile, np.nan) * std / np.sqrt(np.maximum(num, 1))
 
 
 def bootstrap_interval(values: Any, *, confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:

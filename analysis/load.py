@@ -78,6 +78,7 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
         raise _unreadable(tracking_uri, error) from error
     trials = [run for run in children if run.data.tags.get(TAG_KIND) == KIND_TRIAL]
     num_trials = len(trials)
+    # They have no test metrics and take no part.
     trials = [run for run in trials if run.data.tags.get(TAG_PRUNED) != "true"]
     num_pruned = num_trials - len(trials)
     finished = [run for run in trials if run.info.status == "FINISHED"]

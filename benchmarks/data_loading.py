@@ -136,7 +136,7 @@ def measure_wait(image_nhwc: np.ndarray) -> str:
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     waits, steps = [], []
     batches: Iterator[object] = pack_batches(image_nhwc).epoch(0)
-    for _ in range(5):
+    for _ in range(NUM_IMAGES // BATCH):
         start = time.perf_counter()
         batch = next(batches)
         waits.append(time.perf_counter() - start)

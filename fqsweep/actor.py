@@ -1,18 +1,21 @@
 """What runs in a worker process of Ray: one task after the other.
 
-A module of its own, so that a worker does not load what only the driver needs.
+A module of its own, so that a worker does not load what only the driver needs, nor the driver the work itself.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from fqsweep.files import SweepPaths
-from fqsweep.tasks import Task
-from fqsweep.work import perform
+from fqsweep.files import SweepPaths, write_bytes
+from fqsweep.tasks import Outcome, Task
+
+EXIT_POISONED = 70
 
 
 class TaskActor(tune.Trainable):
@@ -28,16 +31,21 @@ class TaskActor(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Do the task."""
+        """Do the task; a process that cannot be used again ends with it, and Ray starts another."""
         request = self.request
+        task = Task.model_validate_json(request["task"])
         paths = SweepPaths(Path(request["out"]))
-        outcome = perform(
-            Task.model_validate_json(request["task"]),
+        outcome: Outcome = importlib.import_module(request["work"]).perform(
+            task,
             paths=paths,
             data_dir=None if request["data_dir"] is None else Path(request["data_dir"]),
             device="cuda" if request["gpus"] else "cpu",
             num_threads=max(1, int(request["cpus"])),
+            time_limit_s=request["time_limit_s"],
         )
+        if outcome.poisoned:
+            write_bytes(paths.last_words(task.key), outcome.model_dump_json().encode())
+            os._exit(EXIT_POISONED)
         return {"outcome": outcome.model_dump_json(), "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

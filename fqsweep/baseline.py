@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from fqsweep.checkpoints import CHECKPOINT_NAME, Checkpoint
+from fqsweep.checkpoints import Checkpoint
 from fqsweep.config import Allocating
 from fqsweep.files import SweepPaths, locked, write_bytes, write_json
 from fqsweep.importance import Importance, load_importance, measure_importance, save_importance
@@ -53,7 +53,7 @@ def _train_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
         channels_last=setting.channels_last,
     )
     folder = paths.baseline(cell.baseline_key)
-    checkpoint = Checkpoint(folder / CHECKPOINT_NAME)
+    checkpoint = Checkpoint(paths.checkpoint(cell.baseline_key))
     log = train(
         model,
         setting.training_batches(seed=cell.seed),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import random
 import time
 from dataclasses import dataclass, field
@@ -15,11 +14,9 @@ import torch
 
 from fqsweep.files import write_bytes
 
-CHECKPOINT_NAME = "checkpoint.pt"
 CHECKPOINT_VERSION = 1
 # Saving takes at most this share of the time: of very short epochs not each is saved.
 MAX_TIME_FRAC = 0.05
-_UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
 
 
 @dataclass
@@ -56,7 +53,7 @@ class Checkpoint:
             return None
         try:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-        except _UNREADABLE:
+        except Exception:  # whatever a damaged file makes the reader raise: training starts anew
             return None
         return state if state.get("version") == CHECKPOINT_VERSION else None
 

@@ -22,6 +22,7 @@ ScaleRule = Literal["absmax", "mse", "curvature"]
 Regulariser = Literal["none", "gap", "group_dro"]
 KernelChoice = Literal["auto", "eager", "compiled"]
 Schedule = Literal["cosine", "step", "constant"]
+EarlyStopping = Literal["none", "median", "halving"]
 
 
 class Record(BaseModel):
@@ -524,11 +525,13 @@ class SearchConfig(Record):
         trials_per_cell: trials of a cell with a free weight; others have one.
         objectives: metrics to optimise, validation only; directions come from ``fqsweep.names``.
         sampler: ``tpe`` or ``nsga2``.
+        early_stopping: which rule of ``fqsweep.stopping`` ends unpromising trials on validation data, or ``none``.
     """
 
     trials_per_cell: int = Field(default=4, ge=1)
     objectives: tuple[str, ...] = ("val/acc_worst", "bits/mean_weight")
     sampler: Literal["tpe", "nsga2"] = "tpe"
+    early_stopping: EarlyStopping = "median"
     seed: int = 0
 
     @model_validator(mode="after")
@@ -544,11 +547,24 @@ class SearchConfig(Record):
 
 
 class Resources(Record):
-    """What one trial takes. ``gpus_per_trial`` may be a fraction: 0.25 puts four trials on a GPU."""
+    """What one trial takes.
+
+    Attributes:
+        gpus_per_trial: may be a fraction: 0.25 puts four trials on a GPU. ``auto``: the first trials of a data
+            set and architecture have a GPU each; what they used at most says how many of the next share one.
+        max_attempts: how often a trial is tried where its worker dies, hangs or meets a passing fault.
+        time_limit_s: a trial that takes longer is killed and tried again, from its last epoch; None: no limit.
+    """
 
     cpus_per_trial: float = Field(default=1, gt=0)
-    gpus_per_trial: float = Field(default=0, ge=0)
+    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = 0
     max_attempts: int = Field(default=3, ge=1)
+    time_limit_s: float | None = Field(default=None, gt=0)
+
+    @property
+    def most_gpus(self) -> float:
+        """GPUs of one trial as far as it is known before it starts: all of one for ``auto``."""
+        return 1.0 if self.gpus_per_trial == "auto" else self.gpus_per_trial
 
 
 class SearchSpace(Record):

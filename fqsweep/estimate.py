@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from fqsweep.config import Allocating, ArchitectureConfig, BaqMethod, DatasetConfig, Resources, SearchSpace
-from fqsweep.models import build_model, count_macs
 from fqsweep.progress import format_duration
 from fqsweep.search import shared_tasks, trials_wanted
 from fqsweep.space import Cell, expand_cells, finetune_epochs
@@ -42,16 +42,26 @@ class Plan:
 class CostModel:
     """Expected seconds of a task on one worker of a search space."""
 
-    def __init__(self, resources: Resources, *, data_dir: Path | None) -> None:
+    def __init__(
+        self, resources: Resources, *, data_dir: Path | None, macs: Mapping[str, float] | None = None
+    ) -> None:
+        """Prepare.
+
+        Args:
+            macs: ``<architecture>@<pixels>`` -> multiply-accumulates an image, where they are known already:
+                counting them needs torch.
+        """
         self.resources = resources
         self.data_dir = data_dir
+        self.known_macs = dict(macs or {})
 
     def macs(self, task: Task) -> float:
         """Multiply-accumulates of a task."""
         cell = task.cell
         images = num_images(cell.dataset, self.data_dir)
         splits = cell.dataset.splits
-        per_image = _macs_per_image(cell.architecture.name, cell.dataset.image_size)
+        name, size = cell.architecture.name, cell.dataset.image_size
+        per_image = self.known_macs.get(f"{name}@{size}") or macs_per_image(name, size)
         training = images * splits.train * FORWARD_AND_BACKWARD + images * splits.validation
         if task.kind == "baseline":
             passes = cell.recipe.epochs * training
@@ -67,14 +77,17 @@ class CostModel:
 
     def seconds(self, task: Task) -> float:
         """Expected seconds of a task."""
-        gpus = self.resources.gpus_per_trial
+        gpus = self.resources.most_gpus
         rate = GPU_MACS_PER_S * min(gpus, 1.0) if gpus else CPU_CORE_MACS_PER_S * self.resources.cpus_per_trial
         grids = 1.3 if isinstance(task.cell.point.settings, BaqMethod) and task.kind == "trial" else 1.0
         return FIXED_TASK_S + grids * self.macs(task) / rate
 
 
 @lru_cache(maxsize=64)
-def _macs_per_image(architecture: str, image_size: int) -> float:
+def macs_per_image(architecture: str, image_size: int) -> float:
+    """Multiply-accumulates of a network for one image."""
+    from fqsweep.models import build_model, count_macs  # loads torch
+
     model = build_model(
         ArchitectureConfig(name=architecture), num_classes=10, image_size=image_size, device="meta"
     )
@@ -122,7 +135,7 @@ def estimate(space: SearchSpace, *, data_dir: Path | None, num_cores: int) -> Pl
     tasks: list[tuple[Task, int]] = [(task, 1) for task in shared.values()]
     tasks += [(_as_task(cell), trials_wanted(cell, space.search)) for cell in cells]
     worker_s = sum(model.seconds(task) * times for task, times in tasks)
-    gpus, cpus = space.resources.gpus_per_trial, space.resources.cpus_per_trial
+    gpus, cpus = space.resources.most_gpus, space.resources.cpus_per_trial
     num_slots = max(1, int(1 / gpus + 1e-9)) if gpus else max(1, int(num_cores / cpus))
     return Plan(
         num_cells=len(cells),
@@ -151,7 +164,7 @@ def describe_plan(space: SearchSpace, plan: Plan) -> str:
     lines.append(
         f"shared: {plan.num_baselines} full-precision parents and {plan.num_importance} cost tables, each made once"
     )
-    place = "1 GPU" if space.resources.gpus_per_trial else "this machine's CPU"
+    place = "1 GPU" if space.resources.most_gpus else "this machine's CPU"
     lines.append(
         f"expected: about {format_duration(plan.total_s)} with {plan.num_slots} trials at a time on {place} "
         f"({plan.macs:.2g} multiply-accumulates; an order of magnitude, not a promise)"

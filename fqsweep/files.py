@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +33,18 @@ class SweepPaths:
     @property
     def driver_lock(self) -> Path:
         return self.out / "driver.lock"
+
+    @property
+    def driver_note(self) -> Path:
+        return self.out / "driver.json"
+
+    @property
+    def cancel_request(self) -> Path:
+        return self.out / "cancel"
+
+    @property
+    def plan(self) -> Path:
+        return self.out / "plan.json"
 
     @property
     def tracking_db(self) -> Path:
@@ -61,11 +75,52 @@ class SweepPaths:
     def trial(self, key: str) -> Path:
         return self.out / "trials" / key
 
+    def checkpoint(self, key: str) -> Path:
+        """Training in progress: not in the trial's folder, so that the next attempt finds it."""
+        return self.out / "checkpoints" / f"{key}.pt"
+
     def result(self, key: str) -> Path:
         return self.trial(key) / "result.json"
 
     def log(self, key: str) -> Path:
         return self.out / "logs" / f"{key}.log"
+
+    def epochs(self, key: str) -> Path:
+        return self.out / "logs" / f"{key}.epochs.jsonl"
+
+    def last_words(self, key: str) -> Path:
+        return self.out / "logs" / f"{key}.ending.json"
+
+
+@dataclass(frozen=True)
+class AttemptPaths(SweepPaths):
+    """The paths of a sweep as one attempt at a trial sees them: its trial's folder is its own until it is whole."""
+
+    attempt: str
+
+    def trial(self, key: str) -> Path:
+        return self.out / "trials" / f".{key}.{self.attempt}"
+
+
+def publish(attempt: Path, final: Path, *, last: str) -> bool:
+    """Move an attempt's whole folder to its place, if no other attempt was there first.
+
+    Args:
+        last: the file that makes a folder whole; a folder without it is a leftover and gives way.
+
+    Returns:
+        whether it is this attempt's folder that stands there now.
+    """
+    if final.exists() and not (final / last).exists():
+        shutil.rmtree(final)
+    try:
+        os.rename(attempt, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(attempt, ignore_errors=True)
+        return False
+    return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -89,8 +144,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_bytes(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode())
 
 
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line and sync it. A line cut short by a crash is healed by starting a new one."""
+def append_line(path: Path, value: Mapping[str, Any], *, sync: bool = True) -> None:
+    """Append one JSON line and sync it, unless losing it in a crash does no harm.
+
+    A line cut short by a crash is healed by starting a new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as stream:
         if stream.tell() > 0:
@@ -99,7 +157,8 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
                 stream.write(b"\n")
         stream.write(json.dumps(value, sort_keys=True, allow_nan=False).encode() + b"\n")
         stream.flush()
-        os.fsync(stream.fileno())
+        if sync:
+            os.fsync(stream.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

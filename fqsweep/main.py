@@ -80,6 +80,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-concurrent", type=_positive, help="at most so many trials at a time")
     run.set_defaults(command=_run)
 
+    status = commands.add_parser("status", help="how a sweep stands, whether or not it runs")
+    status.add_argument("out", type=Path, metavar="OUT", help="output folder of the sweep")
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.set_defaults(command=_status)
+
+    cancel = commands.add_parser("cancel", help="stop a running sweep as Ctrl-C would")
+    cancel.add_argument("out", type=Path, metavar="OUT", help="output folder of the sweep")
+    cancel.set_defaults(command=_cancel)
+
+    retry = commands.add_parser(
+        "retry", help="clear a sweep's failures; says the command that tries them again"
+    )
+    retry.add_argument("out", type=Path, metavar="OUT", help="output folder of the sweep")
+    retry.set_defaults(command=_retry)
+
     plan = commands.add_parser("plan", help="cells, trials, shared work and expected cost; starts nothing")
     plan.add_argument("space", metavar="SPACE.yaml")
     plan.add_argument("--json", action="store_true", help="for programs")
@@ -114,9 +129,13 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="the model of a run, for use elsewhere")
     export.add_argument("run_id")
-    export.add_argument("--format", choices=("packed",), default="packed")
-    export.add_argument("--out", type=Path, required=True)
+    export.add_argument("--format", choices=("packed", "onnx"), default="packed")
+    export.add_argument("--out", type=Path, required=True, help="file to write")
+    export.add_argument(
+        "--keep-dropped", action="store_true", help="leave channels of 0 bits in (default: they are removed)"
+    )
     export.add_argument("--tracking-uri", help="MLflow (default: of the newest sweep below out/)")
+    _add_data_dir(export)
     export.set_defaults(command=_export)
 
     show = commands.add_parser("show", help="one run: settings, metrics, groups, bits of each layer")
@@ -168,6 +187,7 @@ def _run(options: argparse.Namespace) -> int:
                 tracking_uri=options.tracking_uri,
                 address=options.address,
                 max_concurrent=options.max_concurrent,
+                command=(*shlex.split(_own_command()), *sys.argv[1:]),
             )
         )
     except KeyboardInterrupt as error:
@@ -188,6 +208,8 @@ def _run(options: argparse.Namespace) -> int:
             return EXIT_FAILED_CELLS
     for failure in summary.failures:
         print(f"failed: {failure}", file=sys.stderr)
+    if summary.failures:
+        print(f"to try them again: {_own_command()} retry {shlex.quote(str(out))}", file=sys.stderr)
     _print_end(options, out, summary.tracking_uri, summary.counts)
     return EXIT_OK if summary.counts["done"] == sum(summary.counts.values()) else EXIT_FAILED_CELLS
 
@@ -250,6 +272,35 @@ def selection_metric(search: SearchConfig) -> str:
 
 
 # --- the other commands --------------------------------------------------------------------------
+
+
+def _status(options: argparse.Namespace) -> int:
+    from fqsweep.control import as_json, describe, look
+
+    status = look(SweepPaths(options.out))
+    print(as_json(status) if options.json else describe(status))
+    return EXIT_OK
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from fqsweep.control import ask_to_stop
+
+    who = ask_to_stop(SweepPaths(options.out))
+    print(f"asked {who} to stop; what is finished is kept, and the same command goes on")
+    return EXIT_OK
+
+
+def _retry(options: argparse.Namespace) -> int:
+    from fqsweep.control import clear_failures, command_to_go_on
+
+    cleared = clear_failures(SweepPaths(options.out))
+    for title in cleared:
+        print(f"cleared: {title}")
+    if cleared:
+        print(f"To try them again: {command_to_go_on(options.out)}")
+    else:
+        print(f"{options.out} has no failures")
+    return EXIT_OK
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -360,11 +411,18 @@ def _analyze(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fqsweep.tracking import fetch_model
+    from fqsweep.export import export_run
 
     uri = options.tracking_uri or _uri_of(_newest_out())
-    fetch_model(uri, options.run_id, options.out)
-    print(f"{options.out}: {options.out.stat().st_size:,} bytes")
+    for line in export_run(
+        uri,
+        options.run_id,
+        options.out,
+        kind=options.format,
+        keep_dropped=options.keep_dropped,
+        data_dir=options.data_dir,
+    ):
+        print(line, flush=True)
     return EXIT_OK
 
 

@@ -25,6 +25,7 @@ class Snapshot:
         running: titles of running tasks.
         best: row label -> (best worst-group validation accuracy so far, variant), in the order of budgets.
         seconds_left: None where nothing can be said yet.
+        unsent: results that wait for an MLflow server that is away.
     """
 
     counts: dict[str, int]
@@ -32,6 +33,7 @@ class Snapshot:
     running: tuple[str, ...]
     best: dict[str, tuple[float, str]]
     seconds_left: float | None
+    unsent: int = 0
 
 
 @dataclass
@@ -77,7 +79,8 @@ class Display:
         made, wanted = seen.prepared
         shared = f" | shared: {made} of {wanted}" if made < wanted else ""
         elapsed = format_duration(time.monotonic() - self._started)
-        return f"[{elapsed}] cells: {counts}{shared}{middle}{left}"
+        unsent = f" | MLflow is away: {seen.unsent} results wait" if seen.unsent else ""
+        return f"[{elapsed}] cells: {counts}{shared}{unsent}{middle}{left}"
 
     def _table(self) -> Group:
         seen = self.look()

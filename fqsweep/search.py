@@ -1,27 +1,20 @@
-"""What runs next: a state machine over the tasks of a sweep, and one Optuna study a cell.
+"""What runs next: a state machine over the tasks of a sweep.
 
-Pure Python: no Ray, no clock, no files of its own. ``sweep.py`` asks it for tasks and tells it how they ended.
+Pure Python: no Ray, no clock, no files, no Optuna. ``driver.py`` asks it for tasks and tells it how they ended.
 Telling the same thing twice changes nothing.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
-
-from fqsweep.config import SearchConfig, SearchSpace, WeightRange
-from fqsweep.files import write_bytes
-from fqsweep.names import metric_of
+from fqsweep.config import SearchConfig, SearchSpace
 from fqsweep.space import Cell, expand_cells, trial_key
+from fqsweep.stopping import Curve, set_bars
 from fqsweep.tasks import Task
 
 
@@ -36,118 +29,13 @@ class Study(Protocol):
         """The metrics of a finished trial; telling twice changes nothing."""
         ...
 
+    def prune(self, cell: Cell, number: int) -> None:
+        """The trial was stopped early."""
+        ...
+
     def give_up(self, cell: Cell, number: int) -> None:
         """The trial failed for good."""
         ...
-
-
-class OptunaStudies:
-    """One multi-objective study a cell, in one journal that only the driver writes."""
-
-    def __init__(self, config: SearchConfig, journal: Path) -> None:
-        self.config = config
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        _cut_off_unfinished_line(journal)
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.storage = JournalStorage(JournalFileBackend(str(journal)))
-        self.studies: dict[str, optuna.Study] = {}
-        self.handed_out: set[tuple[str, int]] = set()
-
-    def ask(self, cell: Cell) -> tuple[int, dict[str, float]]:
-        """See ``Study.ask``."""
-        study = self._study(cell)
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if (cell.key, trial.number) not in self.handed_out:
-                return self._hand_out(cell, optuna.Trial(study, trial._trial_id))
-        return self._hand_out(cell, study.ask())
-
-    def _hand_out(self, cell: Cell, asked: optuna.Trial) -> tuple[int, dict[str, float]]:
-        """Number and values; values that a driver killed between two of them left open are drawn now."""
-        for name, limits in cell.point.free_weights.items():
-            asked.suggest_float(name, limits.low, limits.high, log=limits.log)
-        self.handed_out.add((cell.key, asked.number))
-        return asked.number, dict(asked.params)
-
-    def tell(self, cell: Cell, number: int, metrics: Mapping[str, float]) -> None:
-        """See ``Study.tell``."""
-        values = [metrics[key] for key in self.config.objectives]
-        self._study(cell).tell(number, values, skip_if_finished=True)
-
-    def give_up(self, cell: Cell, number: int) -> None:
-        """See ``Study.give_up``."""
-        self._study(cell).tell(number, state=TrialState.FAIL, skip_if_finished=True)
-
-    def asked_before(self, cell: Cell) -> list[tuple[int, dict[str, float]]]:
-        """Numbers and values of the trials that an earlier start asked for and that did not fail."""
-        states = (TrialState.COMPLETE, TrialState.RUNNING)
-        known = self._study(cell).get_trials(deepcopy=False, states=states)
-        return [(trial.number, dict(trial.params)) for trial in known]
-
-    def _study(self, cell: Cell) -> optuna.Study:
-        """The cell's study; a new one begins with the start values of its ranges.
-
-        It is found by the cell's key and the objectives: the title before them may have changed.
-        """
-        if cell.key in self.studies:
-            return self.studies[cell.key]
-        study = self._find_study(cell) or optuna.create_study(
-            study_name=f"{cell.title} by {', '.join(self.config.objectives)} [{cell.key}]",
-            storage=self.storage,
-            directions=[_direction(key) for key in self.config.objectives],
-            load_if_exists=True,  # a driver may have died before it gave the study its names
-        )
-        trials = study.get_trials(deepcopy=False)
-        study.sampler = self._sampler(cell, num_trials=len(trials))
-        if not trials:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                study.set_metric_names(self._metric_names())
-            study.enqueue_trial({n: _start(limits) for n, limits in cell.point.free_weights.items()})
-        self.studies[cell.key] = study
-        return study
-
-    def _find_study(self, cell: Cell) -> optuna.Study | None:
-        for one in self.storage.get_all_studies():
-            if one.study_name.endswith(f"[{cell.key}]"):
-                study = optuna.load_study(study_name=one.study_name, storage=self.storage)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    if study.metric_names == self._metric_names():
-                        return study
-        return None
-
-    def _metric_names(self) -> list[str]:
-        return [key.replace("/", " ") for key in self.config.objectives]
-
-    def _sampler(self, cell: Cell, *, num_trials: int) -> optuna.samplers.BaseSampler:
-        # Each cell its own stream; going on after ``num_trials`` must not draw their values again.
-        seed = (self.config.seed * 1_000_003 + int(cell.key, 16) + num_trials) % 2**32
-        if self.config.sampler == "nsga2":
-            return optuna.samplers.NSGAIISampler(seed=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True
-            )
-
-
-def _cut_off_unfinished_line(journal: Path) -> None:
-    """Drop what a crash left of a line: Optuna would append to it and never read the journal again."""
-    content = journal.read_bytes() if journal.exists() else b""
-    if content and not content.endswith(b"\n"):
-        write_bytes(journal, content[: content.rfind(b"\n") + 1])
-
-
-def _direction(key: str) -> Literal["minimize", "maximize"]:
-    direction = metric_of(key).direction
-    assert direction != "none"
-    return direction
-
-
-def _start(limits: WeightRange) -> float:
-    return limits.low if limits.start is None else limits.start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +48,8 @@ class Failure:
 
 
 @dataclass
-class _CellState:
-    """How far a cell is: trials wanted, handed out, ended."""
+class CellState:
+    """How far a cell is: trials wanted, handed out, ended (``pruned`` ones are among ``done``)."""
 
     cell: Cell
     wanted: int
@@ -169,10 +57,24 @@ class _CellState:
     asked: int = 0
     done: int = 0
     failed: int = 0
+    pruned: int = 0
+    curves: list[Curve] = field(default_factory=list)
 
     @property
     def open(self) -> bool:
         return self.asked < self.wanted
+
+    @property
+    def key(self) -> str:
+        return self.cell.key
+
+
+Waiting = Task | CellState  # a shared task, or a cell with trials to hand out
+
+
+def anything(_task: Task) -> bool:
+    """Every task fits."""
+    return True
 
 
 @dataclass
@@ -182,103 +84,172 @@ class SweepState:
     Build with ``plan_sweep``. Invariants: a task is handed out when everything it needs is done, and at most once
     unless it was lost; a trial whose parent failed is never handed out.
 
+    Order: the longest chain of work that begins with a task goes first (parents and cost tables carry what waits for
+    them), so that the sweep ends soon after its work divided by its slots. With ``by_shape`` tasks that take the same
+    share of a GPU stay together.
+
     Attributes:
-        cost: expected cost of a task, in any unit; longer chains and dearer tasks go first.
+        cost: expected cost of a task, in any unit.
         max_attempts: how often a task is tried when its worker dies.
     """
 
-    cells: list[_CellState]
+    cells: list[CellState]
     shared: dict[str, Task]
     study: Study
     cost: Callable[[Task], float]
+    search: SearchConfig
     max_attempts: int = 3
+    by_shape: bool = False
     done: set[str] = field(default_factory=set)
     running: dict[str, Task] = field(default_factory=dict)
     lost: list[Task] = field(default_factory=list)
     attempts: Counter[str] = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
-    _rank: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Rank shared tasks by the work that waits for them."""
-        for task in self.shared.values():
-            self._rank[task.key] = self.cost(task)
-        for state in self.cells:
-            own = self.cost(_trial(state.cell, 0, {}, state.needs)) * state.wanted
-            for key in state.needs:
-                self._rank[key] += own
-        self._cell_cost = {
-            state.cell.key: self.cost(_trial(state.cell, 0, {}, state.needs)) for state in self.cells
-        }
-        self._by_key = {state.cell.key: state for state in self.cells}
-        self.cells.sort(key=lambda state: -self._cell_cost[state.cell.key])
-        self._shared_order = sorted(self.shared.values(), key=lambda task: -self._rank[task.key])
+        """Rank everything by the longest chain of work that begins with it, and queue what needs nothing."""
+        self._by_key = {state.key: state for state in self.cells}
+        self._probe = {state.key: _trial(state.cell, 0, {}, state.needs) for state in self.cells}
+        self._cost = {key: self.cost(task) for key, task in self._probe.items()}
+        self._cost |= {key: self.cost(task) for key, task in self.shared.items()}
+        self._waiters: dict[str, list[Waiting]] = defaultdict(list)
+        items: list[Waiting] = [*self.shared.values(), *self.cells]
+        for item in items:
+            for key in item.needs:
+                self._waiters[key].append(item)
+        self._rank = dict(self._cost)
+        for task in sorted(self.shared.values(), key=lambda task: -len(task.needs)):
+            self._rank[task.key] += max((self._rank[w.key] for w in self._waiters[task.key]), default=0.0)
+        self._place = {item.key: place for place, item in enumerate(items)}
+        self._first_of_shape: dict[tuple[str, ...], float] = {}
+        for item in items:
+            shape = self._shape(item)
+            self._first_of_shape[shape] = max(self._rank[item.key], self._first_of_shape.get(shape, 0.0))
+        self._ready: dict[tuple[str, ...], list[tuple[float, int, Waiting]]] = {}
+        for item in items:
+            self._queue_if_ready(item)
+
+    def _shape(self, item: Waiting) -> tuple[str, ...]:
+        return self._task_of(item).shape if self.by_shape else ()
+
+    def _task_of(self, item: Waiting) -> Task:
+        return item if isinstance(item, Task) else self._probe[item.key]
+
+    def _queue_if_ready(self, item: Waiting) -> None:
+        if all(key in self.done for key in item.needs):
+            heap = self._ready.setdefault(self._shape(item), [])
+            heapq.heappush(heap, (-self._rank[item.key], self._place[item.key], item))
 
     # --- asking ---
 
-    def next_task(self) -> Task | None:
-        """The next task to start, None if nothing is ready now."""
-        task = self._next_lost() or self._next_shared() or self._next_trial()
-        if task is not None:
-            self.running[task.key] = task
-            self.attempts[task.key] += 1
+    def next_task(self, fits: Callable[[Task], bool] = anything) -> Task | None:
+        """The next task to start, None if nothing is ready now.
+
+        Args:
+            fits: whether there is room for a task now; what does not fit is passed over.
+        """
+        task = self._next_lost(fits) or self._next_ready(fits)
+        if task is None:
+            return None
+        self.attempts[task.key] += 1
+        task = task.model_copy(update={"attempt": self.attempts[task.key]})
+        self.running[task.key] = task
         return task
 
-    def _next_lost(self) -> Task | None:
-        return self.lost.pop(0) if self.lost else None
-
-    def _next_shared(self) -> Task | None:
-        for task in self._shared_order:
-            ended = task.key in self.done or task.key in self.failed or task.key in self.running
-            if not ended and self._is_ready(task.needs):
-                return task
+    def _next_lost(self, fits: Callable[[Task], bool]) -> Task | None:
+        for place, task in enumerate(self.lost):
+            if fits(task):
+                return self.lost.pop(place)
         return None
 
-    def _next_trial(self) -> Task | None:
-        for state in self.cells:
-            if state.open and self._is_ready(state.needs):
-                return self._ask(state)
+    def _next_ready(self, fits: Callable[[Task], bool]) -> Task | None:
+        for item in self._heads():
+            if fits(self._task_of(item)):
+                return item if isinstance(item, Task) else self._ask(item)
         return None
 
-    def _is_ready(self, needs: Iterable[str]) -> bool:
-        return all(key in self.done for key in needs)
+    def _heads(self) -> Iterator[Waiting]:
+        """The first ready item of each shape, the shapes by their dearest item."""
+        for shape in sorted(self._ready, key=lambda shape: -self._first_of_shape[shape]):
+            heap = self._ready[shape]
+            while heap and not self._is_open(heap[0][2]):
+                heapq.heappop(heap)
+            if heap:
+                yield heap[0][2]
 
-    def _ask(self, state: _CellState) -> Task:
+    def _is_open(self, item: Waiting) -> bool:
+        if isinstance(item, CellState):
+            return item.open
+        return item.key not in self.done and item.key not in self.failed and self.attempts[item.key] == 0
+
+    def _ask(self, state: CellState) -> Task:
         state.asked += 1
         if not state.cell.point.free_weights:
-            return _trial(state.cell, 0, {}, state.needs)
+            return self._probe[state.key]
         number, weights = self.study.ask(state.cell)
-        return _trial(state.cell, number, weights, state.needs)
+        bars = set_bars(state.curves, rule=self.search.early_stopping, objectives=self.search.objectives)
+        return _trial(state.cell, number, weights, state.needs).model_copy(update={"bars": bars})
 
     # --- telling ---
 
-    def complete(self, task: Task, metrics: Mapping[str, float] | None = None) -> None:
-        """A task is done; of a trial with free weights, its metrics go to the study."""
+    def complete(
+        self, task: Task, metrics: Mapping[str, float] | None = None, curve: Curve | None = None
+    ) -> None:
+        """A task is done, or was stopped early (its curve is not whole); a study learns of its free weights."""
         self.running.pop(task.key, None)
         if task.key in self.done or task.key in self.failed:
             return
         self.lost = [other for other in self.lost if other.key != task.key]
         self.done.add(task.key)
         if task.kind == "trial":
-            self._state_of(task.cell).done += 1
-            if task.weights and metrics is not None:
-                self.study.tell(task.cell, task.number, metrics)
-
-    def adopt(self, task: Task, metrics: Mapping[str, float]) -> None:
-        """A trial that an earlier start finished: it counts as asked for and done."""
-        if task.key not in self.done:
-            self._state_of(task.cell).asked += 1
-            self.complete(task, metrics)
-
-    def lose(self, task: Task, reason: str) -> None:
-        """The worker died: the task comes again, until it has been tried ``max_attempts`` times."""
-        if self.running.pop(task.key, None) is None:
+            self._count(self._by_key[task.cell.key], task, metrics, curve)
             return
+        for waiter in self._waiters[task.key]:
+            self._queue_if_ready(waiter)
+
+    def _count(
+        self, state: CellState, task: Task, metrics: Mapping[str, float] | None, curve: Curve | None
+    ) -> None:
+        state.done += 1
+        pruned = curve is not None and not curve.whole
+        state.pruned += pruned
+        if not task.weights:
+            return
+        if curve is not None:
+            state.curves.append(curve)
+        if pruned:
+            self.study.prune(task.cell, task.number)
+        elif metrics is not None:
+            self.study.tell(task.cell, task.number, metrics)
+
+    def adopt(self, task: Task, metrics: Mapping[str, float], curve: Curve | None = None) -> None:
+        """A trial that an earlier start finished: it counts as asked for and done."""
+        if task.key not in self.done and task.key not in self.failed:
+            self._by_key[task.cell.key].asked += 1
+            self.complete(task, metrics, curve)
+
+    def adopt_failure(self, task: Task, reason: str) -> None:
+        """A task that failed for good at an earlier start and was not cleared since."""
+        if task.key in self.done or task.key in self.failed:
+            return
+        if task.kind == "trial":
+            self._by_key[task.cell.key].asked += 1
+        self._give_up(task, reason)
+
+    def lose(self, task: Task, reason: str) -> bool:
+        """The attempt failed: the task comes again, until it has been tried ``max_attempts`` times.
+
+        Returns:
+            whether it comes again.
+        """
+        if self.running.pop(task.key, None) is None:
+            return False
         if self.attempts[task.key] >= self.max_attempts:
-            self._give_up(task, f"{reason} ({self.attempts[task.key]} attempts)")
-        else:
-            self.lost.append(task)
+            self._give_up(task, reason)
+            return False
+        self.lost.append(task)
+        return True
 
     def fail(self, task: Task, reason: str) -> None:
         """The task itself failed: trying again would fail again."""
@@ -288,23 +259,18 @@ class SweepState:
     def _give_up(self, task: Task, reason: str) -> None:
         self.failed.add(task.key)
         if task.kind == "trial":
-            self._state_of(task.cell).failed += 1
+            self._by_key[task.cell.key].failed += 1
             if task.weights:
                 self.study.give_up(task.cell, task.number)
             self.failures.append(Failure(task=task, reason=reason, blocked=()))
             return
         # Whatever needs a failed shared task, directly or through another, cannot run.
-        for other in self.shared.values():
-            if task.key in other.needs:
-                self.failed.add(other.key)
+        self.failed |= {w.key for w in self._waiters[task.key] if isinstance(w, Task)}
         blocked = [state for state in self.cells if state.open and self.failed & set(state.needs)]
         for state in blocked:
             state.failed += state.wanted - state.asked
             state.asked = state.wanted
         self.failures.append(Failure(task=task, reason=reason, blocked=tuple(s.cell.title for s in blocked)))
-
-    def _state_of(self, cell: Cell) -> _CellState:
-        return self._by_key[cell.key]
 
     # --- looking ---
 
@@ -313,32 +279,39 @@ class SweepState:
         """Nothing runs and nothing can run any more."""
         if self.running or self.lost:
             return False
-        open_shared = any(key not in self.done and key not in self.failed for key in self.shared)
-        return not open_shared and not any(state.open for state in self.cells)
+        if any(key not in self.done and key not in self.failed for key in self.shared):
+            return False
+        return not any(state.open for state in self.cells)
 
     def counts(self) -> dict[str, int]:
         """Cells by state: done, failed, running, waiting."""
-        running = {task.cell.key for task in self.running.values() if task.kind == "trial"}
+        running = {task.cell.key for task in list(self.running.values()) if task.kind == "trial"}
         counts = dict.fromkeys(("done", "failed", "running", "waiting"), 0)
         for state in self.cells:
-            if state.failed:
-                counts["failed"] += 1
-            elif state.done >= state.wanted:
-                counts["done"] += 1
-            elif state.cell.key in running:
-                counts["running"] += 1
-            else:
-                counts["waiting"] += 1
+            counts[cell_stage(state.wanted, state.done, state.failed, running=state.key in running)] += 1
         return counts
+
+    def expected(self, key: str) -> float:
+        """Expected cost of a shared task, or of one trial of a cell."""
+        return self._cost[key]
 
     def cost_left(self) -> float:
         """Expected cost of all that is not ended, running tasks counted half."""
         ended = self.done | self.failed
-        left = sum(self.cost(task) for task in self.shared.values() if task.key not in ended)
+        left = sum(self._cost[key] for key in self.shared if key not in ended)
         for state in self.cells:
-            open_trials = state.wanted - state.done - state.failed
-            left += open_trials * self._cell_cost[state.cell.key]
-        return left - 0.5 * sum(self.cost(task) for task in self.running.values())
+            left += (state.wanted - state.done - state.failed) * self._cost[state.key]
+        running = list(self.running.values())
+        return left - 0.5 * sum(self._cost[t.cell.key if t.kind == "trial" else t.key] for t in running)
+
+
+def cell_stage(wanted: int, done: int, failed: int, *, running: bool) -> str:
+    """``failed`` where any trial failed, else ``done``, ``running`` or ``waiting``."""
+    if failed:
+        return "failed"
+    if done >= wanted:
+        return "done"
+    return "running" if running else "waiting"
 
 
 def _trial(cell: Cell, number: int, weights: dict[str, float], needs: tuple[str, ...]) -> Task:
@@ -367,7 +340,7 @@ def plan_sweep(space: SearchSpace, study: Study, cost: Callable[[Task], float]) 
     """The state of a sweep of which nothing is done."""
     cells = expand_cells(space)
     states = [
-        _CellState(
+        CellState(
             cell=cell,
             wanted=trials_wanted(cell, space.search),
             needs=tuple(key for key in (cell.baseline_key, cell.importance_key) if key is not None),
@@ -379,5 +352,7 @@ def plan_sweep(space: SearchSpace, study: Study, cost: Callable[[Task], float]) 
         shared=shared_tasks(cells),
         study=study,
         cost=cost,
+        search=space.search,
         max_attempts=space.resources.max_attempts,
+        by_shape=space.resources.gpus_per_trial == "auto",
     )

@@ -14,6 +14,8 @@ from fqsweep.config import Record
 from fqsweep.space import Cell
 
 TaskKind = Literal["baseline", "importance", "trial"]
+# How an attempt ends. ``failed``: again would fail again; ``broken``: another attempt may do better.
+Ending = Literal["done", "pruned", "failed", "broken", "out_of_memory", "no_space"]
 
 
 class Task(Record):
@@ -24,6 +26,8 @@ class Task(Record):
         cell: the cell it is for; of a shared task, the first that needs it.
         number, weights: of a trial: its number in the cell's study and its values of the free weights.
         needs: keys of the tasks that must be done before.
+        attempt: which try this is, from 1.
+        bars: what the trial must have shown by which epoch (``fqsweep.stopping``).
     """
 
     key: str
@@ -32,6 +36,8 @@ class Task(Record):
     number: int = 0
     weights: dict[str, float] = Field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    attempt: int = 1
+    bars: dict[int, dict[str, float]] = Field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -42,10 +48,27 @@ class Task(Record):
         where = f"{self.cell.dataset.name} {self.cell.architecture.name} seed {self.cell.seed}"
         return f"{'full-precision parent' if self.kind == 'baseline' else 'importance'} of {where}"
 
+    @property
+    def shape(self) -> tuple[str, ...]:
+        """Tasks of one shape need about the same memory."""
+        return (self.kind, self.cell.dataset.name, self.cell.architecture.name)
+
 
 class Outcome(Record):
-    """How a task ended: ``reason`` says why it failed, in a sentence; empty if it is done."""
+    """How an attempt ended.
 
-    done: bool
+    Attributes:
+        reason: why it failed, in a sentence; empty if it is done.
+        poisoned: the worker's process cannot be used again.
+        peak_gpu_frac: the most GPU memory it held, as a share of the GPU's; 0 without one.
+    """
+
+    ending: Ending
     reason: str = ""
     seconds: float = 0.0
+    poisoned: bool = False
+    peak_gpu_frac: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return self.ending in ("done", "pruned")

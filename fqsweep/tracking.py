@@ -12,19 +12,23 @@ import json
 import logging
 import os
 import sqlite3
+import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
+import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from fqsweep import __version__
@@ -38,12 +42,15 @@ from fqsweep.names import (
     TAG_KEY,
     TAG_KIND,
     TAG_PARENT,
+    TAG_PRUNED,
     TAG_RECOMMENDED,
     TAG_SWEEP,
 )
-from fqsweep.trial import TrialResult
+from fqsweep.results import TrialResult
 
 MAX_BATCH = 900
+MAX_DIGEST = 36  # characters of a digest that MLflow keeps
+MODEL_FOLDER = "model"  # of a run: its packed model as an MLflow model
 PAGE = 1000
 
 
@@ -55,10 +62,17 @@ class Tracker:
         self.experiment_id = experiment_id
         self.parent_id = parent_id
         self.sweep = sweep
-        self.logged = self._logged_before()
+        self.logged = self._logged_before(f"tags.`{TAG_PARENT}` = '{parent_id}'")
 
-    def log_trial(self, result: TrialResult, files: Sequence[Path]) -> str | None:
-        """Write a trial's run; None if it is there already."""
+    def log_trial(self, result: TrialResult, files: Sequence[Path], *, again: bool = False) -> str | None:
+        """Write a trial's run; None if it is there already.
+
+        Args:
+            again: an earlier call failed: how far it came on the server is looked up first.
+        """
+        if again:
+            query = f"tags.`{TAG_PARENT}` = '{self.parent_id}' and tags.`{TAG_KEY}` = '{result.key}'"
+            self.logged |= self._logged_before(query)
         if result.key in self.logged:
             return None
         tags = {
@@ -67,6 +81,7 @@ class Tracker:
             TAG_KIND: KIND_TRIAL,
             TAG_SWEEP: self.sweep,
             "mlflow.source.name": f"fqsweep {__version__}",
+            **({TAG_PRUNED: "true"} if result.pruned else {}),
             **{name: result.params[name] for name in ("method", "variant")},
         }
         now = int(time.time() * 1000)
@@ -96,10 +111,9 @@ class Tracker:
         status = RunStatus.FINISHED if done else RunStatus.FAILED
         self.client.set_terminated(self.parent_id, RunStatus.to_string(status))
 
-    def _logged_before(self) -> dict[str, str]:
-        """Trial key -> run id of runs that an earlier start wrote; runs that were cut off are removed."""
-        query = f"tags.`{TAG_PARENT}` = '{self.parent_id}'"
-        logged = {}
+    def _logged_before(self, query: str) -> dict[str, str]:
+        """Trial key -> run id of runs that are written; runs that were cut off are removed."""
+        logged: dict[str, str] = {}
         for run in _all_runs(self.client, self.experiment_id, query):
             key = run.data.tags.get(TAG_KEY)
             if run.info.status != "FINISHED" or key in logged:
@@ -145,7 +159,8 @@ def open_tracker(
             experiment_id = _experiment(client, uri, paths)
             parent_id = _parent(client, experiment_id, sweep, paths)
         client.log_artifact(parent_id, str(space_file))
-        _log_facts(client, parent_id, facts)
+        _log_facts(client, parent_id, {**facts, **_code_facts(client, parent_id)})
+        _log_data(client, parent_id, facts)
         return Tracker(client, experiment_id, parent_id, sweep)
     except (MlflowException, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -209,10 +224,47 @@ def _log_facts(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) -
     client.log_batch(parent_id, params=params, tags=tags)
 
 
+def _code_facts(client: MlflowClient, parent_id: str) -> dict[str, str]:
+    """The commit that this code is, where it is a git checkout; the UI shows it from MLflow's own tag."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return {}
+    commit = _git(checkout, "rev-parse", "HEAD")
+    if not commit:
+        return {}
+    client.set_tag(parent_id, "mlflow.source.git.commit", commit)
+    changes = _git(checkout, "status", "--porcelain", "--untracked-files=no")
+    return {"version/commit": f"{commit} with changes" if changes else commit}
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return ""
+
+
+def _log_data(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) -> None:
+    """The data sets as inputs of the parent run, with the digest of their images, labels, groups and splits."""
+    found = client.get_run(parent_id).inputs
+    known = {(one.dataset.name, one.dataset.digest) for one in found.dataset_inputs} if found else set()
+    inputs = []
+    for fact, digest in facts.items():
+        kind, _, rest = fact.partition("/")
+        name = rest.partition("/")[0]
+        if kind != "data" or (name, digest[:MAX_DIGEST]) in known:
+            continue
+        dataset = Dataset(name, digest[:MAX_DIGEST], "local", json.dumps({"name": name, "configuration": fact}))
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "sweep")]))
+    if inputs:
+        client.log_inputs(parent_id, datasets=inputs)
+
+
 def publish_report(uri: str, parent_id: str, folder: Path) -> None:
     """Put the files of the report on the parent run, and tag the runs on the front and the recommended ones.
 
-    Tags of an earlier report that no longer hold are taken away.
+    Tags of an earlier report that no longer hold are taken away. Recommended runs get their packed model as an
+    MLflow model, which ``mlflow.pyfunc.load_model("runs:/RUN/model")`` loads.
 
     Args:
         folder: with ``front.csv`` (columns ``on_front`` and ``run_ids``) and ``recommended.json``.
@@ -230,6 +282,38 @@ def publish_report(uri: str, parent_id: str, folder: Path) -> None:
                 client.set_tag(run.info.run_id, tag, value)
             elif value is None and now is not None:
                 client.delete_tag(run.info.run_id, tag)
+    for run_id in wanted[TAG_RECOMMENDED]:
+        _add_model(client, run_id)
+
+
+def _add_model(client: MlflowClient, run_id: str) -> None:
+    """Store a run's packed model as an MLflow model too, once; a run without a packed model has none."""
+    files = {file.path for file in client.list_artifacts(run_id)}
+    if MODEL_FOLDER in files or "model.fqs" not in files:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        packed = client.download_artifacts(run_id, "model.fqs", folder)
+        target = Path(folder) / MODEL_FOLDER
+        _save_model(Path(packed), target)
+        client.log_artifacts(run_id, str(target), MODEL_FOLDER)
+
+
+def _save_model(packed: Path, target: Path) -> None:
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # It asks for type hints and an example, of its own classes too; the signature says what comes in.
+        warnings.simplefilter("ignore")
+        from mlflow.models import ModelSignature
+        from mlflow.pyfunc import save_model
+        from mlflow.types import Schema, TensorSpec
+
+        save_model(
+            target,
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"packed": str(packed)},
+            signature=ModelSignature(inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])),
+            pip_requirements=[f"fqsweep=={__version__}"],  # named here, because finding out loads the model
+        )
 
 
 def _runs_on_front(folder: Path) -> dict[str, str]:
@@ -244,8 +328,8 @@ def _recommended_runs(folder: Path) -> dict[str, str]:
     return {one["run_id"]: one["reason"] for one in chosen}
 
 
-def fetch_model(uri: str, run_id: str, target: Path) -> None:
-    """Copy the packed model of a run to ``target``.
+def fetch_model(uri: str, run_id: str) -> bytes:
+    """The packed model of a run.
 
     Raises:
         InputError: no such run, or it has no packed model.
@@ -253,8 +337,24 @@ def fetch_model(uri: str, run_id: str, target: Path) -> None:
     try:
         client = MlflowClient(tracking_uri=uri)
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(client.download_artifacts(run_id, "model.fqs", folder))
-            content = file.read_bytes()
+            return Path(client.download_artifacts(run_id, "model.fqs", folder)).read_bytes()
     except (MlflowException, OSError) as error:
         raise InputError(f"run {run_id} at {uri} has no packed model: {str(error).splitlines()[0]}") from error
-    write_bytes(target, content)
+
+
+def fetch_space(uri: str, run_id: str, folder: Path) -> tuple[Path, dict[str, str]]:
+    """The search space of a run's sweep, copied to ``folder``, and the run's parameters.
+
+    Raises:
+        InputError: the run or its sweep is not there.
+    """
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        run = client.get_run(run_id)
+        parent_id = run.data.tags[TAG_PARENT]
+        names = [
+            item.path for item in client.list_artifacts(parent_id) if item.path.endswith((".yaml", ".yml"))
+        ]
+        return Path(client.download_artifacts(parent_id, names[0], str(folder))), dict(run.data.params)
+    except (MlflowException, OSError, LookupError) as error:
+        raise InputError(f"the sweep of run {run_id} at {uri} cannot be found: {error}") from error

@@ -1,7 +1,7 @@
 """One cell in, one result out: the story of a trial, without Ray and without MLflow.
 
-data -> parent (shared) -> importance (shared) -> allocation -> quantisers -> fine-tuning -> packed file
--> the model read back from that file -> metrics. What is scored is what lies on disk.
+data -> parent (shared) -> importance (shared) -> allocation -> quantisers -> fine-tuning -> packed file without
+dropped channels -> the model read back from that file -> metrics. What is scored is what lies on disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from fqsweep.assignment import Budget, allowed_choices, assign_bits
 from fqsweep.baseline import baseline_log, ensure_baseline, ensure_importance
-from fqsweep.checkpoints import CHECKPOINT_NAME, Checkpoint
+from fqsweep.checkpoints import Checkpoint
 from fqsweep.config import BaqMethod, Finetuning, Fp32Method, UniformMethod
 from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport
@@ -33,38 +33,16 @@ from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
 from fqsweep.quant.costs import FULL_PRECISION_BITS, effective_gbops, fixed_packed_bytes, mean_weight_bits
 from fqsweep.quant.kernels import Kernels, choose_kernels
-from fqsweep.quant.packing import pack_weights, unpack_weights
+from fqsweep.quant.packed_model import load_model, shrink
+from fqsweep.quant.packing import pack_weights
+from fqsweep.quant.removal import RemovalError
 from fqsweep.quant.units import UnitTable, list_units
+from fqsweep.results import TrialResult
 from fqsweep.setting import Setting, open_setting, seed_everything
 from fqsweep.space import Cell, exempt_of, finetune_epochs, granularity_of, run_params
 from fqsweep.training import Recorder, TrainingLog, TrainingPlan, train
 
 BITS_COLUMNS = ("layer", "units", "weights_per_unit", "mean_bits", *(f"units_at_{b}" for b in range(9)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialResult:
-    """What a finished trial leaves.
-
-    Attributes:
-        key, title, params, weights: what was asked for.
-        metrics: every key of ``names.metric_keys`` and the groups' own; all finite.
-        history: one mapping an epoch of this trial's own training (the parent's for fp32).
-        layers: one row a layer, columns ``BITS_COLUMNS``.
-    """
-
-    key: str
-    title: str
-    params: dict[str, str]
-    weights: dict[str, float]
-    metrics: dict[str, float]
-    history: list[dict[str, float]] = field(default_factory=list)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-
-
-def read_result(path: Path) -> TrialResult:
-    """Read a ``result.json``."""
-    return TrialResult(**json.loads(path.read_text()))
 
 
 def run_trial(
@@ -92,7 +70,7 @@ def run_trial(
     seed_everything(cell.seed)
     units = list_units(parent, granularity=granularity_of(cell), exempt=exempt_of(cell))
     macs = count_macs(parent, image_size=cell.dataset.image_size)
-    checkpoint = Checkpoint(paths.trial(key) / CHECKPOINT_NAME)
+    checkpoint = Checkpoint(paths.checkpoint(key))
     state, bits_u, log = _quantise(setting, parent, units, weights, paths, recorder, checkpoint)
     blob = pack_weights(
         state.tensors,
@@ -100,6 +78,8 @@ def run_trial(
         steps={f"{name}.weight": steps for name, steps in state.steps.items()},
         metadata=_file_notes(setting),
     )
+    if (bits_u == 0).any():
+        blob = _without_dropped_channels(blob, recorder)
     _check_budget(cell, units, bits_u, packed_bytes=len(blob))
     write_bytes(paths.trial(key) / "model.fqs", blob)
     packed = load_packed(blob, setting)
@@ -339,7 +319,16 @@ def _check_budget(cell: Cell, units: UnitTable, bits_u: np.ndarray, *, packed_by
 
 def load_packed(blob: bytes, setting: Setting) -> nn.Module:
     """The model that a packed file holds, with nothing else from the trial that made it."""
-    return setting.model_with(unpack_weights(blob))
+    return load_model(blob).to(setting.device)
+
+
+def _without_dropped_channels(blob: bytes, recorder: Recorder) -> bytes:
+    """The smaller file of the same network: what nobody needs is neither stored nor computed."""
+    try:
+        return shrink(blob)
+    except RemovalError as error:  # the whole network is what was asked for; smaller is a bonus
+        recorder.note(f"dropped channels stay in the file: {error}")
+        return blob
 
 
 def _file_notes(setting: Setting) -> dict[str, str]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from fqsweep.checkpoints import CHECKPOINT_NAME, Checkpoint, random_state, restore_random_state
+from fqsweep.checkpoints import Checkpoint, random_state, restore_random_state
 from fqsweep.files import SweepPaths
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import attach_quantisers, freeze_bits
@@ -203,7 +203,7 @@ def test_a_trial_killed_while_its_parent_and_while_it_trains_gives_the_same_resu
     ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=200, check=False)
     assert ended.stdout.split() == ["9", "9"], ended.stderr
     paths = SweepPaths(tmp_path / "killed")
-    assert (paths.trial("k") / CHECKPOINT_NAME).exists()
+    assert paths.checkpoint("k").exists()
     assert not paths.result("k").exists()
     resumed = trial(cell_of(name, **recipe), tmp_path / "killed")
     assert "training goes on after epoch" in paths.log("k").read_text()
@@ -212,7 +212,7 @@ def test_a_trial_killed_while_its_parent_and_while_it_trains_gives_the_same_resu
     for file in ("model.fqs", "bits.csv"):
         same = [(SweepPaths(tmp_path / run).trial("k") / file).read_bytes() for run in ("whole", "killed")]
         assert same[0] == same[1], file
-    assert list((tmp_path / "killed").rglob(CHECKPOINT_NAME)) == []
+    assert list((tmp_path / "killed").rglob("*.pt")) == []
     assert json.loads(paths.result("k").read_text())["key"] == "k"
 
 

@@ -35,7 +35,7 @@ def test_the_plan_counts_what_the_sweep_will_do(tmp_path: Path) -> None:
 def test_the_work_of_a_parent_is_its_epochs_of_training_and_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate_module, "_macs_per_image", lambda _name, _size: 1000.0)
+    monkeypatch.setattr(estimate_module, "macs_per_image", lambda _name, _size: 1000.0)
     tasks = tasks_of(tmp_path)
     model = CostModel(Resources(), data_dir=None)
     # 500 images: 300 to train (forward and backward count three), 75 to validate, 50 to calibrate, 75 to test.

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from fqsweep import files
-from fqsweep.files import SweepPaths, append_line, locked, read_lines, write_bytes, write_json
+from fqsweep.files import (
+    AttemptPaths,
+    SweepPaths,
+    append_line,
+    locked,
+    publish,
+    read_lines,
+    write_bytes,
+    write_json,
+)
 
 HOSTILE = ["plain", "with blank", "quote'\"s", "ümlaut-日本", "percent%20", "-dash", "new\nline", "a" * 100]
 
@@ -114,3 +123,24 @@ def test_of_several_processes_one_at_a_time_holds_the_lock(tmp_path: Path) -> No
         worker.join(30)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert counter.read_text() == "60"
+
+
+def test_of_two_attempts_at_a_trial_the_first_whole_result_stands(tmp_path: Path) -> None:
+    paths = SweepPaths(tmp_path)
+    orphan, second = AttemptPaths(tmp_path, attempt="1-10"), AttemptPaths(tmp_path, attempt="2-11")
+    write_bytes(orphan.trial("k") / "model.fqs", b"orphan, half done")
+    write_bytes(second.trial("k") / "model.fqs", b"second")
+    write_json(second.result("k"), {"attempt": 2})
+    assert publish(second.trial("k"), paths.trial("k"), last="result.json")
+    write_json(orphan.result("k"), {"attempt": 1})
+    assert not publish(orphan.trial("k"), paths.trial("k"), last="result.json")
+    assert (paths.trial("k") / "model.fqs").read_bytes() == b"second"
+    assert [path.name for path in (tmp_path / "trials").iterdir()] == ["k"]
+
+
+def test_a_leftover_without_a_result_gives_way(tmp_path: Path) -> None:
+    paths, own = SweepPaths(tmp_path), AttemptPaths(tmp_path, attempt="2-11")
+    write_bytes(paths.trial("k") / "model.fqs", b"cut off")
+    write_json(own.result("k"), {"attempt": 2})
+    assert publish(own.trial("k"), paths.trial("k"), last="result.json")
+    assert [path.name for path in paths.trial("k").iterdir()] == ["result.json"]

@@ -15,20 +15,34 @@ PROJECT = Path(__file__).resolve().parents[1]
 ORDER = (
     ("fqsweep", "errors", "names", "config"),
     ("space", "files"),
-    ("tasks", "search"),
+    ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus", "faults"),
     ("data", "models", "allocation", "fairness", "progress", "pictures", "checkpoints"),
     ("quant",),
     ("importance", "training"),
     ("setting", "assignment", "baseline"),
     ("trial",),
-    ("work", "actor", "estimate", "tracking", "sweep"),
+    (
+        "checks",
+        "work",
+        "actor",
+        "estimate",
+        "tracking",
+        "spool",
+        "control",
+        "driver",
+        "sweep",
+        "export",
+        "served_model",
+    ),
     ("main",),
 )
 ONLY_IN = {
     "ray": {"fqsweep.sweep", "fqsweep.actor"},
-    "optuna": {"fqsweep.search"},
-    "mlflow": {"fqsweep.tracking", "analysis.load"},
+    "optuna": {"fqsweep.studies"},
+    "mlflow": {"fqsweep.tracking", "fqsweep.served_model", "analysis.load"},
     "timm": {"fqsweep.models"},
+    "onnx": {"fqsweep.quant.onnx_export", "fqsweep.quant.onnx_decoding"},
+    "onnxruntime": {"fqsweep.quant.onnx_export"},
 }
 WITHOUT_TORCH = (
     "errors",
@@ -42,6 +56,13 @@ WITHOUT_TORCH = (
     "pictures",
     "tasks",
     "search",
+    "stopping",
+    "studies",
+    "ledger",
+    "gpus",
+    "faults",
+    "control",
+    "results",
 )
 
 
@@ -145,7 +166,8 @@ def test_nothing_imports_the_analysis() -> None:
     [
         ("fqsweep.allocation, fqsweep.fairness, fqsweep.space, fqsweep.files", "torch, ray, mlflow, timm"),
         ("analysis.report, analysis.page, analysis.load", "torch, ray, timm, optuna"),
-        ("fqsweep.main", "torch, ray, mlflow, timm, optuna"),
+        ("fqsweep.main, fqsweep.control", "torch, ray, mlflow, timm, optuna"),
+        ("fqsweep.sweep", "torch, timm, torchvision"),
     ],
 )
 def test_importing_it_really_loads_none_of(modules: str, forbidden: str) -> None:

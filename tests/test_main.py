@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from fqsweep.checks import check_inputs
 from fqsweep.config import SearchConfig
-from fqsweep.files import SweepPaths
+from fqsweep.files import SweepPaths, append_line, write_json
 from fqsweep.main import main, selection_metric
 from fqsweep.space import load_space
-from fqsweep.sweep import check_inputs
 
 PROJECT = Path(__file__).resolve().parents[1]
 SPACE = """
@@ -181,10 +182,10 @@ def test_a_second_driver_is_told_who_holds_the_folder(photos: Path, capsys: pyte
     from filelock import FileLock
 
     (photos / "out").mkdir()
-    (photos / "out" / "driver.txt").write_text("process 12 on ward3")
+    write_json(SweepPaths(photos / "out").driver_note, {"pid": 12, "host": "ward3", "since": 0.0})
     with FileLock(photos / "out" / "driver.lock"):
         assert run(photos) == 2
-    assert "is in use by process 12 on ward3" in capsys.readouterr().err
+    assert "is in use by process 12 on ward3 (since 19" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -196,6 +197,77 @@ def test_a_broken_photo_fails_its_cells_and_names_the_file(photos: Path) -> None
     assert ended.returncode == 1, ended.stderr
     assert "7.png" in ended.stderr
     assert "0 of 2 cells done, 2 failed" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), [("status", "holds no sweep"), ("cancel", "nothing to cancel")]
+)
+def test_a_folder_without_a_sweep_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    assert main([command, str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def begun_sweep(out: Path) -> SweepPaths:
+    """A folder as a killed driver leaves it: a cell done, one running, one failed with what it blocked."""
+    paths = SweepPaths(out)
+    cells = [{"key": k, "title": f"cell {k}", "wanted": 1, "needs": ["p"], "cost": 2.0} for k in "abc"]
+    cells += [{"key": "d", "title": "cell d", "wanted": 1, "needs": ["q"], "cost": 2.0}]
+    shared = [{"key": key, "title": f"parent {key}", "cost": 4.0} for key in "pq"]
+    write_json(paths.plan, {"name": "s", "cells": cells, "shared": shared})
+    write_json(
+        paths.driver_note, {"pid": 1, "host": "h", "since": 0.0, "command": ["fqsweep", "run", "my space"]}
+    )
+    trial = {"kind": "trial", "title": "t", "time": 1.0, "seconds": 2.0}
+    for line in (
+        {"event": "begin", "slots": 2, "time": 0.0},
+        {"event": "done", "key": "p", "kind": "baseline", "title": "parent p", "seconds": 4.0, "cell": "a"},
+        {"event": "failed", "key": "q", "kind": "baseline", "title": "parent q", "reason": "no", "cell": "d"},
+        {**trial, "event": "done", "key": "ta", "cell": "a"},
+        {**trial, "event": "start", "key": "tb", "cell": "b"},
+        {**trial, "event": "failed", "key": "tc", "cell": "c", "reason": "loss is nan"},
+    ):
+        append_line(paths.ledger, line)
+    return paths
+
+
+def test_status_of_a_killed_sweep_counts_from_the_ledger(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun_sweep(tmp_path)
+    assert main(["status", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 done, 2 failed, 1 waiting of 4 cells; 1 of 4 trials" in shown
+    assert "driver: none runs; the last one was stopped or killed" in shown
+    assert "failed: t: loss is nan" in shown and "failed: parent q: no (blocks 1 cells)" in shown
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["cells"] == {"done": 1, "failed": 2, "running": 0, "waiting": 1}
+    assert (status["shared_done"], status["shared_wanted"], status["saved_runs"]) == (1, 2, 2)
+
+
+def test_status_takes_less_than_two_seconds_of_a_core(tmp_path: Path) -> None:
+    begun_sweep(tmp_path)
+    command = [sys.executable, str(PROJECT / "fqsweep" / "main.py"), "status", str(tmp_path)]
+    before = os.times().children_user + os.times().children_system
+    subprocess.run(command, check=True, capture_output=True)
+    assert os.times().children_user + os.times().children_system - before < 2
+
+
+def test_retry_clears_failures_once_and_says_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun_sweep(tmp_path)
+    assert main(["retry", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "cleared: parent q" in shown and "cleared: t\n" in shown
+    assert "To try them again: fqsweep run 'my space'" in shown
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cells"]["failed"] == 0
+    assert main(["retry", str(tmp_path)]) == 0
+    assert "has no failures" in capsys.readouterr().out
 
 
 def test_data_list_and_verify_show_counts(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

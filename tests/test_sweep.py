@@ -25,7 +25,7 @@ from sweeps import (
 
 from fqsweep.files import SweepPaths
 from fqsweep.names import RUN_PARAMS, metric_keys
-from fqsweep.trial import read_result
+from fqsweep.results import read_result
 
 pytestmark = pytest.mark.slow
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from fqsweep.errors import InputError
+from fqsweep import spool as spool_module
+from fqsweep.errors import InputError, TrackingError
 from fqsweep.files import SweepPaths
-from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_KEY, TAG_PARENT, TAG_RECOMMENDED
+from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_KEY, TAG_PARENT, TAG_PRUNED, TAG_RECOMMENDED
+from fqsweep.results import TrialResult
+from fqsweep.spool import Spool
 from fqsweep.tracking import Tracker, default_uri, fetch_model, open_tracker, publish_report
-from fqsweep.trial import TrialResult
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,7 @@ def test_a_trial_is_one_nested_run_with_params_metrics_curves_and_its_model(path
     assert run.data.metrics["test/acc_group/60 and over"] == 0.25
     curve = book.client.get_metric_history(run_id, "epoch/train/loss")
     assert [(point.step, point.value) for point in curve] == [(0, 1.0), (1, 0.5)]
-    target = paths.out / "fetched.fqs"
-    fetch_model(default_uri(paths), run_id, target)
-    assert target.read_bytes() == b"packed"
+    assert fetch_model(default_uri(paths), run_id) == b"packed"
 
 
 def test_logging_a_trial_twice_makes_one_run_also_after_a_new_start(paths: SweepPaths) -> None:
@@ -110,7 +111,63 @@ def test_artifacts_lie_in_the_sweep_folder_whatever_the_working_folder(
     assert list(paths.artifacts.rglob("model.fqs"))
 
 
-def test_a_run_without_a_packed_model_is_named(paths: SweepPaths, tmp_path: Path) -> None:
+def test_a_run_without_a_packed_model_is_named(paths: SweepPaths) -> None:
     with pytest.raises(InputError, match="has no packed model"):
-        fetch_model(default_uri(paths), "0" * 32, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+        fetch_model(default_uri(paths), "0" * 32)
+
+
+def test_a_trial_that_was_stopped_early_has_its_curve_and_a_tag_and_no_test_metric(paths: SweepPaths) -> None:
+    book = tracker(paths)
+    history = [{"val/acc_worst": 0.25}, {"val/acc_worst": 0.5}]
+    stopped = dataclasses.replace(result("seven"), metrics={"time/total_s": 1.0}, history=history, pruned=True)
+    run_id = book.log_trial(stopped, [])
+    assert run_id is not None
+    run = book.client.get_run(run_id)
+    assert run.data.tags[TAG_PRUNED] == "true"
+    assert set(run.data.metrics) == {"time/total_s", "epoch/val/acc_worst"}
+    assert len(book.client.get_metric_history(run_id, "epoch/val/acc_worst")) == 2
+
+
+def test_a_second_try_after_a_cut_leaves_one_run(paths: SweepPaths) -> None:
+    book = tracker(paths)
+    for cut_off in ("RUNNING", "FINISHED"):
+        tags = {TAG_PARENT: book.parent_id, TAG_KEY: cut_off}
+        begun = book.client.create_run(book.experiment_id, tags=tags).info.run_id
+        if cut_off == "FINISHED":  # the server did it all, and its last answer was lost
+            book.client.set_terminated(begun, cut_off)
+        written = book.log_trial(result(cut_off), [], again=True)
+        kept = children(paths, book.parent_id)[cut_off]
+        assert kept == [begun if cut_off == "FINISHED" else written]
+
+
+class AwayTracker:
+    """Stands for a tracker whose server refuses some calls."""
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals = refusals
+        self.taken: list[tuple[str, bool]] = []
+
+    def log_trial(self, result: TrialResult, files: list[Path], *, again: bool = False) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise ConnectionError("the server is away")
+        self.taken.append((result.key, again))
+
+
+def test_the_spool_keeps_what_is_refused_and_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "PAUSE_S", 0.01)
+    away = AwayTracker(refusals=3)
+    spool = Spool(away)  # type: ignore[arg-type]
+    for key in ("a", "b"):
+        spool.put(result(key), [])
+    spool.finish(patience_s=10)
+    assert sorted(key for key, _ in away.taken) == ["a", "b"]
+    assert dict(away.taken)["a"] is True and not spool.waiting
+
+
+def test_the_spool_says_so_when_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "PAUSE_S", 0.01)
+    spool = Spool(AwayTracker(refusals=10**9))  # type: ignore[arg-type]
+    spool.put(result("a"), [])
+    with pytest.raises(TrackingError, match=r"did not take 1 results: the server is away"):
+        spool.finish(patience_s=0.1)

@@ -1,8 +1,8 @@
 """Quantised models on disk: what a weight costs in bits is what it takes in the file.
 
-Format ``fqsweep-packed`` version 1: a safetensors file. Its metadata holds the format, the version, under
-``crc32`` a checksum of everything else and, as JSON under ``layers``, name, shape, dtype and number of units
-of every quantised tensor in order.
+Format ``fqsweep-packed`` version 1 (docs/packed_format.md): a safetensors file. Its metadata holds the format, the
+version, under ``crc32`` a checksum of everything else and, as JSON under ``layers``, name, shape, dtype and number
+of units of every quantised tensor in order.
 Tensors:
 - ``codes.B`` for each width B from 1 to 8 in use: uint8, the B-bit codes of all units of that width, in
   the order of layers, units and weights, most significant bit first, the last byte padded with zeros.
@@ -10,6 +10,11 @@ Tensors:
 - ``steps``: float32, one per unit that is not dropped; ``bits``: uint8, two widths a byte, high half first;
 - ``plain.NAME``: every tensor that is not quantised, as it is.
 A weight is code level times step in float32, so packing is exact for weights that lie on their grid.
+
+Version 2 holds a network without its dropped channels (``removal``), whose layers are smaller than the architecture
+says. A layer may have ``float_columns`` in its record: so many last input columns are not coded but lie as float32
+in ``columns.NAME``, for the rows that are not dropped. ``heads`` in the metadata is JSON: attention layer -> number
+of heads, channels of a query or key, channels of a value.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -28,8 +33,11 @@ from safetensors.torch import save as save_tensors
 from fqsweep.quant.levels import LIMIT_BY_BITS, MAX_BITS, absmax_steps, limits_of, round_to_levels
 
 FORMAT = "fqsweep-packed"
-VERSION = "1"
+PLAIN_VERSION, SMALLER_VERSION = "1", "2"
+VERSIONS = (PLAIN_VERSION, SMALLER_VERSION)
 CHECKSUM = "crc32"
+# Metadata of a file without dropped channels: mean bits per weight of the whole network.
+REMOVED = "whole_mean_bits"
 Bits = int | np.ndarray | torch.Tensor
 
 
@@ -50,11 +58,49 @@ class PackedFileError(ValueError):
     """A packed file is damaged, cut short, or something else."""
 
 
+class HeadShape(NamedTuple):
+    """Sizes of an attention layer."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+
 class UnpackedWeights(dict[str, torch.Tensor]):
-    """A state dict; ``bits`` holds layer tensor name -> uint8 widths per unit, ``steps`` the float32 steps."""
+    """A state dict and what is known of its quantised tensors.
+
+    Attributes:
+        bits: tensor name -> uint8 widths per unit; steps: the float32 steps.
+        float_columns: tensor name -> number of last input columns that lie on no grid.
+        heads: attention layer -> its sizes, where they are not the architecture's.
+    """
 
     bits: dict[str, np.ndarray]
     steps: dict[str, np.ndarray]
+    float_columns: dict[str, int]
+    heads: dict[str, HeadShape]
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        super().__init__(tensors or {})
+        self.bits, self.steps, self.float_columns, self.heads = {}, {}, {}, {}
+
+    def copy(self) -> UnpackedWeights:
+        """The same tensors in a mapping that can be changed."""
+        other = UnpackedWeights(self)
+        other.bits, other.steps = dict(self.bits), dict(self.steps)
+        other.float_columns, other.heads = dict(self.float_columns), dict(self.heads)
+        return other
+
+    def pack(self, metadata: Mapping[str, str]) -> bytes:
+        """The packed file of these weights."""
+        return pack_weights(
+            self,
+            self.bits,
+            steps=self.steps,
+            metadata=metadata,
+            float_columns=self.float_columns,
+            heads=self.heads,
+        )
 
 
 def pack_weights(
@@ -63,6 +109,8 @@ def pack_weights(
     *,
     steps: Mapping[str, np.ndarray] | None = None,
     metadata: Mapping[str, str] | None = None,
+    float_columns: Mapping[str, int] | None = None,
+    heads: Mapping[str, HeadShape] | None = None,
 ) -> bytes:
     """Pack a state dict, its quantised tensors at their true widths.
 
@@ -74,42 +122,81 @@ def pack_weights(
         bits: tensor name -> one width, or one per output channel (or a single one for the whole tensor).
         steps: tensor name -> float32 steps per unit; found from the weights where not given.
         metadata: further text to keep in the file's header.
+        float_columns, heads: as in ``UnpackedWeights``, for a network without its dropped channels.
 
     Raises:
         ValueError: a name that is not in ``state``, widths that do not fit, or weights off the grid of ``steps``.
     """
+    columns = float_columns or {}
     layers: list[dict[str, Any]] = []
     codes: dict[int, list[np.ndarray]] = {b: [] for b in range(1, MAX_BITS + 1)}
     all_bits: list[np.ndarray] = []
     all_steps: list[np.ndarray] = []
+    tensors = {f"plain.{name}": t.detach().cpu().contiguous() for name, t in state.items() if name not in bits}
     for name, given in bits.items():
         if name not in state:
             raise ValueError(f"bits are given for {name!r}, which is not in the state")
         tensor = state[name].detach().cpu()
         bits_u = _unit_bits(name, tensor, given)
-        weight_un = tensor.float().reshape(len(bits_u), -1)
-        step_u = _steps_for(name, weight_un, bits_u, None if steps is None else steps.get(name))
-        level_un = round_to_levels(weight_un, step_u[:, None], *limits_of(bits_u))
-        if steps is not None and name in steps and not torch.equal(level_un * step_u[:, None], weight_un):
-            raise ValueError(f"{name!r}: weights do not lie on the grid of the steps given")
-        layers.append(
-            {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)[6:], "units": len(bits_u)}
-        )
+        record = {
+            "name": name,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype)[6:],
+            "units": len(bits_u),
+        }
+        if columns.get(name):
+            record["float_columns"] = columns[name]
+            tensor, tensors[f"columns.{name}"] = _split_columns(tensor, bits_u, columns[name])
+        layers.append(record)
+        level_un, step_u = _levels(name, tensor, bits_u, None if steps is None else steps.get(name))
         for width in range(1, MAX_BITS + 1):
             rows = bits_u == width
             if rows.any():
                 codes[width].append(_codes(level_un[rows], width))
         all_bits.append(bits_u.numpy().astype(np.uint8))
         all_steps.append(step_u[bits_u > 0].numpy())
-    tensors = {f"plain.{name}": t.detach().cpu().contiguous() for name, t in state.items() if name not in bits}
     for width, parts in codes.items():
         if parts:
             tensors[f"codes.{width}"] = torch.from_numpy(_to_bytes(np.concatenate(parts), width))
     tensors["bits"] = torch.from_numpy(_pair(np.concatenate(all_bits) if all_bits else np.zeros(0, np.uint8)))
     tensors["steps"] = torch.from_numpy(np.concatenate(all_steps) if all_steps else np.zeros(0, np.float32))
-    header = {"format": FORMAT, "version": VERSION, "layers": json.dumps(layers, separators=(",", ":"))}
-    notes = {**(metadata or {}), **header}
+    return _to_file(tensors, layers, metadata or {}, heads or {})
+
+
+def _to_file(
+    tensors: dict[str, torch.Tensor],
+    layers: list[dict[str, Any]],
+    metadata: Mapping[str, str],
+    heads: Mapping[str, HeadShape],
+) -> bytes:
+    is_smaller = bool(heads) or any("float_columns" in layer for layer in layers) or REMOVED in metadata
+    notes = {
+        **metadata,
+        "format": FORMAT,
+        "version": SMALLER_VERSION if is_smaller else PLAIN_VERSION,
+        "layers": json.dumps(layers, separators=(",", ":")),
+    }
+    if heads:
+        notes["heads"] = json.dumps(heads)
     return _with_sorted_header(save_tensors(tensors, metadata={**notes, CHECKSUM: _checksum(tensors, notes)}))
+
+
+def _split_columns(tensor: torch.Tensor, bits_u: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The coded part of a weight, and its last columns in the rows that are not dropped."""
+    in_use_r = (bits_u > 0).expand(len(tensor))
+    return tensor[:, :-count], tensor[in_use_r, -count:].float().contiguous()
+
+
+def _levels(
+    name: str, tensor: torch.Tensor, bits_u: torch.Tensor, given: np.ndarray | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels (u, n) and steps (u,) of a weight; exact where steps are given."""
+    weight_un = tensor.float().reshape(len(bits_u), -1)
+    step_u = _steps_for(name, weight_un, bits_u, given)
+    level_un = round_to_levels(weight_un, step_u[:, None], *limits_of(bits_u))
+    if given is not None and not torch.equal(level_un * step_u[:, None], weight_un):
+        raise ValueError(f"{name!r}: weights do not lie on the grid of the steps given")
+    return level_un, step_u
 
 
 def unpack_weights(blob: bytes) -> UnpackedWeights:
@@ -123,7 +210,10 @@ def unpack_weights(blob: bytes) -> UnpackedWeights:
         tensors = load_tensors(blob)
         if metadata.pop(CHECKSUM, "none") != _checksum(tensors, metadata):
             raise PackedFileError("damaged packed model: its checksum does not fit; export it again")
-        return _rebuild(tensors, json.loads(metadata["layers"]))
+        state = _rebuild(tensors, json.loads(metadata["layers"]))
+        heads = json.loads(metadata.get("heads", "{}"))
+        state.heads = {name: HeadShape(*sizes) for name, sizes in heads.items()}
+        return state
     except _DAMAGE as error:
         if isinstance(error, PackedFileError):
             raise
@@ -146,9 +236,9 @@ def read_metadata(blob: bytes) -> dict[str, str]:
         raise PackedFileError(f"not a packed model, or damaged: {error}") from error
     if metadata.get("format") != FORMAT:
         raise PackedFileError(f"not a packed model: its format is {metadata.get('format', 'not named')!r}")
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in VERSIONS:
         raise PackedFileError(
-            f"packed model of version {metadata.get('version')}: this fqsweep reads {VERSION}"
+            f"packed model of version {metadata.get('version')}: this fqsweep reads {' and '.join(VERSIONS)}"
         )
     return dict(metadata)
 
@@ -180,38 +270,55 @@ def _rebuild(tensors: dict[str, torch.Tensor], layers: list[dict[str, Any]]) -> 
         raise PackedFileError("damaged packed model: steps and bits do not fit together")
     step_all = np.zeros(num_units, dtype=np.float32)
     step_all[bits_all > 0] = tensors["steps"].numpy()
-    weights_all = np.concatenate(
-        [np.full(layer["units"], int(np.prod(layer["shape"])) // layer["units"]) for layer in layers]
-        or [np.zeros(0, dtype=int)]
-    )
+    num_weights = [int(np.prod(_coded_shape(layer))) // layer["units"] for layer in layers]
+    weights_all = np.repeat(np.array(num_weights, dtype=int), [layer["units"] for layer in layers])
     levels = {}
     for width in range(1, MAX_BITS + 1):
         count = int(weights_all[bits_all == width].sum())
         if count:
             levels[width] = _from_bytes(tensors[f"codes.{width}"].numpy(), count, width)
     state = UnpackedWeights()
-    state.bits, state.steps = {}, {}
     position = dict.fromkeys(levels, 0)
     start = 0
-    for layer in layers:
+    for layer, count in zip(layers, num_weights, strict=True):
         units = slice(start, start + layer["units"])
         start += layer["units"]
         bits_u, step_u = bits_all[units], step_all[units]
-        num_weights = int(np.prod(layer["shape"])) // layer["units"]
-        level_un = np.zeros((layer["units"], num_weights), dtype=np.float32)
+        level_un = np.zeros((layer["units"], count), dtype=np.float32)
         for width, values in levels.items():
             rows = np.flatnonzero(bits_u == width)
-            end = position[width] + len(rows) * num_weights
-            level_un[rows] = values[position[width] : end].reshape(len(rows), num_weights)
+            end = position[width] + len(rows) * count
+            level_un[rows] = values[position[width] : end].reshape(len(rows), count)
             position[width] = end
-        weight = torch.from_numpy(level_un) * torch.from_numpy(step_u)[:, None]
-        dtype = getattr(torch, layer["dtype"])
-        state[layer["name"]] = weight.reshape(layer["shape"]).to(dtype)
+        weight = (torch.from_numpy(level_un) * torch.from_numpy(step_u)[:, None]).reshape(_coded_shape(layer))
+        if layer.get("float_columns"):
+            weight = _join_columns(weight, bits_u, tensors[f"columns.{layer['name']}"], layer)
+            state.float_columns[layer["name"]] = layer["float_columns"]
+        state[layer["name"]] = weight.to(getattr(torch, layer["dtype"]))
         state.bits[layer["name"]], state.steps[layer["name"]] = bits_u, step_u
     for name, tensor in tensors.items():
         if name.startswith("plain."):
             state[name.removeprefix("plain.")] = tensor
     return state
+
+
+def _coded_shape(layer: dict[str, Any]) -> list[int]:
+    """Shape of the part of a weight that lies in codes."""
+    shape: list[int] = layer["shape"]
+    count = layer.get("float_columns", 0)
+    return [shape[0], shape[1] - count, *shape[2:]] if count else shape
+
+
+def _join_columns(
+    coded: torch.Tensor, bits_u: np.ndarray, columns: torch.Tensor, layer: dict[str, Any]
+) -> torch.Tensor:
+    """The whole weight: coded columns, then the float ones, zeros in dropped rows."""
+    weight = torch.zeros(layer["shape"])
+    count = layer["float_columns"]
+    weight[:, :-count] = coded
+    in_use_r = torch.from_numpy(bits_u > 0).expand(len(weight))
+    weight[in_use_r, -count:] = columns
+    return weight
 
 
 def _unit_bits(name: str, tensor: torch.Tensor, given: Bits) -> torch.Tensor:
@@ -266,6 +373,20 @@ def _grid_step(weight_n: torch.Tensor, bits: int) -> float | None:
             if bool((level_n.abs() <= limit).all()) and torch.equal(level_n * step, weight_n):
                 return float(step)
     return None
+
+
+def codes_as_bytes(weight_un: np.ndarray, step_u: np.ndarray, bits: int) -> np.ndarray:
+    """The codes of units of one width as in a packed file, but padded to whole bytes for every 8 codes.
+
+    Args:
+        weight_un: float32 (u, n), on the grid of ``step_u``; bits: 1 to 8.
+    """
+    widths = torch.full((len(step_u),), bits)
+    level_un = round_to_levels(
+        torch.from_numpy(weight_un), torch.from_numpy(step_u)[:, None], *limits_of(widths)
+    )
+    code_n = _codes(level_un, bits)
+    return _to_bytes(np.concatenate([code_n, np.zeros(-len(code_n) % 8, dtype=np.uint8)]), bits)
 
 
 def _codes(level_un: torch.Tensor, width: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from fqsweep.models import quantisable_layers
 from fqsweep.quant import PackedFileError, fake_quantize, pack_weights, unpack_weights
-from fqsweep.quant.packing import read_metadata
+from fqsweep.quant.grid import quantise_units
+from fqsweep.quant.levels import absmax_steps
+from fqsweep.quant.packed_model import load_model, shrink
+from fqsweep.quant.packing import HeadShape, read_metadata
+from tests.quant.packed_networks import (
+    SIZE_BY_NAME,
+    notes_of,
+    packed_network,
+    random_images,
+    random_network,
+)
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
@@ -203,8 +218,8 @@ def test_another_safetensors_file_is_refused() -> None:
 
 
 def test_a_later_version_is_refused_by_its_number(blob: bytes) -> None:
-    later = save(load(blob), metadata={**read_metadata(blob), "version": "2"})
-    with pytest.raises(PackedFileError, match="packed model of version 2: this fqsweep reads 1"):
+    later = save(load(blob), metadata={**read_metadata(blob), "version": "3"})
+    with pytest.raises(PackedFileError, match="packed model of version 3: this fqsweep reads 1 and 2"):
         unpack_weights(later)
 
 
@@ -212,3 +227,80 @@ def test_a_later_version_is_refused_by_its_number(blob: bytes) -> None:
 def test_bytes_of_any_kind_are_refused(junk: bytes) -> None:
     with pytest.raises(PackedFileError, match="not a packed model"):
         unpack_weights(junk)
+
+
+# --- whole networks, and the description ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SIZE_BY_NAME)
+def test_a_network_from_its_file_alone_computes_what_the_trained_one_does(name: str) -> None:
+    """Random bits from 0 to 8 for every channel; the logits are equal to the last digit."""
+    size = SIZE_BY_NAME[name]
+    model = random_network(name, image_size=size, seed=4)
+    generator = np.random.default_rng(4)
+    bits, steps = {}, {}
+    for layer, module in quantisable_layers(model).items():
+        widths = torch.from_numpy(generator.integers(0, 9, len(module.weight)))
+        weight_un = module.weight.detach().flatten(1)
+        step_u1 = absmax_steps(weight_un, widths)
+        with torch.no_grad():
+            module.weight.copy_(quantise_units(weight_un, step_u1, widths).view(module.weight.shape))
+        bits[f"{layer}.weight"], steps[f"{layer}.weight"] = widths, step_u1[:, 0].numpy()
+    images = random_images(2, size, seed=0)
+    with torch.no_grad():
+        expected = model.eval()(images)
+        blob = pack_weights(model.state_dict(), bits, steps=steps, metadata=notes_of(name, size))
+        found = load_model(blob)(images)
+    assert torch.equal(found, expected)
+
+
+def test_a_file_that_does_not_name_its_network_is_refused(blob: bytes) -> None:
+    with pytest.raises(
+        PackedFileError, match="does not say its architecture, image_size, classes, normalisation"
+    ):
+        load_model(blob)
+
+
+def test_float_columns_and_heads_come_back(blob: bytes) -> None:
+    state = unpack_weights(blob)
+    state["conv.weight"] = torch.cat([state["conv.weight"], torch.full((4, 1, 3, 3), 0.123)], dim=1)
+    state["conv.weight"][0] = 0
+    state.float_columns["conv.weight"] = 1
+    state.heads["attn"] = HeadShape(2, 5, 7)
+    again = state.pack({"note": "x"})
+    assert read_metadata(again)["version"] == "2"
+    found = unpack_weights(again)
+    assert torch.equal(found["conv.weight"], state["conv.weight"])
+    assert found.float_columns == state.float_columns and found.heads == state.heads
+    for length in range(0, len(again), 11):
+        with pytest.raises(PackedFileError, match="damaged"):
+            unpack_weights(again[:length])
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_the_code_in_the_description_reads_a_file(is_small: bool, tmp_path: Path) -> None:
+    text = (PROJECT / "docs" / "packed_format.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    whole = packed_network("test_resnet", drop_frac=0.5, size=32)
+    file = tmp_path / "model.fqs"
+    file.write_bytes(shrink(whole) if is_small else whole)
+    found: dict[str, Any] = {"PATH": str(file)}
+    exec(code, found)
+    state = unpack_weights(file.read_bytes())
+    assert set(found["weights"]) == set(state)
+    for name, tensor in state.items():
+        columns = state.float_columns.get(name, 0)
+        expected = tensor[:, :-columns] if columns else tensor
+        assert np.array_equal(found["weights"][name], expected.numpy()), name
+
+
+def test_nothing_in_the_project_opens_a_pickle() -> None:
+    """Files that others wrote must not run code."""
+    sources = [*(PROJECT / "fqsweep").rglob("*.py"), *(PROJECT / "analysis").rglob("*.py")]
+    assert len(sources) > 40
+    for file in sources:
+        text = file.read_text()
+        assert not re.search(r"^\s*(import|from) (pickle|cloudpickle|joblib|dill)\b", text, re.MULTILINE), file
+        assert "allow_pickle=True" not in text, file
+        for call in re.findall(r"torch\.load\([^\n]*", text):
+            assert "weights_only=True" in call, file

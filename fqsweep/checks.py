@@ -1,0 +1,136 @@
+"""Everything that can be known to be wrong before a sweep starts, and what it is expected to cost.
+
+The driver runs it in a process of its own, because it needs torch and the driver lives for days without it:
+
+    python -m fqsweep.checks SPACE.yaml OUT [DATA_DIR]      # JSON on the last line; exit code 2: bad input
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fqsweep.config import SearchSpace, content_hash
+from fqsweep.errors import InputError
+from fqsweep.files import SweepPaths, write_bytes, write_json
+from fqsweep.space import load_space
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What the checks found out.
+
+    Attributes:
+        facts: data set name and configuration -> digest of images, labels, groups, splits.
+        macs: ``<architecture>@<pixels>`` -> multiply-accumulates an image.
+    """
+
+    facts: dict[str, str]
+    macs: dict[str, float]
+
+
+def check_in_own_process(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Checked:
+    """``check_inputs`` and the networks' costs, without torch in this process.
+
+    Raises:
+        InputError: bad input; nothing was started.
+    """
+    given = [str(space_file), str(paths.out), *([str(data_dir)] if data_dir else [])]
+    own = str(Path(__file__).resolve().parents[1])
+    python_path = os.pathsep.join([own, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    ended = subprocess.run(
+        [sys.executable, "-m", "fqsweep.checks", *given],
+        env={**os.environ, "PYTHONPATH": python_path},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if ended.returncode == 2:
+        raise InputError(ended.stderr.strip())
+    if ended.returncode != 0:
+        raise RuntimeError(f"the checks of {space_file} ended with {ended.returncode}:\n{ended.stderr}")
+    return Checked(**json.loads(ended.stdout.splitlines()[-1]))
+
+
+def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -> dict[str, str]:
+    """Everything that can be known to be wrong before a trial starts.
+
+    Returns:
+        facts for the parent run: data set name and configuration -> digest of images, labels, groups, splits.
+
+    Raises:
+        InputError: with the first data set or architecture that cannot be used.
+    """
+    from fqsweep.data import dataset_digest, plan_dataset
+    from fqsweep.models import build_model
+
+    _check_writable(paths.out)
+    digests = {}
+    for dataset in space.datasets:
+        samples, splits = plan_dataset(dataset, data_dir=data_dir)
+        # Another configuration is another data set with cells of its own: only the same one must not change.
+        same = content_hash(dataset.model_dump(mode="json", exclude={"name"}))
+        digests[f"data/{dataset.name}/{same}"] = dataset_digest(samples, splits, dataset.image_size)
+        for architecture in space.architectures:
+            untrained = architecture.model_copy(update={"pretrained": False})
+            build_model(
+                untrained, num_classes=len(samples.class_names), image_size=dataset.image_size, device="meta"
+            )
+            if (
+                isinstance(architecture.pretrained, str)
+                and not Path(architecture.pretrained).expanduser().is_file()
+            ):
+                raise InputError(
+                    f"architecture {architecture.name}: no file {architecture.pretrained} (pretrained)"
+                )
+    _check_unchanged(paths, digests)
+    return digests
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_bytes(out / ".writable", b"fqsweep")
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise InputError(
+            f"output folder {out} cannot be written: {error.strerror}; give another --out"
+        ) from error
+
+
+def _check_unchanged(paths: SweepPaths, digests: dict[str, str]) -> None:
+    """A sweep goes on only with the data it began with."""
+    noted = paths.out / "data.json"
+    before = json.loads(noted.read_text()) if noted.exists() else {}
+    changed = [name for name, digest in digests.items() if before.get(name, digest) != digest]
+    if changed:
+        raise InputError(
+            f"{', '.join(changed)}: the images or labels have changed since {paths.out} was begun; "
+            "use another --out, or put the data back"
+        )
+    write_json(noted, {**before, **digests})
+
+
+def main(arguments: list[str]) -> int:
+    """Check, and print what was found as JSON."""
+    from fqsweep.estimate import macs_per_image
+
+    space = load_space(Path(arguments[0]))
+    data_dir = Path(arguments[2]) if len(arguments) > 2 else None
+    try:
+        facts = check_inputs(space, SweepPaths(Path(arguments[1])), data_dir)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    sizes = {dataset.image_size for dataset in space.datasets}
+    macs = {f"{a.name}@{size}": macs_per_image(a.name, size) for a in space.architectures for size in sizes}
+    print(json.dumps(asdict(Checked(facts=facts, macs=macs))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

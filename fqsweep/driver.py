@@ -1,0 +1,222 @@
+"""The driver's books: state, ledger, studies, MLflow. No Ray, no torch.
+
+Order on the end of a trial: its own folder (by the worker), the study, the ledger, MLflow (by the spool's thread).
+Each step can be found done or not done at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fqsweep.estimate import CostModel
+from fqsweep.files import SweepPaths
+from fqsweep.gpus import GpuShares
+from fqsweep.ledger import note, read_ledger
+from fqsweep.progress import Snapshot
+from fqsweep.results import TrialResult, read_result
+from fqsweep.search import CellState, SweepState
+from fqsweep.space import finetune_epochs, trial_key
+from fqsweep.spool import Spool
+from fqsweep.stopping import Curve
+from fqsweep.studies import OptunaStudies
+from fqsweep.tasks import Outcome, Task
+
+# Written by Python's faulthandler when it ends a process that hangs.
+TIMEOUT_MARK = "Timeout ("
+
+
+@dataclass
+class SweepDriver:
+    """Books what happens: state, ledger, studies, MLflow."""
+
+    paths: SweepPaths
+    state: SweepState
+    spool: Spool
+    costs: CostModel
+    shares: GpuShares
+    num_slots: int = 1
+    best: dict[str, tuple[float, str]] = field(default_factory=dict)
+    trouble: Exception | None = None
+    spent_s: float = 0.0
+    spent_cost: float = 0.0
+
+    @property
+    def stopped(self) -> bool:
+        return self.trouble is not None
+
+    def next_task(self) -> Task | None:
+        """The next task, noted as started; None if nothing can start now."""
+        task = self.state.next_task(self.shares.fits)
+        if task is not None:
+            self.shares.start(task)
+            with self._kept():
+                note(self.paths, task, "start")
+        return task
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Errors of the books are kept and raised by ``run_sweep``: never in Tune's callbacks."""
+        try:
+            yield
+        except Exception as error:
+            self.trouble = self.trouble or error
+
+    def ended(self, task: Task, outcome: Outcome) -> None:
+        """An attempt ended, and its worker said how."""
+        self.shares.end(task, peak_frac=outcome.peak_gpu_frac)
+        with self._kept():
+            if outcome.done:
+                self._book(task, outcome.seconds)
+            elif outcome.ending == "no_space":
+                # Every other trial would meet the same: nothing is a failure of a cell.
+                self.trouble = self.trouble or OSError(errno.ENOSPC, "No space left", outcome.reason)
+            elif outcome.ending == "broken":
+                self._lose(task, outcome.reason)
+            elif outcome.ending == "out_of_memory" and self.shares.enlarge(task):
+                self._lose(task, "out of GPU memory; it comes again with twice its share of a GPU")
+            else:
+                self._fail(task, outcome.reason)
+
+    def lost(self, task: Task) -> None:
+        """The worker died. If it had finished, its result counts; else the task comes again."""
+        self.shares.end(task)
+        with self._kept():
+            words = self._last_words(task)
+            if task.kind == "trial" and self.paths.result(task.key).exists():
+                self._book(task, 0.0)
+            elif words is not None:
+                self.ended(task, words)
+            else:
+                self._lose(task, f"its worker process died (log: {self.paths.log(task.key)})")
+
+    def _last_words(self, task: Task) -> Outcome | None:
+        """What a worker that had to end with its task left, or why it was killed."""
+        left = self.paths.last_words(task.key)
+        if left.exists():
+            words = Outcome.model_validate_json(left.read_text(encoding="utf-8"))
+            left.unlink()
+            return words
+        log = self.paths.log(task.key)
+        since_start = (
+            log.read_text(encoding="utf-8", errors="replace").rpartition("] start: ")[2] if log.exists() else ""
+        )
+        if TIMEOUT_MARK in since_start:
+            reason = f"it took longer than resources.time_limit_s and was killed (where it was: end of {log})"
+            return Outcome(ending="broken", reason=reason)
+        return None
+
+    def _lose(self, task: Task, reason: str) -> None:
+        attempts = self.state.attempts[task.key]
+        if attempts >= self.state.max_attempts:
+            self._fail(task, f"{reason} ({attempts} attempts)")
+            return
+        note(self.paths, task, "lost", reason=reason)
+        self.state.lose(task, reason)
+
+    def _fail(self, task: Task, reason: str) -> None:
+        note(self.paths, task, "failed", reason=reason)
+        self.state.fail(task, reason)
+
+    def _book(self, task: Task, seconds: float) -> None:
+        if seconds:
+            self.spent_s += seconds
+            self.spent_cost += self.costs.seconds(task)
+        if task.kind != "trial":
+            note(self.paths, task, "done", seconds=round(seconds, 3))
+            self.state.complete(task)
+            return
+        result = read_result(self.paths.result(task.key))
+        self.record(result)
+        self.state.complete(task, result.metrics, _curve(result))
+        self.note_end(task, result, seconds)
+
+    def note_end(self, task: Task, result: TrialResult, seconds: float) -> None:
+        """The ledger's line of a trial that is done or was stopped early."""
+        saved = {"saved_epochs": finetune_epochs(task.cell) - len(result.history)} if result.pruned else {}
+        note(self.paths, task, "pruned" if result.pruned else "done", seconds=round(seconds, 3), **saved)
+
+    def record(self, result: TrialResult) -> None:
+        """A finished trial goes to MLflow and to the list of the best."""
+        folder = self.paths.trial(result.key)
+        files = [folder / name for name in ("model.fqs", "bits.csv", "bits.png") if (folder / name).exists()]
+        self.spool.put(result, files)
+        if result.pruned or "val/acc_worst" not in result.metrics:
+            return
+        bits = result.metrics["bits/mean_weight"]
+        label = "fp32" if bits == 32 else f"{float(result.params['budget_bits']):g} bit"
+        value = result.metrics["val/acc_worst"]
+        if label not in self.best or value > self.best[label][0]:
+            self.best[label] = (value, result.params["variant"])
+
+    def snapshot(self) -> Snapshot:
+        """What the display shows."""
+        left = None
+        if self.spent_cost:
+            left = self.state.cost_left() * (self.spent_s / self.spent_cost) / self.num_slots
+        order = sorted(
+            self.best, key=lambda label: (label == "fp32", float(label.split()[0]) if " " in label else 0)
+        )
+        return Snapshot(
+            counts=self.state.counts(),
+            prepared=(sum(key in self.state.done for key in self.state.shared), len(self.state.shared)),
+            running=tuple(task.title for task in list(self.state.running.values())),
+            best={label: self.best[label] for label in order},
+            seconds_left=left,
+            unsent=len(self.spool.waiting) if self.spool.trouble else 0,
+        )
+
+
+def _curve(result: TrialResult) -> Curve:
+    return Curve(epochs=result.history, whole=not result.pruned)
+
+
+def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
+    """Take over what earlier starts finished: results on disk count, whether or not they were booked.
+
+    Failures count too, until ``fqsweep retry`` clears them.
+    """
+    book = read_ledger(driver.paths)
+    for leftover in (driver.paths.out / "trials").glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # of attempts that were cut off
+    for key, task in driver.state.shared.items():
+        if _whole(driver.paths, task).exists():
+            driver.state.complete(task)
+            if key not in book.done:
+                note(driver.paths, task, "done", seconds=0.0)
+        elif key in book.failed:
+            driver.state.adopt_failure(task, str(book.failed[key].get("reason", "")))
+    for cell in list(driver.state.cells):
+        for task in _tasks_asked_before(cell, studies):
+            if driver.paths.result(task.key).exists():
+                result = read_result(driver.paths.result(task.key))
+                driver.record(result)
+                driver.state.adopt(task, result.metrics, _curve(result))
+                if task.key not in book.done:
+                    driver.note_end(task, result, 0.0)
+            elif task.key in book.failed:
+                driver.state.adopt_failure(task, str(book.failed[task.key].get("reason", "")))
+
+
+def _whole(paths: SweepPaths, task: Task) -> Path:
+    return paths.baseline(task.key) / "meta.json" if task.kind == "baseline" else paths.importance(task.key)
+
+
+def _tasks_asked_before(state: CellState, studies: OptunaStudies) -> list[Task]:
+    cell = state.cell
+    asked = studies.asked_before(cell) if cell.point.free_weights else [(0, {})]
+    return [
+        Task(
+            key=trial_key(cell, number=number, weights=weights),
+            kind="trial",
+            cell=cell,
+            number=number,
+            weights=weights,
+            needs=state.needs,
+        )
+        for number, weights in asked
+    ]

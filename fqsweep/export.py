@@ -1,0 +1,139 @@
+"""The model of a run, written for use elsewhere and checked before it is written.
+
+packed file of the run -> without its dropped channels -> packed or ONNX -> compared with the run's own model on the
+test images of its data set (or on random ones, where these cannot be had) -> on disk.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fqsweep.data import open_dataset
+from fqsweep.data.loading import BatchLoader
+from fqsweep.errors import InputError
+from fqsweep.files import SweepPaths, write_bytes
+from fqsweep.quant.packed_model import ModelNotes, load_model, mean_bits, read_notes, shrink
+from fqsweep.quant.packing import PackedFileError, read_metadata, unpack_weights
+from fqsweep.space import load_space
+from fqsweep.tracking import fetch_model, fetch_space
+
+BATCH = 64
+NUM_RANDOM_IMAGES = 64
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+Batches = list[torch.Tensor]
+
+
+def export_run(
+    uri: str,
+    run_id: str,
+    target: Path,
+    *,
+    kind: Literal["packed", "onnx"],
+    keep_dropped: bool,
+    data_dir: Path | None,
+) -> Iterator[str]:
+    """Write the model of a run; yields what was done, line by line.
+
+    Args:
+        uri: MLflow's; kind: what to write.
+        keep_dropped: leave channels of 0 bits in the network.
+        data_dir: where data sets lie, for the comparison.
+
+    Raises:
+        InputError: no such run, a packed file that cannot be used, or packages that are missing.
+        RemovalError, OnnxMismatch: what would be written does not compute what the run's model does.
+    """
+    if kind == "onnx":
+        check_onnx_packages()
+    try:
+        whole = fetch_model(uri, run_id)
+        blob = whole if keep_dropped else shrink(whole)
+        notes = read_notes(read_metadata(whole))
+    except PackedFileError as error:
+        raise InputError(f"run {run_id}: {error}") from error
+    yield describe_removal(whole, blob)
+    if kind == "packed":
+        write_bytes(target, blob)
+    else:
+        # Only here: the packages are an extra.
+        from fqsweep.quant.onnx_export import compare_with_torch, export_onnx
+
+        content = export_onnx(blob)
+        batches, source = comparison_images(uri, run_id, notes, data_dir)
+        found = compare_with_torch(content, load_model(whole), batches)
+        write_bytes(target, content)
+        yield (
+            f"onnxruntime agrees with the run's model on {found.num_images:,} {source}: largest difference of a "
+            f"logit {found.max_error:.1e}, another first class on {found.num_differing}"
+        )
+        size = notes.image_size
+        yield f"input image: float32 (batch, 3, {size}, {size}), normalised as the file's metadata says"
+    yield f"{target}: {target.stat().st_size:,} bytes"
+
+
+def check_onnx_packages() -> None:
+    """The packages of the extra are there.
+
+    Raises:
+        InputError: some are missing.
+    """
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"--format onnx needs {', '.join(missing)}, not installed here: pip install {' '.join(ONNX_PACKAGES)} "
+            "(or fqsweep's extra 'export')"
+        )
+
+
+def describe_removal(whole: bytes, small: bytes) -> str:
+    """What the removal did, with mean bits over the weights of the whole network."""
+    state, small_state = unpack_weights(whole), unpack_weights(small)
+    count, kept = (sum(weights[name].numel() for name in weights.bits) for weights in (state, small_state))
+    bits = f"{mean_bits(state):.3g} bits per weight"
+    if len(whole) == len(small):
+        return f"{bits}; no channel is removed: {len(whole):,} bytes packed"
+    return (
+        f"{bits}; dropped channels removed: {kept:,} of {count:,} quantised weights are left, "
+        f"{len(small):,} of {len(whole):,} bytes packed"
+    )
+
+
+def comparison_images(uri: str, run_id: str, notes: ModelNotes, data_dir: Path | None) -> tuple[Batches, str]:
+    """Normalised images to compare with, and what they are."""
+    try:
+        return _test_images(uri, run_id, notes, data_dir), "test images"
+    except InputError as error:
+        generator = torch.Generator().manual_seed(0)
+        shape = (NUM_RANDOM_IMAGES, 3, notes.image_size, notes.image_size)
+        reason = str(error).splitlines()[0]
+        return [torch.randn(shape, generator=generator)], f"random images (no test images: {reason})"
+
+
+def _test_images(uri: str, run_id: str, notes: ModelNotes, data_dir: Path | None) -> Batches:
+    with tempfile.TemporaryDirectory() as folder:
+        file, params = fetch_space(uri, run_id, Path(folder))
+        space = load_space(file)
+        wanted = [dataset for dataset in space.datasets if dataset.name == params["dataset"]]
+        if not wanted:
+            raise InputError(f"{file.name} has no data set {params['dataset']!r}")
+        database = Path(uri.removeprefix("sqlite:///"))
+        packs = SweepPaths(database.parent if database.is_file() else Path(folder)).packs
+        dataset = open_dataset(wanted[0], data_dir=data_dir, pack_dir=packs)
+        loader = BatchLoader(
+            images=dataset.image_nhwc,
+            labels=dataset.samples.label_n,
+            groups=next(iter(dataset.samples.groups.values())).code_n,
+            indices=dataset.splits.test,
+            batch_size=BATCH,
+            device=torch.device("cpu"),
+            mean=notes.normalisation.mean,
+            std=notes.normalisation.std,
+            shuffle=False,
+        )
+        return [batch.image_bchw for batch in loader.epoch(0)]

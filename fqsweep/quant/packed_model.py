@@ -1,0 +1,113 @@
+"""A packed file as a network that can be used, and the same file without its dropped channels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fqsweep.config import ArchitectureConfig
+from fqsweep.models import Normalisation, build_model
+from fqsweep.quant.packing import (
+    CHECKSUM,
+    REMOVED,
+    PackedFileError,
+    UnpackedWeights,
+    read_metadata,
+    unpack_weights,
+)
+from fqsweep.quant.removal import load_weights, remove_dropped_channels
+
+NOTES = ("architecture", "image_size", "classes", "normalisation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelNotes:
+    """What a packed file says of its network.
+
+    Attributes:
+        image_size: pixels of a square image; ``normalisation``: for pixels in [0, 1], RGB.
+    """
+
+    architecture: str
+    image_size: int
+    class_names: tuple[str, ...]
+    normalisation: Normalisation
+
+
+def read_notes(metadata: Mapping[str, str]) -> ModelNotes:
+    """The notes in a packed file's metadata.
+
+    Raises:
+        PackedFileError: the file holds weights without saying which network they belong to.
+    """
+    missing = [name for name in NOTES if name not in metadata]
+    if missing:
+        raise PackedFileError(
+            f"the packed file does not say its {', '.join(missing)}: it was not written by a trial of fqsweep"
+        )
+    normalisation: dict[str, Any] = json.loads(metadata["normalisation"])
+    return ModelNotes(
+        architecture=metadata["architecture"],
+        image_size=int(metadata["image_size"]),
+        class_names=tuple(json.loads(metadata["classes"])),
+        normalisation=Normalisation(mean=tuple(normalisation["mean"]), std=tuple(normalisation["std"])),
+    )
+
+
+def build_untrained(notes: ModelNotes) -> nn.Module:
+    """The network that the notes name, as its architecture says and with start values."""
+    architecture = ArchitectureConfig(name=notes.architecture)
+    return build_model(architecture, num_classes=len(notes.class_names), image_size=notes.image_size)
+
+
+def load_model(blob: bytes) -> nn.Module:
+    """The network in a packed file, whole or without its dropped channels, on the CPU in eval mode.
+
+    Nothing but the file is needed.
+
+    Raises:
+        PackedFileError: the file cannot be read or does not say what it holds.
+        InputError: this timm does not know the architecture.
+    """
+    return load_weights(build_untrained(read_notes(read_metadata(blob))), unpack_weights(blob))
+
+
+def shrink(blob: bytes) -> bytes:
+    """The packed file of the same network without its dropped channels; as given where nothing can leave.
+
+    The mean bits per weight of the whole network are noted as ``whole_mean_bits``: those that are left have more
+    bits each, but fewer in all.
+
+    Raises:
+        PackedFileError: as ``load_model``.
+        RemovalError: the smaller network does not compute the same; nothing is returned.
+    """
+    metadata = read_metadata(blob)
+    notes = read_notes(metadata)
+    state = unpack_weights(blob)
+    small = remove_dropped_channels(state, partial(build_untrained, notes), image_size=notes.image_size)
+    if count_values(small) == count_values(state):
+        return blob
+    del metadata[CHECKSUM]
+    return small.pack({**metadata, REMOVED: f"{mean_bits(state):.6g}"})
+
+
+def count_values(state: UnpackedWeights) -> int:
+    """Numbers of all kinds in a network's weights."""
+    return sum(tensor.numel() for tensor in state.values())
+
+
+def mean_bits(state: UnpackedWeights) -> float:
+    """Mean bits per quantised weight; 32 where nothing is quantised."""
+    spent = sum(
+        int(bits_u.astype(np.int64).sum()) * (state[name].numel() // len(bits_u))
+        for name, bits_u in state.bits.items()
+    )
+    count = sum(state[name].numel() for name in state.bits)
+    return spent / count if count else 32.0

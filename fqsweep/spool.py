@@ -1,0 +1,92 @@
+"""Results on their way to MLflow: sent in order by a thread, kept and tried again while the server is away.
+
+The results themselves lie on disk; what this process does not get rid of, the next start sends. The sweep never
+waits for MLflow, and no result is recorded twice.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from fqsweep.errors import TrackingError
+from fqsweep.results import TrialResult
+from fqsweep.tracking import Tracker
+
+PAUSE_S = 1.0
+LONGEST_PAUSE_S = 20.0
+# How long the end of a sweep waits for a server that is away.
+PATIENCE_S = 120.0
+
+
+class Spool:
+    """A queue of results and the thread that empties it into a tracker."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.waiting: deque[tuple[TrialResult, list[Path]]] = deque()
+        self.trouble: Exception | None = None
+        self._tried: set[str] = set()
+        self._changed = threading.Condition()
+        self._over = False
+        self._thread = threading.Thread(target=self._run, daemon=True, name="mlflow")
+        self._thread.start()
+
+    def put(self, result: TrialResult, files: list[Path]) -> None:
+        """Hand a result over; returns at once."""
+        with self._changed:
+            self.waiting.append((result, files))
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        pause_s = PAUSE_S
+        while not self._over:
+            with self._changed:
+                if not self.waiting:
+                    self._changed.wait(timeout=PAUSE_S)
+                    continue
+                result, files = self.waiting[0]
+            try:
+                self.tracker.log_trial(result, files, again=result.key in self._tried)
+            except Exception as error:
+                self.trouble = error
+                self._tried.add(result.key)
+                with self._changed:
+                    self.waiting.rotate(-1)  # one result that is refused must not keep the others
+                    self._changed.wait_for(lambda: self._over, timeout=pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                continue
+            self.trouble, pause_s = None, PAUSE_S
+            with self._changed:
+                self.waiting.popleft()
+                self._changed.notify_all()
+
+    def finish(self, *, patience_s: float = PATIENCE_S) -> None:
+        """Wait until everything is recorded, and end.
+
+        Raises:
+            TrackingError: MLflow was away for ``patience_s`` without taking anything.
+        """
+        until = time.monotonic() + patience_s
+        with self._changed:
+            left = len(self.waiting)
+            while left and time.monotonic() < until:
+                self._changed.wait(timeout=0.5)
+                if len(self.waiting) < left:
+                    left, until = len(self.waiting), time.monotonic() + patience_s
+        self.stop()
+        if left:
+            first = (str(self.trouble).splitlines() or [type(self.trouble).__name__])[0]
+            raise TrackingError(
+                f"MLflow did not take {left} results: {first}\n"
+                "every finished trial is kept in the output folder; when MLflow is back, run the same command again"
+            )
+
+    def stop(self) -> None:
+        """End now; what is not recorded is sent by the next start."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        self._thread.join(timeout=5.0)

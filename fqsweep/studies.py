@@ -1,0 +1,187 @@
+"""Where the values of free weights come from: one Optuna study a cell, in one journal that the driver writes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from fqsweep.config import SearchConfig, WeightRange, content_hash
+from fqsweep.files import write_bytes
+from fqsweep.names import metric_of
+from fqsweep.space import Cell
+
+WARM_START = "fqsweep:warm_start"
+
+
+class OptunaStudies:
+    """One multi-objective study a cell; see ``search.Study`` for what each method promises."""
+
+    def __init__(self, config: SearchConfig, journal: Path, *, cells: Iterable[Cell] = ()) -> None:
+        """Open the journal, or begin it.
+
+        Args:
+            cells: all cells of the sweep, among which neighbouring budgets are found.
+        """
+        self.config = config
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        _cut_off_unfinished_line(journal)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.storage = JournalStorage(JournalFileBackend(str(journal)))
+        self.studies: dict[str, optuna.Study] = {}
+        self.handed_out: set[tuple[str, int]] = set()
+        self.names: dict[str, list[str]] = defaultdict(list)
+        for one in self.storage.get_all_studies():
+            self.names[one.study_name.rpartition("[")[2].rstrip("]")].append(one.study_name)
+        self.families: dict[str, list[Cell]] = defaultdict(list)
+        for cell in cells:
+            if cell.point.free_weights and cell.budget_bits:
+                self.families[_family(cell)].append(cell)
+
+    def ask(self, cell: Cell) -> tuple[int, dict[str, float]]:
+        """See ``search.Study.ask``."""
+        study = self._study(cell)
+        self._warm_start(cell, study)
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if (cell.key, trial.number) not in self.handed_out:
+                return self._hand_out(cell, optuna.Trial(study, trial._trial_id))
+        return self._hand_out(cell, study.ask())
+
+    def _hand_out(self, cell: Cell, asked: optuna.Trial) -> tuple[int, dict[str, float]]:
+        """Number and values; values that a driver killed between two of them left open are drawn now."""
+        for name, limits in cell.point.free_weights.items():
+            asked.suggest_float(name, limits.low, limits.high, log=limits.log)
+        self.handed_out.add((cell.key, asked.number))
+        return asked.number, dict(asked.params)
+
+    def tell(self, cell: Cell, number: int, metrics: Mapping[str, float]) -> None:
+        """See ``search.Study.tell``."""
+        values = [metrics[key] for key in self.config.objectives]
+        self._study(cell).tell(number, values, skip_if_finished=True)
+
+    def prune(self, cell: Cell, number: int) -> None:
+        """See ``search.Study.prune``."""
+        self._study(cell).tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def give_up(self, cell: Cell, number: int) -> None:
+        """See ``search.Study.give_up``."""
+        self._study(cell).tell(number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def asked_before(self, cell: Cell) -> list[tuple[int, dict[str, float]]]:
+        """Numbers and values of the trials that an earlier start asked for, however they ended."""
+        if self._find_study(cell) is None:
+            return []
+        known = self._study(cell).get_trials(deepcopy=False)
+        return [(trial.number, dict(trial.params)) for trial in known if trial.state != TrialState.WAITING]
+
+    def _warm_start(self, cell: Cell, study: optuna.Study) -> None:
+        """Once, as soon as a neighbouring budget has finished trials: its best weights are tried here too."""
+        if study.user_attrs.get(WARM_START):
+            return
+        for neighbour in self._neighbours(cell):
+            if self._find_study(neighbour) is None:
+                continue
+            ended = self._study(neighbour).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            if ended:
+                best = max(ended, key=lambda trial: self._worth(trial.values))
+                study.enqueue_trial(dict(best.params), skip_if_exists=True)
+                study.set_user_attr(WARM_START, f"{neighbour.title}, trial {best.number}")
+                return
+
+    def _neighbours(self, cell: Cell) -> list[Cell]:
+        """The cells that differ from this one in their budget alone, the nearest by ratio first."""
+        budget = cell.budget_bits
+        if not budget:
+            return []
+        others = [other for other in self.families.get(_family(cell), []) if other.key != cell.key]
+        return sorted(others, key=lambda other: abs(math.log((other.budget_bits or budget) / budget)))
+
+    def _worth(self, values: list[float]) -> float:
+        """The first objective on ``val/``, else the first; more is better."""
+        keys = self.config.objectives
+        place = next((n for n, key in enumerate(keys) if key.startswith("val/")), 0)
+        return values[place] if _direction(keys[place]) == "maximize" else -values[place]
+
+    def _study(self, cell: Cell) -> optuna.Study:
+        """The cell's study; a new one begins with the start values of its ranges.
+
+        It is found by the cell's key and the objectives: the title before them may have changed.
+        """
+        if cell.key in self.studies:
+            return self.studies[cell.key]
+        name = f"{cell.title} by {', '.join(self.config.objectives)} [{cell.key}]"
+        study = self._find_study(cell) or optuna.create_study(
+            study_name=name,
+            storage=self.storage,
+            directions=[_direction(key) for key in self.config.objectives],
+            load_if_exists=True,  # a driver may have died before it gave the study its names
+        )
+        self.names[cell.key].append(study.study_name)
+        trials = study.get_trials(deepcopy=False)
+        study.sampler = self._sampler(cell, num_trials=len(trials))
+        if not trials:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                study.set_metric_names(self._metric_names())
+            study.enqueue_trial({n: _start(limits) for n, limits in cell.point.free_weights.items()})
+        self.studies[cell.key] = study
+        return study
+
+    def _find_study(self, cell: Cell) -> optuna.Study | None:
+        if cell.key in self.studies:
+            return self.studies[cell.key]
+        for name in self.names.get(cell.key, []):
+            study = optuna.load_study(study_name=name, storage=self.storage)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if study.metric_names == self._metric_names():
+                    return study
+        return None
+
+    def _metric_names(self) -> list[str]:
+        return [key.replace("/", " ") for key in self.config.objectives]
+
+    def _sampler(self, cell: Cell, *, num_trials: int) -> optuna.samplers.BaseSampler:
+        # Each cell its own stream; going on after ``num_trials`` must not draw their values again.
+        seed = (self.config.seed * 1_000_003 + int(cell.key, 16) + num_trials) % 2**32
+        if self.config.sampler == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True
+            )
+
+
+def _cut_off_unfinished_line(journal: Path) -> None:
+    """Drop what a crash left of a line: Optuna would append to it and never read the journal again."""
+    content = journal.read_bytes() if journal.exists() else b""
+    if content and not content.endswith(b"\n"):
+        write_bytes(journal, content[: content.rfind(b"\n") + 1])
+
+
+def _direction(key: str) -> Literal["minimize", "maximize"]:
+    direction = metric_of(key).direction
+    assert direction != "none"
+    return direction
+
+
+def _start(limits: WeightRange) -> float:
+    return limits.low if limits.start is None else limits.start
+
+
+def _family(cell: Cell) -> str:
+    """The same for cells that differ in their budget alone."""
+    return content_hash(
+        [cell.dataset, cell.group_attribute, cell.architecture, cell.point, cell.seed, cell.recipe]
+    )

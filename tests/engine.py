@@ -1,0 +1,122 @@
+"""Drivers with cheap work in processes of their own: forked, so that a start costs no imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import optuna
+from small_spaces import SMALL, write_space
+from sweeps import child_keys, done_trials
+
+from fqsweep import sweep as sweep_module
+from fqsweep.checks import Checked
+from fqsweep.errors import InputError, TrackingError
+from fqsweep.files import SweepPaths, read_lines
+from fqsweep.space import load_space
+from fqsweep.sweep import SweepOptions, run_sweep
+
+TESTS = Path(__file__).resolve().parent
+MACS = {"test_resnet@32": 1e6, "resnet18@32": 1e8}
+CODES = {InputError: 2, TrackingError: 3, KeyboardInterrupt: 130, OSError: 4}
+
+
+def write_cheap(folder: Path, *changes: tuple[str, str], **behaviour: Any) -> tuple[Path, Path]:
+    """A small search space and an output folder that says how its tasks behave."""
+    text = SMALL
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    out = folder / "out"
+    out.mkdir()
+    behave(out, **behaviour)
+    return write_space(folder, text), out
+
+
+def behave(out: Path, **behaviour: Any) -> None:
+    (out / "behaviour.json").write_text(json.dumps(behaviour))
+
+
+def executed(out: Path) -> list[dict[str, Any]]:
+    return read_lines(out / "executed.jsonl")
+
+
+def fork_driver(space: Path, out: Path, **options: Any) -> int:
+    """Start a driver; returns its process id. Its output goes to ``driver.log`` beside ``out``."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        stream = os.open(out.parent / "driver.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ["PYTHONPATH"] = str(TESTS)
+        # What the checks find is known here, and they would load torch at each start.
+        sweep_module.check_in_own_process = lambda *_given: Checked(facts={}, macs=MACS)  # type: ignore[assignment]
+        summary = run_sweep(SweepOptions(space_file=space, out=out, work="cheap_work", **options))
+        print(json.dumps({"counts": summary.counts, "failures": summary.failures}), flush=True)
+        code = 1 if summary.failures else 0
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        code = next((code for kind, code in CODES.items() if isinstance(error, kind)), 5)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def wait_driver(pid: int, *, timeout_s: float = 240) -> int:
+    """The exit code of a driver; -9 where it was killed."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"the driver took longer than {timeout_s} s")
+
+
+def run_driver(space: Path, out: Path, **options: Any) -> int:
+    return wait_driver(fork_driver(space, out, **options))
+
+
+def said(out: Path) -> str:
+    return (out.parent / "driver.log").read_text(errors="replace")
+
+
+def ended_as(out: Path) -> dict[str, Any]:
+    """Counts and failures that the last driver gave."""
+    lines = [line for line in said(out).splitlines() if line.startswith('{"counts"')]
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def assert_books_agree(space: Path, out: Path, *, trials: int) -> None:
+    """Every trial once in the ledger, on disk, in MLflow and, where weights are free, in Optuna."""
+    keys = done_trials(out)
+    assert len(keys) == trials and set(keys.values()) == {1}
+    assert child_keys(out) == keys
+    assert {path.parent.name for path in (out / "trials").glob("*/result.json")} == set(keys)
+    assert not list((out / "trials").glob(".*"))
+    states: Counter[str] = Counter()
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(SweepPaths(out).studies))
+    )
+    for study in storage.get_all_studies():
+        states.update(trial.state.name for trial in storage.get_all_trials(study._study_id))
+    assert set(states) <= {"COMPLETE"}
+    searched = load_space(space).search.trials_per_cell
+    assert states["COMPLETE"] % searched == 0

@@ -1,0 +1,64 @@
+"""A Ray cluster with faked GPUs in a process of its own: what forks drivers must not hold Ray's threads itself.
+
+Reads one word a line from its input: ``add`` starts a second node and prints the process id of its raylet.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+class ClusterProcess:
+    """The cluster as the tests use it."""
+
+    def __init__(self) -> None:
+        project = Path(__file__).resolve().parents[1]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(project), "RAY_worker_niceness": "0"},
+        )
+        self.address = self._read()
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        while line := self.process.stdout.readline():
+            if line.startswith("> "):
+                return line[2:].strip()
+        raise AssertionError("the cluster's process ended")
+
+    def add_node(self) -> int:
+        """Start a second node; returns the process id of its raylet."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("add\n")
+        self.process.stdin.flush()
+        return int(self._read())
+
+    def shutdown(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def main() -> None:
+    from ray._private.utils import get_ray_address_file
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2})
+    Path(get_ray_address_file(None)).unlink()  # other sweeps on this machine must not find this cluster
+    print(f"> {cluster.address}", flush=True)
+    for _line in sys.stdin:
+        node = cluster.add_node(num_cpus=2, num_gpus=2)
+        print(f"> {node.all_processes['raylet'][0].process.pid}", flush=True)
+    for node in cluster.list_all_nodes():
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+if __name__ == "__main__":
+    main()

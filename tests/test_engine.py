@@ -1,0 +1,258 @@
+"""The engine with cheap work: real Ray, ledger, MLflow and Optuna; killed, hanging, out of memory, cut off."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine import (
+    assert_books_agree,
+    behave,
+    ended_as,
+    executed,
+    fork_driver,
+    run_driver,
+    said,
+    wait_driver,
+    write_cheap,
+)
+from ray_cluster import ClusterProcess
+from sweeps import done_trials, events, wait_for
+
+from fqsweep.control import ask_to_stop, clear_failures, look
+from fqsweep.files import SweepPaths
+
+pytestmark = pytest.mark.slow
+# Two seeds: fp32, uniform, two budgets of static (two trials each) and of baq.
+NUM_TRIALS = 2 * (1 + 1 + 4 + 2)
+TITLE = "synthderm/skin_tone test_resnet uniform-4 seed 1"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ClusterProcess]:
+    """Ray with faked GPUs that outlives the drivers."""
+    cluster = ClusterProcess()
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_driver_killed_at_20_random_moments_does_every_cell_once(
+    tmp_path: Path, cluster: ClusterProcess
+) -> None:
+    space, out = write_cheap(tmp_path, ("seeds: [0, 1]", f"seeds: {list(range(10))}"), sleep_s=0.25)
+    generator = random.Random(0)
+    kills = 0
+    for turn in range(40):
+        before = len(events(out, "begin"))
+        pid = fork_driver(space, out, address=cluster.address, max_concurrent=2)
+        # The first start makes the database; later every second kill falls into a start, the others into the work.
+        if turn % 2 == 0:
+            wait_for(lambda n=before: len(events(out, "begin")) > n, what="a driver that begins")
+        time.sleep(generator.uniform(0.0, 2.0))
+        os.kill(pid, signal.SIGKILL)
+        kills += wait_driver(pid) == -signal.SIGKILL
+        if kills == 20:
+            break
+    assert kills == 20, said(out)
+    assert run_driver(space, out, address=cluster.address) == 0, said(out)
+    assert_books_agree(space, out, trials=10 * 8)
+
+
+def test_each_fault_costs_what_it_must_and_retry_clears_what_failed(
+    tmp_path: Path, cluster: ClusterProcess
+) -> None:
+    faults = [
+        {"match": "fp32 seed 0", "attempts": [1], "do": "cuda"},
+        {"match": "fp32 seed 1", "do": "raise"},
+        {"match": "uniform-4 seed 0", "attempts": [1], "do": "oom"},
+        {"match": "uniform-4 seed 1", "do": "oom"},
+        {"match": "baq@1 seed 0", "attempts": [1], "do": "hang"},
+        {"match": "baq@3 seed 0", "attempts": [1, 2], "do": "exit"},
+    ]
+    resources = "resources: {gpus_per_trial: 0.5, time_limit_s: 3}\nsearch:"
+    space, out = write_cheap(tmp_path, ("search:", resources), faults=faults)
+    assert run_driver(space, out, address=cluster.address, command=("fqsweep", "run", "it")) == 1, said(out)
+    ended = ended_as(out)
+    assert ended["counts"] == {"done": 10, "failed": 2, "running": 0, "waiting": 0}
+    by_title = {failure.split(": ")[0].rsplit("resnet ")[1]: failure for failure in ended["failures"]}
+    assert set(by_title) == {"fp32 seed 1", "uniform-4 seed 1"}
+    assert "OSError: [Errno 5] Input/output error" in by_title["fp32 seed 1"]
+    assert by_title["fp32 seed 1"].endswith("(3 attempts)")
+    assert "raise resources.gpus_per_trial or lower recipe.batch_size" in by_title["uniform-4 seed 1"]
+    assert {run["device"] for run in executed(out)} == {"cuda"}
+
+    def runs(match: str) -> list[dict[str, object]]:
+        return [run for run in executed(out) if match in str(run["title"])]
+
+    assert [run["gpus"] for run in runs("uniform-4 seed 0")] == [0.5, 1.0]
+    assert [run["gpus"] for run in runs("uniform-4 seed 1")] == [0.5, 1.0]
+    spoiled = runs("fp32 seed 0")[0]
+    assert not [run for run in executed(out) if run["pid"] == spoiled["pid"] and run["time"] > spoiled["time"]]
+    hung = runs("baq@1 seed 0")
+    assert len(hung) == 2 and not Path(f"/proc/{hung[0]['pid']}").exists()
+    reasons = {str(line["title"]).split("resnet ")[1]: str(line["reason"]) for line in events(out, "lost")}
+    assert "longer than resources.time_limit_s" in reasons["baq@1 seed 0"]
+    assert "File" in SweepPaths(out).log(str(hung[0]["key"])).read_text(), "the log says where it hung"
+    assert "device-side assert" in reasons["fp32 seed 0"]
+    assert "its worker process died" in reasons["baq@3 seed 0"]
+
+    status = look(SweepPaths(out))
+    assert status.cells == ended["counts"] and len(status.failures) == 2 and status.driver is None
+    before = len(executed(out))
+    assert run_driver(space, out, address=cluster.address) == 1
+    assert len(executed(out)) == before, "a failure is not tried again until it is cleared"
+    behave(out)
+    assert len(clear_failures(SweepPaths(out))) == 2
+    assert run_driver(space, out, address=cluster.address) == 0, said(out)
+    assert_books_agree(space, out, trials=NUM_TRIALS)
+
+
+def test_auto_gives_a_whole_gpu_first_and_then_what_was_measured(
+    tmp_path: Path, cluster: ClusterProcess
+) -> None:
+    space, out = write_cheap(
+        tmp_path, ("search:", "resources: {gpus_per_trial: auto}\nsearch:"), peak_gpu_frac=0.15, sleep_s=0.3
+    )
+    assert run_driver(space, out, address=cluster.address) == 0, said(out)
+    runs = [run for run in executed(out) if run["kind"] == "trial"]
+    assert [run["gpus"] for run in runs[:2]] == [1.0, 1.0]
+    assert {run["gpus"] for run in runs[-6:]} == {0.25}
+
+
+def test_a_full_disk_stops_the_sweep_and_fails_no_cell(tmp_path: Path, cluster: ClusterProcess) -> None:
+    space, out = write_cheap(tmp_path, faults=[{"match": "uniform-4", "do": "no_space"}])
+    assert run_driver(space, out, address=cluster.address) == 4
+    assert "No space left" in said(out) and not events(out, "failed")
+    behave(out)
+    assert run_driver(space, out, address=cluster.address) == 0, said(out)
+    assert_books_agree(space, out, trials=NUM_TRIALS)
+
+
+def test_a_running_sweep_is_seen_from_outside_and_stops_when_asked(
+    tmp_path: Path, cluster: ClusterProcess
+) -> None:
+    space, out = write_cheap(tmp_path, faults=[{"match": "uniform-4 seed 1", "do": "wait"}])
+    driver = fork_driver(space, out, address=cluster.address)
+    wait_for(lambda: len(done_trials(out)) == NUM_TRIALS - 1, what="all but one trial")
+    status = look(SweepPaths(out))
+    assert status.cells == {"done": 11, "failed": 0, "running": 1, "waiting": 0}
+    assert status.driver is not None and f"process {driver} on" in status.driver
+    assert [task["title"] for task in status.running] == [TITLE]
+    assert status.seconds_left is not None and status.saved_runs == 2 * (8 + 6) - 4
+    assert run_driver(space, out, address=cluster.address) == 2
+    assert f"is in use by process {driver}" in said(out)
+    start = time.monotonic()
+    assert f"process {driver}" in ask_to_stop(SweepPaths(out))
+    assert wait_driver(driver) == 130, said(out)
+    assert time.monotonic() - start < 15
+    status = look(SweepPaths(out))
+    assert status.driver is None and status.driver_ended and status.running == []
+    (out / "go").touch()
+    assert run_driver(space, out, address=cluster.address) == 0
+    assert_books_agree(space, out, trials=NUM_TRIALS)
+
+
+def test_a_node_that_dies_gives_its_trials_to_the_others(tmp_path: Path, cluster: ClusterProcess) -> None:
+    raylet = cluster.add_node()
+    space, out = write_cheap(tmp_path, sleep_s=1.0)
+    driver = fork_driver(space, out, address=cluster.address)
+    wait_for(lambda: len({run["node"] for run in executed(out)}) == 2, what="work on both nodes")
+    os.kill(raylet, signal.SIGKILL)
+    assert wait_driver(driver) == 0, said(out)
+    assert any("worker process died" in str(line["reason"]) for line in events(out, "lost"))
+    assert_books_agree(space, out, trials=NUM_TRIALS)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB, or a skip where none may be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_really_is_full_stops_the_sweep_and_loses_nothing(
+    small_disk: Path, cluster: ClusterProcess
+) -> None:
+    space, out = write_cheap(small_disk, ("seeds: [0, 1]", "seeds: [0, 1, 2, 3]"), sleep_s=0.3)
+    driver = fork_driver(space, out, address=cluster.address, max_concurrent=2)
+    wait_for(lambda: len(done_trials(out)) >= 3, what="three trials")
+    filler = small_disk / "filler"
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True, check=False)
+    assert wait_driver(driver) not in (0, 1)
+    assert not events(out, "failed")
+    filler.unlink()
+    assert run_driver(space, out, address=cluster.address) == 0, said(out)
+    assert_books_agree(space, out, trials=2 * NUM_TRIALS)
+
+
+def start_mlflow(out: Path, port: int) -> subprocess.Popen[bytes]:
+    """An MLflow server on this machine, answering."""
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    command += ["--backend-store-uri", f"sqlite:///{out / 'mlflow.db'}"]
+    server = subprocess.Popen(
+        [*command, "--artifacts-destination", str(out / "mlartifacts")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as page:
+                return bool(page.status == 200)
+        except OSError:
+            return False
+
+    wait_for(answers, what="the MLflow server")
+    return server
+
+
+def test_a_tracking_server_that_is_away_for_a_while_gets_every_result_once(
+    tmp_path: Path, cluster: ClusterProcess
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    space, out = write_cheap(tmp_path, sleep_s=0.5)
+    server = start_mlflow(out, port)
+    try:
+        driver = fork_driver(
+            space, out, address=cluster.address, max_concurrent=2, tracking_uri=f"http://127.0.0.1:{port}"
+        )
+        wait_for(lambda: len(done_trials(out)) >= 3, what="three trials")
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        wait_for(lambda: len(done_trials(out)) == NUM_TRIALS, what="the rest, with no server")
+        server = start_mlflow(out, port)
+        assert wait_driver(driver) == 0, said(out)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    assert_books_agree(space, out, trials=NUM_TRIALS)

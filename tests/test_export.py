@@ -1,0 +1,101 @@
+"""The export command on a real trial: packed and ONNX files that are opened and used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fqsweep import export
+from fqsweep.files import SweepPaths
+from fqsweep.main import main
+from fqsweep.quant.packed_model import load_model
+from fqsweep.quant.packing import read_metadata
+from fqsweep.space import expand_cells, load_space
+from fqsweep.tracking import default_uri, open_tracker
+from fqsweep.trial import run_trial
+from fqsweep.work import LogFile
+
+SPACE = """
+name: exported
+datasets:
+  - {kind: synthderm, group_attributes: [skin_tone], image_size: 32, num_images: 300, min_group_count: 5}
+architectures: [resnet18]
+budgets_bits: [0.5]
+seeds: [0]
+methods: [{method: static, finetune_epochs: 0}]
+recipe: {epochs: 1, batch_size: 32, calibration_images: 20}
+search: {trials_per_cell: 1}
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Tracking URI and run of a ResNet18 at half a bit a weight: a sweep of one trial, without Ray."""
+    folder = tmp_path_factory.mktemp("exported")
+    file = folder / "exported.yaml"
+    file.write_text(SPACE)
+    paths = SweepPaths(folder / "out")
+    paths.out.mkdir()
+    (cell,) = expand_cells(load_space(file))
+    log = LogFile(paths.log("k"))
+    result = run_trial(cell, key="k", weights={}, paths=paths, data_dir=None, device="cpu", recorder=log)
+    book = open_tracker(default_uri(paths), paths=paths, sweep="exported", space_file=file, facts={})
+    run = book.log_trial(result, [paths.trial("k") / "model.fqs"])
+    assert run is not None
+    return default_uri(paths), run
+
+
+def test_the_packed_export_is_smaller_and_used_alone(
+    sweep: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri, run = sweep
+    whole, small = tmp_path / "whole.fqs", tmp_path / "small.fqs"
+    assert main(["export", run, "--tracking-uri", uri, "--out", str(whole), "--keep-dropped"]) == 0
+    assert main(["export", run, "--tracking-uri", uri, "--out", str(small)]) == 0
+    said = capsys.readouterr().out
+    assert "bits per weight; dropped channels removed:" in said
+    assert f"{small}: {small.stat().st_size:,} bytes" in said
+    assert small.stat().st_size < whole.stat().st_size
+    assert float(read_metadata(small.read_bytes())["whole_mean_bits"]) <= 0.5
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = (load_model(file.read_bytes())(images) for file in (whole, small))
+    assert float((expected - found).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_the_onnx_export_runs_and_agrees_on_the_test_split(
+    sweep: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ort = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
+    pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
+    uri, run = sweep
+    file, packed = tmp_path / "model.onnx", tmp_path / "model.fqs"
+    assert main(["export", run, "--tracking-uri", uri, "--out", str(file), "--format", "onnx"]) == 0
+    said = capsys.readouterr().out
+    assert " test images: largest difference of a logit " in said and "another first class on 0" in said
+    assert main(["export", run, "--tracking-uri", uri, "--out", str(packed)]) == 0
+    assert file.stat().st_size <= packed.stat().st_size * 1.06
+    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    notes = session.get_modelmeta().custom_metadata_map
+    classes = json.loads(notes["classes"])
+    (logits,) = session.run(["logits"], {"image": np.zeros((3, 3, 32, 32), np.float32)})
+    assert logits.shape == (3, len(classes)) and np.isfinite(logits).all()
+
+
+def test_missing_packages_are_named_with_the_command(
+    sweep: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx", "no_such_package"))
+    uri, run = sweep
+    arguments = ["export", run, "--tracking-uri", uri, "--out", str(tmp_path / "x.onnx"), "--format", "onnx"]
+    assert main(arguments) == 2
+    assert (
+        "needs no_such_package, not installed here: pip install onnx no_such_package" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())

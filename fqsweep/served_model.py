@@ -22,7 +22,7 @@ from fqsweep.quant.packing import read_metadata
 BATCH = 64
 
 
-class PackedClassifier(PythonModel):  # type: ignore[misc]
+class PackedClassifier(PythonModel):
     """Classifies images with the network of a packed file, on the CPU."""
 
     def load_context(self, context: Any) -> None:
@@ -31,7 +31,7 @@ class PackedClassifier(PythonModel):  # type: ignore[misc]
         self.network = load_model(blob)
 
     # MLflow takes a type hint here for the type of one image and warns; the signature says what comes in.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(self, context, model_input, params=None):
         """Probability of each class.
 
         Args:

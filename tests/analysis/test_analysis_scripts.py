@@ -15,6 +15,7 @@ from analysis.effects import weight_effects
 from analysis.load import join_sweeps, load_csv, load_layers, load_run, load_runs
 from analysis.show import run_text
 from fqsweep.errors import InputError
+from fqsweep.main import main as fqsweep_main
 
 METRIC = "val/acc_worst"
 
@@ -96,6 +97,13 @@ def test_a_run_is_shown_with_settings_metrics_groups_and_layers(store, shown, ca
     for part in ("variant", "static", "acc_worst", "female", "layer1.0.conv1", "1.50", "validation", "test"):
         assert part in text
     assert max(map(len, text.splitlines())) <= 130
+
+
+def test_the_command_line_shows_a_run_and_refuses_one_that_is_not_there(store, shown, capsys):
+    assert fqsweep_main(["show", shown, "--tracking-uri", store.uri]) == 0
+    assert "layer1.0.conv1" in capsys.readouterr().out
+    assert fqsweep_main(["show", "nothing", "--tracking-uri", store.uri]) == 2
+    assert "there is none" in capsys.readouterr().err
 
 
 def test_a_run_without_layers_says_so(store, small):

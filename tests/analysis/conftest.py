@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from synthetic_store import SCRIPT_NAME, Spec, grid, write_sweep
 
 from analysis.load import load_runs
-from fqsweep.names import TAG_PRUNED
+from fqsweep.names import DEFAULT_EXPERIMENT, TAG_PRUNED
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Store:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Sweeps: ``small`` (twice, the later counts), ``unfinished``, ``single`` (one run, one seed)."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    folder = tmp_path_factory.mktemp("store")
+    uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(uri)
+    client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=(folder / "artifacts").as_uri())
     older = write_sweep(client, "small", [Spec(variant="static", budget_bits="1")], start_ms=1_000)
     specs = list(grid(seeds=(2, 42), architectures=("resnet18",), attributes=("sex",), budgets=("1", "2")))
     specs += [

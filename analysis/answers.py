@@ -14,10 +14,10 @@ from analysis.columns import (
     GROUP_ACCURACY,
     GROUP_COUNT,
     PANEL,
-    bits_phrase,
-    budget_text,
+    budget_phrase,
     budgets,
     group_names,
+    is_full_precision,
     is_maximized,
     on_test,
     panel_title,
@@ -25,6 +25,7 @@ from analysis.columns import (
     percent,
 )
 from analysis.pareto import leaders, select_cells, under_budget
+from analysis.rules import Choice, rules_record
 from analysis.stats import MIN_SEEDS, share_interval
 from fqsweep.names import metric_of
 
@@ -36,7 +37,7 @@ class Answer:
     """The headline of one panel: the leader in a sentence, and what is known about its lead."""
 
     panel: tuple[str, ...]
-    budget_bits: float
+    budget: str
     variant: str
     sentence: str
     evidence: tuple[str, ...]
@@ -49,7 +50,7 @@ class Recommendation:
     dataset: str
     group_attribute: str
     architecture: str
-    budget_bits: float
+    budget: str
     run_id: str
     variant: str
     seed: int
@@ -91,16 +92,16 @@ def _of_panel(frame: pd.DataFrame, panel: Sequence[str]) -> pd.DataFrame:
 def _answer(
     panel: tuple[str, ...], part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, metric: str
 ) -> Answer:
-    budget = float(leader["budget_bits"])
-    pairs = pairs[pairs["budget_bits"] == budget]
+    budget = str(leader["budget"])
+    pairs = pairs[pairs["budget"] == budget]
     serves = "serves the worst group best" if metric.endswith("worst") else f"has the best {metric}"
-    alone = len(part[part["budget_bits"] == budget]) == 1
+    alone = len(part[part["budget"] == budget]) == 1
     lead = f"only {leader['variant']} was run" if alone else f"{leader['variant']} {serves}"
     figure, reference = _figure(leader, on_test(metric)), _against_reference(part, leader, on_test(metric))
-    sentence = f"At {bits_phrase(budget)}, {lead}: {figure}{reference}."
+    sentence = f"At {budget_phrase(budget)}, {lead}: {figure}{reference}."
     evidence = _evidence(part, leader, pairs, metric=metric)
     return Answer(
-        panel=panel, budget_bits=budget, variant=str(leader["variant"]), sentence=sentence, evidence=evidence
+        panel=panel, budget=budget, variant=str(leader["variant"]), sentence=sentence, evidence=evidence
     )
 
 
@@ -114,7 +115,7 @@ def _figure(point: pd.Series, key: str) -> str:
 
 
 def _against_reference(part: pd.DataFrame, leader: pd.Series, key: str) -> str:
-    reference = part[part["budget_bits"].isna()]
+    reference = part[is_full_precision(part)]
     if reference.empty or not math.isfinite(reference.iloc[0][key] - leader[key]):
         return ""
     points = 100 * float(leader[key] - reference.iloc[0][key])
@@ -126,6 +127,11 @@ def _evidence(part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, met
     said = [_verdict_sentence(pairs, word) for word in ("better", "worse", "no evidence", "cannot be told")]
     said += [_test_order(part, leader, pairs, metric=metric), _image_noise(leader), _fewer_seeds(part, leader)]
     return tuple(s for s in said if s)
+
+
+def _beside(part: pd.DataFrame, leader: pd.Series) -> pd.DataFrame:
+    """The quantised points at the leader's budget, itself among them."""
+    return part[~is_full_precision(part) & (part["budget"] == leader["budget"])]
 
 
 def _verdict_sentence(pairs: pd.DataFrame, word: str) -> str:
@@ -157,7 +163,7 @@ def _listing(items: list[str]) -> str:
 def _test_order(part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, metric: str) -> str:
     """Say it where validation and test do not agree on who leads."""
     key, sign = on_test(metric), 1 if is_maximized(metric) else -1
-    at_budget = part[part["budget_bits"] == leader["budget_bits"]]
+    at_budget = _beside(part, leader)
     ahead = at_budget[sign * at_budget[key] > sign * leader[key]]
     if ahead.empty or pairs.empty:
         return ""
@@ -185,7 +191,7 @@ def _image_noise(leader: pd.Series) -> str:
 
 
 def _fewer_seeds(part: pd.DataFrame, leader: pd.Series) -> str:
-    at_budget = part[part["budget_bits"] == leader["budget_bits"]]
+    at_budget = _beside(part, leader)
     if at_budget["seeds"].nunique() <= 1:
         return ""
     counts = _listing([f"{v} {n}" for v, n in zip(at_budget["variant"], at_budget["num_seeds"], strict=True)])
@@ -194,9 +200,7 @@ def _fewer_seeds(part: pd.DataFrame, leader: pd.Series) -> str:
 
 def lead_counts(points: pd.DataFrame, *, metric: str) -> str:
     """Who leads how often, over all panels and budgets with a choice; empty where there is nothing to count."""
-    contested = (
-        points[points["budget_bits"].notna()].groupby([*PANEL, "budget_bits"])["variant"].transform("size")
-    )
+    contested = points[~is_full_precision(points)].groupby([*PANEL, "budget"])["variant"].transform("size")
     lead = leaders(points.loc[contested.index[contested > 1]], metric=metric)
     if len(lead) < 2:
         return ""
@@ -213,7 +217,7 @@ def recommend(cells: pd.DataFrame, *, metric: str) -> list[Recommendation]:
     """
     found = []
     for panel, part in panels(cells):
-        quantised = part[part["budget_bits"].notna()]
+        quantised = part[~is_full_precision(part)]
         for budget in budgets(quantised):
             fitting = under_budget(quantised, budget)
             if not fitting.empty:
@@ -224,17 +228,17 @@ def recommend(cells: pd.DataFrame, *, metric: str) -> list[Recommendation]:
 
 
 def _recommendation(
-    panel: tuple[str, ...], budget: float, best: pd.Series, num: int, *, metric: str
+    panel: tuple[str, ...], budget: str, best: pd.Series, num: int, *, metric: str
 ) -> Recommendation:
     word = "highest" if is_maximized(metric) else "lowest"
     reason = (
         f"{word} {metric} ({best[metric]:.4f}) of the {num} chosen runs of {panel_title(panel)} with at most "
-        f"{bits_phrase(budget)}; it has {best[BITS]:.3f} and {on_test(metric)} {best[on_test(metric)]:.4f}"
+        f"{budget_phrase(budget)}; it has {best[BITS]:.3f} and {on_test(metric)} {best[on_test(metric)]:.4f}"
     )
     place = dict(zip(PANEL, panel, strict=True))
     return Recommendation(
         **place,
-        budget_bits=budget,
+        budget=budget,
         run_id=str(best["run_id"]),
         variant=str(best["variant"]),
         seed=int(best["seed"]),
@@ -244,17 +248,23 @@ def _recommendation(
     )
 
 
-def recommended_record(found: list[Recommendation], *, sweep: str, metric: str) -> dict[str, Any]:
-    """What ``recommended.json`` holds: for each setting (panel) a map from budget to run and reason.
+def recommended_record(
+    found: list[Recommendation], choices: list[Choice], *, sweep: str, metric: str
+) -> dict[str, Any]:
+    """What ``recommended.json`` holds: for each setting (panel) a map from budget to run and reason, and one from
+    selection rule to run.
 
     Settings are kept apart, because runs on other data, groups or networks cannot be compared.
     """
     by_panel: dict[tuple[str, ...], dict[str, Any]] = {}
     for item in found:
         panel = (item.dataset, item.group_attribute, item.architecture)
-        plain = {k: v for k, v in asdict(item).items() if k not in (*PANEL, "budget_bits")}
-        by_panel.setdefault(panel, {})[budget_text(item.budget_bits)] = plain
-    settings = [dict(zip(PANEL, panel, strict=True)) | {"budgets": value} for panel, value in by_panel.items()]
+        plain = {k: v for k, v in asdict(item).items() if k not in (*PANEL, "budget")}
+        by_panel.setdefault(panel, {})[item.budget] = plain
+    settings = [
+        dict(zip(PANEL, panel, strict=True)) | {"budgets": value, "rules": rules_record(choices, panel)}
+        for panel, value in by_panel.items()
+    ]
     return {"sweep": sweep, "metric": metric, "settings": settings}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.columns import DEFAULT_METRIC, check_selection_metric
-from analysis.load import load_csv, load_runs
+from analysis.load import join_sweeps, load_csv, load_runs
 from fqsweep.errors import InputError
 from fqsweep.files import write_bytes
 
@@ -19,9 +19,16 @@ def source_parser(module: str, description: str) -> argparse.ArgumentParser:
     """A parser with the options that say which runs to read."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--tracking-uri", help="MLflow tracking URI, for example sqlite:////data/out/mlflow.db")
-    parser.add_argument("--sweep", help="name of the sweep; with --csv only a title")
+    parser.add_argument(
+        "--sweep", action="append", help="name of the sweep; again for more; a title with --csv"
+    )
     parser.add_argument("--parent", help="run id of the sweep's parent run, where several sweeps have one name")
-    parser.add_argument("--csv", type=Path, help="read the runs from this CSV instead of MLflow")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        action="append",
+        help="read the runs from this CSV instead of MLflow; again for more",
+    )
     return parser
 
 
@@ -43,10 +50,19 @@ def read_source(arguments: argparse.Namespace) -> pd.DataFrame:
     if "metric" in arguments:
         check_selection_metric(arguments.metric)
     if arguments.csv:
-        return load_csv(arguments.csv)
+        return join_sweeps({path.stem: load_csv(path) for path in arguments.csv})
     if not arguments.tracking_uri or not arguments.sweep:
         raise InputError("Give --tracking-uri and --sweep, or --csv.")
-    return load_runs(arguments.tracking_uri, arguments.sweep, parent_id=arguments.parent)
+    if arguments.parent and len(arguments.sweep) > 1:
+        raise InputError("--parent names one sweep: give one --sweep with it.")
+    return join_sweeps(
+        {name: load_runs(arguments.tracking_uri, name, parent_id=arguments.parent) for name in arguments.sweep}
+    )
+
+
+def title_of(arguments: argparse.Namespace) -> str:
+    """What the pages are called: the sweeps' names, else those of the files."""
+    return ", ".join(arguments.sweep or [path.stem for path in arguments.csv])
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,13 +6,14 @@ import difflib
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 
 from fqsweep.errors import InputError
 from fqsweep.names import GROUP_METRICS, NO_VALUE, metric_of
 
 PANEL = ("dataset", "group_attribute", "architecture")  # what may be compared with each other
-POINT = (*PANEL, "variant", "budget_bits")  # one marker of a figure, one row of a table
+POINT = (*PANEL, "variant", "budget")  # one marker of a figure, one row of a table
 CELL = (*POINT, "seed")  # one cell of the grid
 BITS = "bits/mean_weight"
 BYTES = "size/packed_bytes"
@@ -67,9 +68,58 @@ def panel_title(panel: Iterable[str]) -> str:
     return f"{dataset}, groups by {attribute}, {architecture}"
 
 
-def budgets(frame: pd.DataFrame) -> list[float]:
-    """The budgets in bits that occur, ascending; full precision has none."""
-    return sorted(float(b) for b in frame["budget_bits"].dropna().unique())
+def is_full_precision(frame: pd.DataFrame) -> pd.Series:
+    """Which rows are full precision: by their method, or in records without one by their variant."""
+    method = frame["method"].where(frame["method"] != NO_VALUE, frame["variant"])
+    return method.astype(str).eq(REFERENCE_VARIANT)
+
+
+def with_budget(runs: pd.DataFrame) -> pd.DataFrame:
+    """Add ``budget``, the label that names a run's budget, and make both kinds of budgets numbers.
+
+    A budget is in bits per weight ("0.5"), in bytes on disk ("1.5 MB"), or ``none``: full precision, and
+    methods that were given none. Records from before there were budgets in bytes have no ``budget_bytes``.
+    """
+    known = {c: runs.get(c, np.nan) for c in ("method", "budget_bits", "budget_bytes")}
+    numbers = {c: pd.to_numeric(pd.Series(known[c], index=runs.index), errors="coerce") for c in _BUDGETS}
+    labels = [
+        budget_label(bits, size)
+        for bits, size in zip(*(numbers[c].astype(float) for c in _BUDGETS), strict=True)
+    ]
+    method = pd.Series(known["method"], index=runs.index, dtype=object).fillna(NO_VALUE)
+    return runs.assign(**numbers, method=method, budget=labels)
+
+
+_BUDGETS = ("budget_bits", "budget_bytes")
+
+
+def budget_label(budget_bits: float, budget_bytes: float) -> str:
+    """A budget as it is written, without loss.
+
+    >>> budget_label(0.5, math.nan), budget_label(math.nan, 1_500_000), budget_label(math.nan, math.nan)
+    ('0.5', '1.5 MB', 'none')
+    """
+    if math.isfinite(budget_bytes):
+        unit, size = ("MB", 1e6) if budget_bytes >= 1e6 else ("kB", 1e3)
+        return f"{budget_bytes / size:.12g} {unit}"
+    return f"{budget_bits:.12g}" if math.isfinite(budget_bits) else NO_VALUE
+
+
+def budget_order(label: str) -> tuple[int, float]:
+    """Sort key of budgets: none, then bits ascending, then bytes ascending.
+
+    >>> sorted(["900 kB", "1.5 MB", "4", "none", "0.5"], key=budget_order)
+    ['none', '0.5', '4', '900 kB', '1.5 MB']
+    """
+    if label == NO_VALUE:
+        return 0, 0.0
+    number, _, unit = label.partition(" ")
+    return (2, float(number) * {"MB": 1e6, "kB": 1e3}[unit]) if unit else (1, float(number))
+
+
+def budgets(frame: pd.DataFrame) -> list[str]:
+    """The budgets of quantised rows, in bits ascending, then in bytes ascending."""
+    return sorted(frame.loc[~is_full_precision(frame), "budget"].unique(), key=budget_order)
 
 
 def group_names(frame: pd.DataFrame, *, split: str) -> list[str]:
@@ -92,22 +142,16 @@ def variants(frame: pd.DataFrame) -> list[str]:
     return sorted(frame["variant"].astype(str).unique(), key=variant_rank)
 
 
-def budget_text(budget_bits: float) -> str:
-    """A budget in bits as it is written; ``none`` for full precision.
-
-    >>> budget_text(0.5), budget_text(4.0), budget_text(float("nan"))
-    ('0.5', '4', 'none')
-    """
-    return NO_VALUE if math.isnan(budget_bits) else f"{budget_bits:g}"
-
-
-def bits_phrase(budget_bits: float) -> str:
+def budget_phrase(label: str) -> str:
     """A budget in a sentence.
 
-    >>> bits_phrase(1.0), bits_phrase(0.5)
-    ('1 bit per weight', '0.5 bits per weight')
+    >>> budget_phrase("1"), budget_phrase("0.5"), budget_phrase("1.5 MB"), budget_phrase("none")
+    ('1 bit per weight', '0.5 bits per weight', '1.5 MB on disk', 'no budget')
     """
-    return f"{budget_bits:g} bit{'' if budget_bits == 1 else 's'} per weight"
+    kind, number = budget_order(label)
+    if kind == 1:
+        return f"{label} bit{'' if number == 1 else 's'} per weight"
+    return f"{label} on disk" if kind == 2 else "no budget"
 
 
 def percent(value: float, *, digits: int = 1) -> str:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.columns import BITS, is_maximized, on_test, variants
+from analysis.columns import BITS, is_full_precision, is_maximized, on_test, variants
 from analysis.style import FRONT_COLOR, REFERENCE_COLOR, Look, bits_ticks, looks, marker_size
 from fqsweep.files import write_bytes
 from fqsweep.names import metric_of
@@ -49,7 +49,7 @@ def front_figure(points: pd.DataFrame, *, metric: str) -> Figure:
         metric: the validation metric that chose.
     """
     key = on_test(metric)
-    quantised = points[points["budget_bits"].notna()]
+    quantised = points[~is_full_precision(points)]
     rows = sorted(set(zip(points["dataset"].astype(str), points["group_attribute"].astype(str), strict=True)))
     columns = sorted(points["architecture"].astype(str).unique())
     look = looks(variants(points))
@@ -78,8 +78,8 @@ def front_figure(points: pd.DataFrame, *, metric: str) -> Figure:
 
 
 def _draw_panel(axis: Axes, part: pd.DataFrame, *, key: str, look: dict[str, Look]) -> None:
-    quantised = part[part["budget_bits"].notna()]
-    for value in part.loc[part["budget_bits"].isna(), key].dropna():
+    quantised = part[~is_full_precision(part)]
+    for value in part.loc[is_full_precision(part), key].dropna():
         axis.axhline(100 * value, color=REFERENCE_COLOR, linestyle="--", linewidth=1.1, zorder=1)
     front = quantised[quantised["on_front"]].sort_values(BITS)
     axis.plot(front[BITS], 100 * front[key], color=FRONT_COLOR, linewidth=4, alpha=0.35, zorder=2)

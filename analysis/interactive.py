@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -12,8 +13,9 @@ import plotly.graph_objects as go
 from analysis.columns import (
     BITS,
     BYTES,
-    budget_text,
+    budget_phrase,
     bytes_text,
+    is_full_precision,
     on_test,
     percent,
     variants,
@@ -24,13 +26,15 @@ from fqsweep.names import metric_of
 NUM_RUNS_SHOWN = 5  # run ids that a hover box lists
 SPLITS = ("test", "val")
 HOVER = (
-    "<b>%{customdata[0]}</b>, budget %{customdata[1]} bits<br>true bits %{customdata[2]}, %{customdata[3]}<br>"
+    "<b>%{customdata[0]}</b>, budget %{customdata[1]}<br>true bits %{customdata[2]}, %{customdata[3]}<br>"
     "test %{customdata[4]} %, validation %{customdata[5]} %<br>worst group on test %{customdata[6]} %, "
     "gap %{customdata[7]} %<br>%{customdata[8]}<extra></extra>"
 )
 
 
-def panel_figure(part: pd.DataFrame, *, metric: str, all_variants: list[str]) -> go.Figure:
+def panel_figure(
+    part: pd.DataFrame, *, metric: str, all_variants: list[str], run_link: Mapping[str, str] | None = None
+) -> go.Figure:
     """The front of one panel.
 
     Each trace carries ``meta`` = {split: {"y": ..., "error": ...}} with both splits, so that the page's switch
@@ -40,19 +44,20 @@ def panel_figure(part: pd.DataFrame, *, metric: str, all_variants: list[str]) ->
         part: rows of ``pareto.mark_front`` of one panel.
         metric: the validation metric that chose.
         all_variants: the variants of all panels: each looks the same in every panel.
+        run_link: run id -> its page; a click on a marker opens that of its first run.
     """
     look = looks(all_variants)
-    quantised = part[part["budget_bits"].notna()]
+    quantised = part[~is_full_precision(part)]
     figure = go.Figure()
     figure.add_trace(_front_trace(quantised, metric=metric))
     shown = variants(quantised)
     for place, variant in enumerate(shown):
         rows = quantised[quantised["variant"] == variant].sort_values(BITS)
         size = 1.6 * marker_size(place, len(shown))
-        figure.add_trace(_variant_trace(rows, look[variant], size=size, metric=metric))
-    reference = part[part["budget_bits"].isna()]
+        figure.add_trace(_variant_trace(rows, look[variant], size=size, metric=metric, run_link=run_link or {}))
+    reference = part[is_full_precision(part)]
     if not reference.empty and not quantised.empty:
-        figure.add_trace(_reference_trace(reference.iloc[0], quantised, metric=metric))
+        figure.add_trace(_reference_trace(reference.iloc[0], quantised, metric=metric, run_link=run_link or {}))
     _lay_out(figure, quantised, metric=metric)
     return figure
 
@@ -85,7 +90,9 @@ def _front_trace(quantised: pd.DataFrame, *, metric: str) -> go.Scatter:
     )
 
 
-def _variant_trace(rows: pd.DataFrame, look: Look, *, size: float, metric: str) -> go.Scatter:
+def _variant_trace(
+    rows: pd.DataFrame, look: Look, *, size: float, metric: str, run_link: Mapping[str, str]
+) -> go.Scatter:
     series = _series(rows, metric=metric)
     name = html.escape(str(rows["variant"].iloc[0]))
     return go.Scatter(
@@ -97,15 +104,16 @@ def _variant_trace(rows: pd.DataFrame, look: Look, *, size: float, metric: str) 
         name=name,
         line={"color": look.color, "width": 1.5},
         marker={"symbol": look.symbol, "size": size, "line": {"width": 1, "color": "#ffffff"}},
-        customdata=[_hover(row, metric=metric) for _, row in rows.iterrows()],
+        customdata=[_hover(row, metric=metric, run_link=run_link) for _, row in rows.iterrows()],
         hovertemplate=HOVER,
     )
 
 
-def _hover(row: pd.Series, *, metric: str) -> list[str]:
+def _hover(row: pd.Series, *, metric: str, run_link: Mapping[str, str]) -> list[str]:
+    """The texts of a hover box and, last, the page that a click opens."""
     return [
         html.escape(str(row["variant"])),
-        budget_text(row["budget_bits"]),
+        budget_phrase(str(row["budget"])),
         f"{row[BITS]:.3f}",
         bytes_text(row[BYTES]),
         percent(row[on_test(metric)], digits=2),
@@ -113,6 +121,7 @@ def _hover(row: pd.Series, *, metric: str) -> list[str]:
         percent(row["test/acc_worst"], digits=2),
         percent(row["test/acc_gap"], digits=2),
         _run_lines(row),
+        run_link.get(str(row["run_ids"]).split(" ")[0], ""),
     ]
 
 
@@ -123,7 +132,9 @@ def _run_lines(row: pd.Series) -> str:
     return "<br>".join([*lines, f"and {more} more"] if more > 0 else lines)
 
 
-def _reference_trace(row: pd.Series, quantised: pd.DataFrame, *, metric: str) -> go.Scatter:
+def _reference_trace(
+    row: pd.Series, quantised: pd.DataFrame, *, metric: str, run_link: Mapping[str, str]
+) -> go.Scatter:
     ends = [float(quantised[BITS].min()) / 1.3, float(quantised[BITS].max()) * 1.3]
     series = _series(pd.DataFrame([row, row]), metric=metric)
     series = {split: {"y": values["y"], "error": []} for split, values in series.items()}
@@ -134,7 +145,7 @@ def _reference_trace(row: pd.Series, quantised: pd.DataFrame, *, metric: str) ->
         mode="lines",
         name="full precision",
         line={"color": REFERENCE_COLOR, "width": 1.5, "dash": "dash"},
-        customdata=[_hover(row, metric=metric)] * 2,
+        customdata=[_hover(row, metric=metric, run_link=run_link)] * 2,
         hovertemplate=HOVER,
     )
 

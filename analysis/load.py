@@ -1,16 +1,19 @@
 """The finished trial runs of a sweep as one data frame, from MLflow or from a CSV file.
 
-Columns: ``run_id``, ``key``, ``parent_run_id``, ``start_time`` (ms), every parameter of
-``fqsweep.names.RUN_PARAMS`` and every metric under its full key. What was left out or looks odd is in
-``frame.attrs["notes"]``, a list of sentences.
+Columns: ``run_id``, ``key``, ``parent_run_id``, ``experiment_id``, ``start_time`` (ms), ``budget``, every
+parameter of ``fqsweep.names.RUN_PARAMS`` and every metric under its full key. What was left out or looks
+odd is in ``frame.attrs["notes"]``, a list of sentences.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -18,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pandas as pd
 
-from analysis.columns import GROUP_ACCURACY, GROUP_COUNT
+from analysis.columns import GROUP_ACCURACY, GROUP_COUNT, PANEL, is_full_precision, with_budget
 from fqsweep.errors import InputError
 from fqsweep.names import (
     KIND_SWEEP,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 NUMERIC_PARAMS = (
     "budget_bits",
+    "budget_bytes",
     "seed",
     "fairness_weight",
     "bitrate_weight",
@@ -71,10 +75,12 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     except InputError:
         raise
     except Exception as error:  # MLflow raises what its backend raises: SQLAlchemy, requests, its own
-        raise InputError(f"The tracking URI {tracking_uri!r} cannot be read: {_first_line(error)}") from error
+        raise _unreadable(tracking_uri, error) from error
     trials = [run for run in children if run.data.tags.get(TAG_KIND) == KIND_TRIAL]
-    # Trials that were stopped early have no test metrics and take no part.
+    num_trials = len(trials)
+    # They have no test metrics and take no part.
     trials = [run for run in trials if run.data.tags.get(TAG_PRUNED) != "true"]
+    num_pruned = num_trials - len(trials)
     finished = [run for run in trials if run.info.status == "FINISHED"]
     if not finished:
         raise InputError(
@@ -83,7 +89,9 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
         )
     if len(finished) < len(trials):
         unfinished = [run for run in trials if run.info.status != "FINISHED"]
-        notes.append(f"Left out: {_status_counts(unfinished)} of {len(trials)} trial runs.")
+        notes.append(f"Left out: {_status_counts(unfinished)} of {num_trials} trial runs.")
+    if num_pruned:
+        notes.append(f"Stopped early and left out: {num_pruned} of {num_trials} trial runs.")
     return _typed(pd.DataFrame([_row(run) for run in finished]), notes)
 
 
@@ -94,7 +102,9 @@ def load_csv(path: Path) -> pd.DataFrame:
         InputError: there is no such file, it is no CSV, or a column is missing.
     """
     try:
-        frame = pd.read_csv(path, dtype=dict.fromkeys(("run_id", "key", *RUN_PARAMS), "string"))
+        frame = pd.read_csv(
+            path, dtype=dict.fromkeys(("run_id", "key", "experiment_id", *RUN_PARAMS), "string")
+        )
     except FileNotFoundError:
         raise InputError(f"The CSV must exist, but there is no file {str(path)!r}.") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
@@ -107,6 +117,80 @@ def load_csv(path: Path) -> pd.DataFrame:
     if "run_id" not in frame:
         frame["run_id"] = [f"row-{i}" for i in range(1, len(frame) + 1)]
     return _typed(frame, [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run as it is stored."""
+
+    run_id: str
+    name: str
+    status: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def load_run(tracking_uri: str, run_id: str) -> RunRecord:
+    """Read one run by its id, or by the first letters of it that no other run has.
+
+    Raises:
+        InputError: the tracking URI cannot be read, or no run or several are called so.
+    """
+    client = _connect(tracking_uri)
+    try:
+        runs = [run for run in _search(client, "") if run.info.run_id.startswith(run_id)]
+    except Exception as error:
+        raise _unreadable(tracking_uri, error) from error
+    if len(runs) != 1:
+        what = "there is none" if not runs else f"{len(runs)} begin so: give more letters"
+        raise InputError(f"A run called {run_id!r} must exist at {tracking_uri!r}, but {what}.")
+    return _record(runs[0])
+
+
+def _record(run: Run) -> RunRecord:
+    data = run.data
+    return RunRecord(
+        run_id=run.info.run_id,
+        name=run.info.run_name or "",
+        status=run.info.status,
+        params=dict(data.params),
+        metrics=dict(data.metrics),
+        tags=dict(data.tags),
+    )
+
+
+def load_layers(tracking_uri: str, run_ids: Iterable[str]) -> pd.DataFrame:
+    """Where the bits of runs went: their ``bits.csv`` under one another, with the column ``run_id``.
+
+    Runs without that file (full precision, old records) and stores that do not hand out files have no rows.
+    """
+    client, parts = _connect(tracking_uri), []
+    for run_id in run_ids:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # what the backend raises
+            parts.append(
+                pd.read_csv(client.download_artifacts(run_id, "bits.csv", folder)).assign(run_id=run_id)
+            )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "layer"])
+
+
+def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Runs of several sweeps as one: each variant gets its sweep's name; full precision stays one reference.
+
+    Args:
+        frames: by name of the sweep, from ``load_runs`` or ``load_csv``.
+    """
+    if len(frames) == 1:
+        return next(iter(frames.values()))
+    parts, notes = [], []
+    for name, frame in frames.items():
+        named = frame["variant"].where(is_full_precision(frame), frame["variant"] + f" ({name})")
+        parts.append(frame.assign(variant=named))
+        parts[-1].attrs = {}
+        notes += [f"{name}: {note}" for note in frame.attrs.get("notes", [])]
+    joined = pd.concat(parts, ignore_index=True)
+    joined.attrs["notes"] = notes
+    return joined
 
 
 # --- MLflow --------------------------------------------------------------------------------------
@@ -186,6 +270,7 @@ def _row(run: Run) -> dict[str, Any]:
         "run_id": run.info.run_id,
         "key": run.data.tags.get(TAG_KEY, run.info.run_id),
         "parent_run_id": run.data.tags.get(TAG_PARENT),
+        "experiment_id": run.info.experiment_id,
         "start_time": run.info.start_time,
         **params,
         **run.data.metrics,
@@ -195,6 +280,26 @@ def _row(run: Run) -> dict[str, Any]:
 def _status_counts(runs: list[Run]) -> str:
     counts = pd.Series([run.info.status.lower() for run in runs], dtype="string").value_counts()
     return ", ".join(f"{count} {status}" for status, count in counts.items()) or "no trial runs"
+
+
+def _unreadable(tracking_uri: str, error: Exception) -> InputError:
+    """What went wrong at the store, and what to do where the server says it wants to know who asks."""
+    said = _without_password(_first_line(error), of=tracking_uri)
+    refused = any(code in said for code in ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED"))
+    hint = (
+        " Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        if refused
+        else ""
+    )
+    return InputError(
+        f"The tracking URI {_without_password(tracking_uri, of=tracking_uri)!r} cannot be read: {said}{hint}"
+    )
+
+
+def _without_password(text: str, *, of: str) -> str:
+    """The text without the name and password that the URI ``of`` holds."""
+    signed_in, at, _ = urlsplit(of).netloc.rpartition("@")
+    return text.replace(signed_in + at, "") if at else text
 
 
 def _first_line(error: Exception) -> str:
@@ -220,7 +325,7 @@ def _typed(frame: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     absent = [key for key in metric_keys() if key not in frame]
     frame = pd.concat([frame, pd.DataFrame(np.nan, index=frame.index, columns=absent)], axis=1)
     notes += _missing_metric_notes(frame)
-    frame = frame.sort_values(["dataset", "group_attribute", "architecture", "variant", "budget_bits", "seed"])
+    frame = with_budget(frame).sort_values([*PANEL, "variant", "budget_bits", "budget_bytes", "seed", "run_id"])
     frame = frame.reset_index(drop=True)
     frame.attrs["notes"] = notes
     return frame

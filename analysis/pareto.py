@@ -9,8 +9,20 @@ import moocore
 import numpy as np
 import pandas as pd
 
-from analysis.columns import BITS, CELL, PANEL, POINT, check_selection_metric, is_maximized, variants
-from analysis.stats import summarize
+from analysis.columns import (
+    BITS,
+    BYTES,
+    CELL,
+    PANEL,
+    POINT,
+    budget_order,
+    check_selection_metric,
+    is_full_precision,
+    is_maximized,
+    variants,
+    with_budget,
+)
+from analysis.stats import student_half_width
 from fqsweep.errors import InputError
 from fqsweep.names import GROUP_METRICS, Direction
 
@@ -82,7 +94,8 @@ def select_cells(runs: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     Raises:
         InputError: the metric is unknown or reads test data, or no run has it.
     """
-    usable = runs[runs[check_selection_metric(metric)].notna()]
+    usable = with_budget(runs)
+    usable = usable[usable[check_selection_metric(metric)].notna()]
     if usable.empty:
         raise InputError(f"A run must have recorded {metric}, but none of {len(runs)} has: use another.")
     ordered = usable.sort_values([metric, BITS, "run_id"], ascending=[not is_maximized(metric), True, True])
@@ -101,27 +114,22 @@ def aggregate(cells: pd.DataFrame) -> pd.DataFrame:
         (both joined by spaces, in the same order).
     """
     assert not cells.duplicated(list(CELL)).any(), "one row a cell: call select_cells first"
-    rows = []
-    for _, part in cells.sort_values("seed").groupby(list(POINT), dropna=False, sort=True):
-        first = part.iloc[0]
-        row: dict[str, Any] = {name: first[name] for name in POINT}
-        row |= {"num_seeds": len(part), "seeds": _joined(part["seed"]), "run_ids": _joined(part["run_id"])}
-        means = part[_number_columns(cells)].mean()
-        rows.append(row | {str(k): v for k, v in means.items()} | _spreads(part))
-    return _in_order(pd.DataFrame(rows))
+    grouped = cells.sort_values("seed").groupby(list(POINT), dropna=False, sort=True)
+    points = grouped[["method", "budget_bits", "budget_bytes"]].first()
+    points["num_seeds"] = grouped.size()
+    points = points.join(grouped[["seed", "run_id"]].agg(_joined).set_axis(["seeds", "run_ids"], axis=1))
+    numbers = [c for c in cells.select_dtypes("number").columns if "/" in c]
+    return _in_order(pd.concat([points, grouped[numbers].mean(), _spreads(grouped)], axis=1).reset_index())
 
 
-def _number_columns(cells: pd.DataFrame) -> list[str]:
-    known = cells.select_dtypes("number").columns
-    return [c for c in known if "/" in c]
-
-
-def _spreads(part: pd.DataFrame) -> dict[str, float]:
-    spreads: dict[str, float] = {}
-    for key in SPREAD_METRICS:
-        summary = summarize(part[key])
-        spreads |= {f"{key}:std": summary.std, f"{key}:low": summary.low, f"{key}:high": summary.high}
-    return spreads
+def _spreads(grouped: Any) -> pd.DataFrame:
+    """``stats.summarize`` of each group and metric: standard deviation and the ends of the interval."""
+    keys = list(SPREAD_METRICS)
+    mean, std, num = grouped[keys].mean(), grouped[keys].std(), grouped[keys].count()
+    std = std.where((grouped[keys].max() > grouped[keys].min()) | (num < 2), 0.0)
+    half = student_half_width(std, num)
+    frames = {"std": std, "low": mean - half, "high": mean + half}
+    return pd.concat([f.add_suffix(f":{name}") for name, f in frames.items()], axis=1)
 
 
 def _joined(values: pd.Series) -> str:
@@ -132,8 +140,9 @@ def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
     """Sorted by panel, budget (full precision first), variant, seed."""
     rank = {v: i for i, v in enumerate(variants(frame))}
     order = frame.assign(_rank=frame["variant"].map(rank))
-    by = [*PANEL, "budget_bits", "_rank", *(["seed"] if "seed" in frame else [])]
-    return order.sort_values(by, na_position="first").drop(columns="_rank").reset_index(drop=True)
+    order["_budget"] = frame["budget"].map(budget_order)
+    by = [*PANEL, "_budget", "_rank", *(["seed"] if "seed" in frame else [])]
+    return order.sort_values(by).drop(columns=["_rank", "_budget"]).reset_index(drop=True)
 
 
 def mark_front(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
@@ -158,7 +167,7 @@ def variant_hypervolumes(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     maximize = is_maximized(metric)
     directions: list[Direction] = ["minimize", "maximize" if maximize else "minimize"]
     reference = (REFERENCE_BITS, REFERENCE_VALUE[maximize])
-    quantised = points[points["budget_bits"].notna()]
+    quantised = points[~is_full_precision(points)]
     rows = [
         dict(zip((*PANEL, "variant"), key, strict=True))
         | {"hypervolume_frac": hypervolume(part[[BITS, metric]], reference=reference, directions=directions)}
@@ -171,15 +180,17 @@ def variant_hypervolumes(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 
 def leaders(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     """The variant with the best mean validation ``metric`` at each budget of each panel."""
-    known = points[points["budget_bits"].notna() & points[metric].notna()]
+    known = points[~is_full_precision(points) & points[metric].notna()]
     ordered = known.sort_values([metric, BITS, "variant"], ascending=[not is_maximized(metric), True, True])
-    first = ordered.drop_duplicates([*PANEL, "budget_bits"])
-    return first.sort_values([*PANEL, "budget_bits"]).reset_index(drop=True)
+    return _in_order(ordered.drop_duplicates([*PANEL, "budget"]))
 
 
-def under_budget(frame: pd.DataFrame, budget_bits: float) -> pd.DataFrame:
-    """The rows whose true mean bits fit ``budget_bits``."""
-    return frame[frame[BITS] <= budget_bits * (1 + BUDGET_SLACK)]
+def under_budget(frame: pd.DataFrame, budget: str) -> pd.DataFrame:
+    """The rows that fit a budget: by their true mean bits, or by the size of their file."""
+    kind, limit = budget_order(budget)
+    if kind == 0:
+        return frame
+    return frame[frame[BITS] <= limit * (1 + BUDGET_SLACK)] if kind == 1 else frame[frame[BYTES] <= limit]
 
 
 def main(argv: list[str] | None = None) -> int:

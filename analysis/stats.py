@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.columns import PANEL, is_maximized
+from analysis.columns import PANEL, is_full_precision, is_maximized
 
 MIN_SEEDS = 5
 ALPHA = 0.05
@@ -58,16 +58,36 @@ def summarize(values: Any, *, confidence: float = CONFIDENCE) -> Summary:
     """
     x = np.asarray(values, dtype=float)
     x = x[np.isfinite(x)]
-    if len(x) == 0:
-        return Summary(num=0, mean=math.nan, std=math.nan, low=math.nan, high=math.nan)
-    mean = float(x.mean())
-    if len(x) == 1:
-        return Summary(num=1, mean=mean, std=math.nan, low=math.nan, high=math.nan)
-    if np.ptp(x) == 0:
-        return Summary(num=len(x), mean=mean, std=0.0, low=math.nan, high=math.nan)
-    std = float(x.std(ddof=1))
-    low, high = stats.t.interval(confidence, len(x) - 1, loc=mean, scale=std / math.sqrt(len(x)))
-    return Summary(num=len(x), mean=mean, std=std, low=float(low), high=float(high))
+    mean = float(x.mean()) if len(x) else math.nan
+    std = float(x.std(ddof=1)) if len(x) > 1 else math.nan
+    if len(x) > 1 and np.ptp(x) == 0:
+        std = 0.0
+    half = float(student_half_width(std, len(x), confidence=confidence))
+    return Summary(num=len(x), mean=mean, std=std, low=mean - half, high=mean + half)
+
+
+def student_half_width(std: Any, num: Any, *, confidence: float = CONFIDENCE) -> Any:
+    """Half of Student's t interval of a mean; NaN where ``num`` < 2 or nothing varies. Arrays go value by value."""
+    quantile = stats.t.ppf((1 + confidence) / 2, np.where(np.asarray(num) > 1, np.asarray(num) - 1, np.nan))
+    return np.where(np.asarray(std) > 0, quantile, np.nan) * std / np.sqrt(np.maximum(num, 1))
+
+
+def bootstrap_interval(values: Any, *, confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:
+    """Bias-corrected and accelerated bootstrap interval of a mean over seeds, the same at every call.
+
+    Resampling a handful of values gives intervals that are too short, so below ``MIN_SEEDS`` values, or where
+    all agree, there is none (NaN). Source: B. Efron, JASA 1987 (SciPy's ``bootstrap``).
+
+    >>> bootstrap_interval([0.1, 0.2, 0.3])
+    (nan, nan)
+    """
+    x = np.asarray(values, dtype=float)
+    x = x[np.isfinite(x)]
+    if len(x) < MIN_SEEDS or np.ptp(x) == 0:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    found = stats.bootstrap((x,), np.mean, n_resamples=2000, confidence_level=confidence, rng=rng)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def share_interval(share_frac: float, count: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -139,11 +159,11 @@ def compare_variants(
     Args:
         cells: one row a cell (``pareto.select_cells``).
         metric: full metric key that is compared; with leaders chosen on validation, one on ``test/``.
-        leaders: rows with the panel's columns, ``budget_bits`` and ``variant`` (``pareto.leaders``).
+        leaders: rows with the panel's columns, ``budget`` and ``variant`` (``pareto.leaders``).
         test: see ``paired_test``.
 
     Returns:
-        One row a pair: panel, ``budget_bits, variant, other, num_pairs, difference, low, high, p_value,
+        One row a pair: panel, ``budget, variant, other, num_pairs, difference, low, high, p_value,
         p_holm, verdict``. ``difference`` is variant minus other; Holm's family is the panel.
     """
     rows = [row for _, leader in leaders.iterrows() for row in _pairs(cells, leader, metric, test)]
@@ -158,11 +178,11 @@ def compare_variants(
     return frame
 
 
-_PAIR_COLUMNS = ("budget_bits", "variant", "other", "num_pairs", "difference", "low", "high", "p_value")
+_PAIR_COLUMNS = ("budget", "variant", "other", "num_pairs", "difference", "low", "high", "p_value")
 
 
 def _pairs(cells: pd.DataFrame, leader: pd.Series, metric: str, test: Test) -> list[dict[str, Any]]:
-    at_budget = cells[cells["budget_bits"] == leader["budget_bits"]]
+    at_budget = cells[~is_full_precision(cells) & (cells["budget"] == leader["budget"])]
     for column in PANEL:
         at_budget = at_budget[at_budget[column] == leader[column]]
     by_seed = at_budget.pivot_table(index="seed", columns="variant", values=metric, dropna=False)
@@ -171,7 +191,7 @@ def _pairs(cells: pd.DataFrame, leader: pd.Series, metric: str, test: Test) -> l
         if leader["variant"] not in by_seed:
             continue
         result = paired_test((by_seed[leader["variant"]] - by_seed[other]).dropna(), test=test)
-        row = {**{c: leader[c] for c in (*PANEL, "budget_bits", "variant")}, "other": other}
+        row = {**{c: leader[c] for c in (*PANEL, "budget", "variant")}, "other": other}
         numbers = {"num_pairs": result.num_pairs, "difference": result.mean, "low": result.low}
         rows.append({**row, **numbers, "high": result.high, "p_value": result.p_value})
     return rows

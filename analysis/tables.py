@@ -14,7 +14,6 @@ from analysis.columns import (
     BITS,
     BYTES,
     POINT,
-    budget_text,
     bytes_text,
     panel_title,
     panels,
@@ -52,7 +51,10 @@ def _share(key: str, heading: str) -> Column:
 COLUMNS: tuple[Column, ...] = (
     Column(heading="variant", right=False, text=lambda row: str(row["variant"])),
     Column(
-        heading="budget", right=True, text=lambda row: budget_text(row["budget_bits"]), meaning="bits allowed"
+        heading="budget",
+        right=True,
+        text=lambda row: str(row["budget"]),
+        meaning="bits per weight, or size on disk, that was allowed",
     ),
     Column(
         heading="bits",
@@ -114,12 +116,13 @@ def as_markdown(points: pd.DataFrame) -> str:
     parts = []
     for panel, part in panels(points):
         rows = [[c.heading for c in COLUMNS], *cell_texts(part)]
-        lines = ["| " + " | ".join(map(_markdown_safe, row)) + " |" for row in rows]
-        parts.append("\n".join([f"### {_markdown_safe(panel_title(panel))}", "", lines[0], rule, *lines[1:]]))
+        lines = ["| " + " | ".join(map(markdown_safe, row)) + " |" for row in rows]
+        parts.append("\n".join([f"### {markdown_safe(panel_title(panel))}", "", lines[0], rule, *lines[1:]]))
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_safe(text: str) -> str:
+def markdown_safe(text: str) -> str:
+    """The text as Markdown that shows it and nothing else."""
     return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", text).replace("\n", " ")
 
 
@@ -127,7 +130,19 @@ def as_csv(points: pd.DataFrame) -> str:
     """The same rows unrounded: fractions, bits, bytes; intervals over seeds in columns of their own."""
     keys = ["test/acc_worst", "test/acc_avg", "test/acc_gap", "test/balanced_acc_worst"]
     spread = [f"test/acc_worst:{what}" for what in ("std", "low", "high")]
-    columns = [*POINT, BITS, BYTES, *keys, *spread, "num_seeds", "on_front", "seeds", "run_ids"]
+    columns = [
+        *POINT,
+        "budget_bits",
+        "budget_bytes",
+        BITS,
+        BYTES,
+        *keys,
+        *spread,
+        "num_seeds",
+        "on_front",
+        "seeds",
+        "run_ids",
+    ]
     return points[columns].to_csv(index=False)
 
 
@@ -137,9 +152,9 @@ def as_latex(points: pd.DataFrame) -> str:
     parts = []
     for panel, part in panels(points):
         rows = [[c.heading for c in COLUMNS], *cell_texts(part)]
-        lines = [" & ".join(map(_latex_safe, row)) + r" \\" for row in rows]
+        lines = [" & ".join(map(latex_safe, row)) + r" \\" for row in rows]
         body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-        caption = rf"\caption{{{_latex_safe(panel_title(panel))}; test data.}}"
+        caption = rf"\caption{{{latex_safe(panel_title(panel))}; test data.}}"
         table = [r"\begin{table}", r"\centering", caption, rf"\begin{{tabular}}{{{spec}}}", *body]
         parts.append("\n".join([*table, r"\end{tabular}", r"\end{table}"]))
     return "\n\n".join(parts) + "\n"
@@ -157,7 +172,8 @@ _LATEX = {
 }
 
 
-def _latex_safe(text: str) -> str:
+def latex_safe(text: str) -> str:
+    """The text as LaTeX that shows it and nothing else."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 

@@ -138,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_dir(export)
     export.set_defaults(command=_export)
 
+    show = commands.add_parser("show", help="one run: settings, metrics, groups, bits of each layer")
+    show.add_argument("run_id", help="id of the run, or its first letters")
+    show.add_argument("--out", type=Path, help="output folder (default: the newest below out/)")
+    show.add_argument("--tracking-uri")
+    show.set_defaults(command=_show)
+
     ui = commands.add_parser("ui", help="open the MLflow UI of a sweep")
     ui.add_argument("--out", type=Path, help="output folder (default: the newest below out/)")
     ui.add_argument("--tracking-uri")
@@ -237,7 +243,16 @@ def _report(uri: str, sweep: str, out: Path, *, metric: str, parent_id: str | No
     """
     options = ["--tracking-uri", uri, "--sweep", sweep, "--out", str(out), "--metric", metric]
     options += ["--parent", parent_id] if parent_id else []
-    command = [sys.executable, "-m", "analysis.report", *options]
+    print(_run_analysis("report", options), end="")
+    if parent_id is not None:
+        from fqsweep.tracking import publish_report
+
+        publish_report(uri, parent_id, out)
+
+
+def _run_analysis(script: str, options: Sequence[str]) -> str:
+    """What a script of the analysis prints, run in a process of its own."""
+    command = [sys.executable, "-m", f"analysis.{script}", *options]
     python_path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": python_path}
     ended = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
@@ -245,11 +260,7 @@ def _report(uri: str, sweep: str, out: Path, *, metric: str, parent_id: str | No
         raise InputError(ended.stderr.strip().removeprefix("Error: "))
     if ended.returncode != 0:
         raise RuntimeError(f"the analysis failed; run it again with: {shlex.join(command)}\n{ended.stderr}")
-    print(ended.stdout, end="")
-    if parent_id is not None:
-        from fqsweep.tracking import publish_report
-
-        publish_report(uri, parent_id, out)
+    return ended.stdout
 
 
 def selection_metric(search: SearchConfig) -> str:
@@ -412,6 +423,12 @@ def _export(options: argparse.Namespace) -> int:
         data_dir=options.data_dir,
     ):
         print(line, flush=True)
+    return EXIT_OK
+
+
+def _show(options: argparse.Namespace) -> int:
+    uri = options.tracking_uri or _uri_of(options.out or _newest_out())
+    print(_run_analysis("show", [options.run_id, "--tracking-uri", uri]), end="")
     return EXIT_OK
 
 

@@ -12,19 +12,24 @@ import json
 import logging
 import os
 import sqlite3
+import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
+import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from fqsweep import __version__
@@ -45,6 +50,8 @@ from fqsweep.names import (
 from fqsweep.results import TrialResult
 
 MAX_BATCH = 900
+MAX_DIGEST = 36  # characters of a digest that MLflow keeps
+MODEL_FOLDER = "model"  # of a run: its packed model as an MLflow model
 PAGE = 1000
 
 
@@ -153,7 +160,8 @@ def open_tracker(
             experiment_id = _experiment(client, uri, paths)
             parent_id = _parent(client, experiment_id, sweep, paths)
         client.log_artifact(parent_id, str(space_file))
-        _log_facts(client, parent_id, facts)
+        _log_facts(client, parent_id, {**facts, **_code_facts(client, parent_id)})
+        _log_data(client, parent_id, facts)
         return Tracker(client, experiment_id, parent_id, sweep)
     except (MlflowException, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -217,10 +225,47 @@ def _log_facts(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) -
     client.log_batch(parent_id, params=params, tags=tags)
 
 
+def _code_facts(client: MlflowClient, parent_id: str) -> dict[str, str]:
+    """The commit that this code is, where it is a git checkout; the UI shows it from MLflow's own tag."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return {}
+    commit = _git(checkout, "rev-parse", "HEAD")
+    if not commit:
+        return {}
+    client.set_tag(parent_id, "mlflow.source.git.commit", commit)
+    changes = _git(checkout, "status", "--porcelain", "--untracked-files=no")
+    return {"version/commit": f"{commit} with changes" if changes else commit}
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return ""
+
+
+def _log_data(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) -> None:
+    """The data sets as inputs of the parent run, with the digest of their images, labels, groups and splits."""
+    found = client.get_run(parent_id).inputs
+    known = {(one.dataset.name, one.dataset.digest) for one in found.dataset_inputs} if found else set()
+    inputs = []
+    for fact, digest in facts.items():
+        kind, _, rest = fact.partition("/")
+        name = rest.partition("/")[0]
+        if kind != "data" or (name, digest[:MAX_DIGEST]) in known:
+            continue
+        dataset = Dataset(name, digest[:MAX_DIGEST], "local", json.dumps({"name": name, "configuration": fact}))
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "sweep")]))
+    if inputs:
+        client.log_inputs(parent_id, datasets=inputs)
+
+
 def publish_report(uri: str, parent_id: str, folder: Path) -> None:
     """Put the files of the report on the parent run, and tag the runs on the front and the recommended ones.
 
-    Tags of an earlier report that no longer hold are taken away.
+    Tags of an earlier report that no longer hold are taken away. Recommended runs get their packed model as an
+    MLflow model, which ``mlflow.pyfunc.load_model("runs:/RUN/model")`` loads.
 
     Args:
         folder: with ``front.csv`` (columns ``on_front`` and ``run_ids``) and ``recommended.json``.
@@ -238,6 +283,38 @@ def publish_report(uri: str, parent_id: str, folder: Path) -> None:
                 client.set_tag(run.info.run_id, tag, value)
             elif value is None and now is not None:
                 client.delete_tag(run.info.run_id, tag)
+    for run_id in wanted[TAG_RECOMMENDED]:
+        _add_model(client, run_id)
+
+
+def _add_model(client: MlflowClient, run_id: str) -> None:
+    """Store a run's packed model as an MLflow model too, once; a run without a packed model has none."""
+    files = {file.path for file in client.list_artifacts(run_id)}
+    if MODEL_FOLDER in files or "model.fqs" not in files:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        packed = client.download_artifacts(run_id, "model.fqs", folder)
+        target = Path(folder) / MODEL_FOLDER
+        _save_model(Path(packed), target)
+        client.log_artifacts(run_id, str(target), MODEL_FOLDER)
+
+
+def _save_model(packed: Path, target: Path) -> None:
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # It asks for type hints and an example, of its own classes too; the signature says what comes in.
+        warnings.simplefilter("ignore")
+        from mlflow.models import ModelSignature
+        from mlflow.pyfunc import save_model
+        from mlflow.types import Schema, TensorSpec
+
+        save_model(
+            target,
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"packed": str(packed)},
+            signature=ModelSignature(inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])),
+            pip_requirements=[f"fqsweep=={__version__}"],  # named here, because finding out loads the model
+        )
 
 
 def _runs_on_front(folder: Path) -> dict[str, str]:

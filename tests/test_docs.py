@@ -11,8 +11,8 @@ import pytest
 import fqsweep
 
 MODULES = sorted(info.name for info in pkgutil.walk_packages(fqsweep.__path__, "fqsweep."))
-# The entry script and the two that start Ray or MLflow hold no examples and cost seconds to import.
-HEAVY = {"fqsweep.main", "fqsweep.sweep", "fqsweep.tracking"}
+# The entry script and those that start Ray or MLflow hold no examples and cost seconds to import.
+HEAVY = {"fqsweep.main", "fqsweep.served_model", "fqsweep.sweep", "fqsweep.tracking"}
 PUBLIC_WITH_EXAMPLE = (
     ("fqsweep.allocation", "allocate_bits"),
     ("fqsweep.fairness", "fairness_report"),

@@ -16,7 +16,8 @@
   function show(split) {
     for (const plot of plots()) {
       plot.data.forEach((trace, i) => {
-        const values = trace.meta[split];
+        const values = (trace.meta || {})[split];
+        if (!values) return;
         const change = { y: [values.y] };
         if (values.error.length && trace.error_y && trace.error_y.array) change["error_y.array"] = [values.error];
         Plotly.restyle(plot, change, [i]);
@@ -29,6 +30,21 @@
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
     for (const input of document.querySelectorAll("input[name=split]")) {
       input.addEventListener("change", () => show(input.value));
+    }
+    for (const plot of plots()) {
+      plot.on("plotly_click", (event) => {
+        const link = event.points[0].customdata && event.points[0].customdata[9];
+        if (link) window.open(link, "_blank", "noopener");
+      });
+    }
+    for (const button of document.querySelectorAll("button.copy")) {
+      button.addEventListener("click", () => {
+        const area = document.getElementById(button.dataset.from);
+        area.select();
+        document.execCommand("copy");  // works from a file too, where navigator.clipboard may not
+        button.textContent = "Copied";
+        setTimeout(() => { button.textContent = "Copy"; }, 2000);
+      });
     }
   });
 })();

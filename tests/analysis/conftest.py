@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from synthetic_store import SCRIPT_NAME, Spec, grid, write_sweep
 
 from analysis.load import load_runs
+from fqsweep.names import DEFAULT_EXPERIMENT, TAG_PRUNED
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Store:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Sweeps: ``small`` (twice, the later counts), ``unfinished``, ``single`` (one run, one seed)."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    folder = tmp_path_factory.mktemp("store")
+    uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(uri)
+    client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=(folder / "artifacts").as_uri())
     older = write_sweep(client, "small", [Spec(variant="static", budget_bits="1")], start_ms=1_000)
     specs = list(grid(seeds=(2, 42), architectures=("resnet18",), attributes=("sex",), budgets=("1", "2")))
     specs += [
@@ -36,6 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         Spec(variant="hawq", budget_bits="2", seed=7, without=("val/acc_worst",)),
         Spec(variant=SCRIPT_NAME, budget_bits="1", seed=2),
         Spec(variant="baq", budget_bits="1", seed=7, status="FAILED"),
+        Spec(variant="pruned", budget_bits="1", seed=7, tags={TAG_PRUNED: "true"}),
     ]
     parent = write_sweep(client, "small", specs, start_ms=2_000)
     write_sweep(client, "unfinished", [Spec(variant="baq", budget_bits="1", status="FAILED")])

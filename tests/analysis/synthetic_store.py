@@ -37,6 +37,7 @@ class Spec:
     key: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 def made_up_metrics(spec: Spec) -> dict[str, float]:
@@ -118,7 +119,7 @@ def _write_run(
         run,
         metrics=[Metric(k, v, start_ms, 0) for k, v in made_up_metrics(spec).items()],
         params=[Param(k, v) for k, v in params.items()],
-        tags=[RunTag(names.TAG_KEY, spec.key or f"key-{run}")],
+        tags=[RunTag(k, v) for k, v in ({names.TAG_KEY: spec.key or f"key-{run}"} | spec.tags).items()],
     )
     client.set_terminated(run, status=spec.status)
 

@@ -126,4 +126,4 @@ def test_the_hypervolume_of_a_variant_is_a_share_and_leaves_full_precision_out()
 def test_leaders_are_the_best_validation_means():
     runs = runs_of(run_row("a", 1, 0, 0.7), run_row("b", 1, 0, 0.8), run_row("a", 2, 0, 0.9))
     lead = leaders(aggregate(select_cells(runs, metric=METRIC)), metric=METRIC)
-    assert list(zip(lead["budget_bits"], lead["variant"], strict=True)) == [(1, "b"), (2, "a")]
+    assert list(zip(lead["budget"], lead["variant"], strict=True)) == [("1", "b"), ("2", "a")]

@@ -21,7 +21,7 @@ METRIC = "val/acc_worst"
 NAN = math.nan
 FILES = {
     *("report.html", "front.html", "front.csv", "front.png", "front.svg", "front.pdf"),
-    *("table.csv", "table.md", "table.tex", "recommended.json"),
+    *("cells.csv", "table.csv", "table.md", "table.tex", "recommended.json"),
 }
 
 

@@ -1,0 +1,130 @@
+"""The main table and the main figure of a paper, from one command.
+
+python -m analysis.paper --tracking-uri sqlite:////data/out/mlflow.db --sweep paper --out paper
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.columns import (
+    ABSENT,
+    BITS,
+    BYTES,
+    PANEL,
+    bytes_text,
+    is_maximized,
+    panel_title,
+    panels,
+    percent,
+)
+from analysis.figures import FORMATS, figure_bytes, front_figure
+from analysis.pareto import leaders
+from analysis.tables import latex_safe, markdown_safe
+from fqsweep.files import write_bytes
+from fqsweep.names import metric_of
+
+METRICS = ("acc_worst", "acc_avg", "balanced_acc_worst", "eopp0", "eopp1", "eodd")
+NAMES = {
+    "acc_worst": "worst",
+    "acc_avg": "average",
+    "balanced_acc_worst": "worst bal.",
+    "eopp0": "EOpp0",
+    "eopp1": "EOpp1",
+    "eodd": "EOdd",
+}
+HEADINGS = ("variant", "budget", "bits", "size", *NAMES.values(), "seeds")
+
+
+def table_rows(points: pd.DataFrame, *, metric: str) -> list[tuple[bool, list[str]]]:
+    """The rows of one panel: whether a row leads its budget on validation, and its texts, ± one deviation."""
+    lead = leaders(points, metric=metric)
+    first = set(zip(lead["variant"], lead["budget"], strict=True))
+    rows = []
+    for _, row in points.iterrows():
+        bits = f"{row[BITS]:.2f}" if pd.notna(row[BITS]) else ABSENT
+        texts = [str(row["variant"]), str(row["budget"]), bits, bytes_text(row[BYTES])]
+        texts += [_with_deviation(row, f"test/{key}") for key in METRICS]
+        rows.append(((row["variant"], row["budget"]) in first, [*texts, str(row["num_seeds"])]))
+    return rows
+
+
+def _with_deviation(row: pd.Series, key: str) -> str:
+    deviation = row[f"{key}:std"]
+    return percent(row[key]) + (f" ± {100 * deviation:.1f}" if pd.notna(deviation) else "")
+
+
+def as_latex(points: pd.DataFrame, *, metric: str) -> str:
+    """A booktabs table over all panels; the leader of each budget is bold. Needs ``booktabs``."""
+    lines = []
+    for panel, part in panels(points):
+        title = latex_safe(panel_title(panel))
+        lines += [r"\midrule", rf"\multicolumn{{{len(HEADINGS)}}}{{l}}{{\emph{{{title}}}}} \\"]
+        for leads, texts in table_rows(part, metric=metric):
+            cells = [latex_safe(text) for text in texts]
+            cells[0] = rf"\textbf{{{cells[0]}}}" if leads else cells[0]
+            lines.append(" & ".join(cells) + r" \\")
+    spec = "l" + "r" * (len(HEADINGS) - 1)
+    head = [r"\begin{table*}", r"\centering", rf"\caption{{{latex_safe(caption(metric))}}}"]
+    head += [rf"\begin{{tabular}}{{{spec}}}", r"\toprule", " & ".join(map(latex_safe, HEADINGS)) + r" \\"]
+    return "\n".join([*head, *lines, r"\bottomrule", r"\end{tabular}", r"\end{table*}"]) + "\n"
+
+
+def as_markdown(points: pd.DataFrame, *, metric: str) -> str:
+    """The same as pipe tables, one a panel."""
+    parts = [caption(metric)]
+    rule = "|:--" + "|--:" * (len(HEADINGS) - 1) + "|"
+    for panel, part in panels(points):
+        lines = [f"### {markdown_safe(panel_title(panel))}", "", f"| {' | '.join(HEADINGS)} |", rule]
+        for leads, texts in table_rows(part, metric=metric):
+            cells = [markdown_safe(text) for text in texts]
+            cells[0] = f"**{cells[0]}**" if leads else cells[0]
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_csv(points: pd.DataFrame) -> str:
+    """The same unrounded: fractions with their deviations over seeds, bits, bytes."""
+    keys = [c for key in METRICS for c in (f"test/{key}", f"test/{key}:std")]
+    return points[[*PANEL, "variant", "budget", BITS, BYTES, *keys, "num_seeds"]].to_csv(index=False)
+
+
+def caption(metric: str) -> str:
+    """What the table shows, for below or above it."""
+    word = "highest" if is_maximized(metric) else "lowest"
+    return (
+        f"Test data in %, mean over seeds ± one standard deviation. Runs were chosen by {metric}; bold has the "
+        f"{word} mean of it at its budget. EOpp0, EOpp1 and EOdd: less is better ({metric_of('eodd').meaning})."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the main table (LaTeX, Markdown, CSV) and the main figure (PNG, SVG, PDF)."""
+    from analysis import cli
+    from analysis.pareto import aggregate, mark_front, select_cells
+
+    parser = cli.source_parser("analysis.paper", "Write a paper's main table and main figure.")
+    cli.add_metric(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+
+    def act(arguments: Any) -> None:
+        metric = arguments.metric
+        points = mark_front(aggregate(select_cells(cli.read_source(arguments), metric=metric)), metric=metric)
+        figure = front_figure(points, metric=metric)
+        files = {f"figure.{kind}": figure_bytes(figure, kind) for kind in FORMATS}
+        files["table.tex"] = as_latex(points, metric=metric).encode()
+        files["table.md"] = as_markdown(points, metric=metric).encode()
+        files["table.csv"] = as_csv(points).encode()
+        for name, content in files.items():
+            write_bytes(arguments.out / name, content)
+            print(arguments.out / name)
+
+    return cli.run(parser, act, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from runs_table import run_row, runs_of
+from scipy import stats
+
+from analysis.pareto import select_cells
+from analysis.ranks import friedman_p, nemenyi_p, rank_variants, ranking_sentence
+from analysis.rules import choose_by_rules, distance_to_ideal, rules_text
+
+METRIC = "val/acc_worst"
+BUDGETS = (0.25, 0.5, 1, 2, 3, 4, 6, 8)
+
+
+def cells_of(scores: dict[str, float], *, num_budgets: int = 8, noise: float = 0.0) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = [
+        run_row(variant, budget, seed, score + 0.01 * budget + noise * rng.normal())
+        for variant, score in scores.items()
+        for budget in BUDGETS[:num_budgets]
+        for seed in (0, 1)
+    ]
+    return select_cells(runs_of(*rows), metric=METRIC)
+
+
+def test_friedman_is_scipys():
+    value_bv = np.random.default_rng(1).random((9, 4))
+    assert friedman_p(value_bv) == stats.friedmanchisquare(*value_bv.T).pvalue
+
+
+def test_nemenyi_agrees_with_the_published_example():
+    """Demsar 2006, section 3.2.2: four classifiers, 14 data sets, CD 1.25; ranks 3.143, 2.000, 2.893, 1.964."""
+    assert nemenyi_p(1.25, 4, 14) == pytest.approx(0.05, abs=0.003)
+    assert nemenyi_p(3.143 - 1.964, 4, 14) > 0.05
+
+
+def test_variants_that_always_come_in_the_same_order_are_told_apart_at_the_ends():
+    ranking = rank_variants(cells_of({"a": 0.6, "b": 0.5, "c": 0.4}), metric="test/acc_worst")
+    assert ranking.num_blocks == 8
+    assert ranking.mean_rank.to_dict() == {"a": 1.0, "b": 2.0, "c": 3.0}
+    ends = ranking.pairs.set_index(["variant", "other"])["verdict"]
+    assert ends["a", "c"] == "better"
+    assert ends["a", "b"] == "no evidence"
+    assert "a is better than c" in ranking_sentence(ranking)
+
+
+def test_a_metric_to_minimise_ranks_the_least_first():
+    cells = cells_of({"a": 0.6, "b": 0.5, "c": 0.4})
+    cells["test/eodd"] = cells["test/acc_worst"]
+    assert rank_variants(cells, metric="test/eodd").mean_rank.index[0] == "c"
+
+
+def test_equal_variants_share_their_rank_and_nothing_is_claimed():
+    ranking = rank_variants(cells_of({"a": 0.5, "b": 0.5, "c": 0.5}), metric="test/acc_worst")
+    assert ranking.p_value == 1.0
+    assert set(ranking.mean_rank) == {2.0}
+    assert "No evidence" in ranking_sentence(ranking)
+
+
+@pytest.mark.parametrize(("scores", "num"), [({"a": 0.6, "b": 0.5}, 4), ({"a": 0.5}, 8)])
+def test_too_few_comparisons_or_variants_give_no_ranking(scores, num):
+    ranking = rank_variants(cells_of(scores, num_budgets=num), metric="test/acc_worst")
+    assert math.isnan(ranking.p_value)
+    assert ranking_sentence(ranking).startswith("No ranking")
+
+
+def test_a_variant_of_one_budget_does_not_shrink_the_comparison():
+    alone = run_row("uniform-4", 4, 0, 0.9)
+    cells = pd.concat([cells_of({"a": 0.6, "b": 0.5, "c": 0.4}), select_cells(runs_of(alone), metric=METRIC)])
+    assert rank_variants(cells, metric="test/acc_worst").num_blocks == 8
+
+
+# --- selection rules -----------------------------------------------------------------------------
+
+
+def three_runs() -> pd.DataFrame:
+    def row(variant: str, female: float, male: float, overall: float, size: float) -> dict[str, object]:
+        groups = {"val/acc_group/female": female, "val/acc_group/male": male, "val/acc_overall": overall}
+        return run_row(variant, 2, 0, min(female, male), **groups, **{"size/packed_bytes": size})
+
+    return runs_of(
+        run_row("fp32", math.nan, 0, 0.95, method="fp32", **{"size/packed_bytes": 100.0}),
+        row("overall", 0.95, 0.60, 0.90, 12.0),
+        row("minimax", 0.72, 0.72, 0.72, 12.0),
+        row("ideal", 0.90, 0.70, 0.80, 12.0),
+        row("small", 0.50, 0.50, 0.50, 9.0),
+    )
+
+
+def test_each_rule_takes_its_own_run():
+    choices = choose_by_rules(select_cells(three_runs(), metric=METRIC), metric=METRIC)
+    assert {c.rule: c.variant for c in choices} == {
+        "best overall": "overall",
+        "minimax": "minimax",
+        "distance to ideal": "ideal",
+        "under a size": "small",
+    }
+
+
+def test_the_distance_to_the_ideal_is_euclidean():
+    cells = select_cells(three_runs(), metric=METRIC).set_index("variant").drop(index="fp32")
+    assert distance_to_ideal(cells)["ideal"] == pytest.approx(math.hypot(0.95 - 0.90, 0.72 - 0.70))
+
+
+def test_a_rule_that_cannot_choose_says_why():
+    rows = three_runs()[["val/acc_worst", *run_row("a", 1, 0, 0.5)]].loc[:, lambda f: ~f.columns.duplicated()]
+    cells = select_cells(rows[rows["variant"] != "fp32"], metric=METRIC)
+    text = rules_text(choose_by_rules(cells.assign(**{"val/acc_overall": math.nan}), metric=METRIC))
+    assert "best overall: none, because" in text
+    assert "distance to ideal: none, because" in text
+    assert "under a size: none, because no limit in bytes" in text

@@ -1,0 +1,177 @@
+"""Scripts that stand alone: the paper's table and figure, one run in the terminal, several sweeps at once."""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from runs_table import run_row, runs_of
+
+from analysis import effects, fronts, paper, ranks, report, rules, show
+from analysis.effects import weight_effects
+from analysis.load import join_sweeps, load_csv, load_layers, load_run, load_runs
+from analysis.show import run_text
+from fqsweep.errors import InputError
+from fqsweep.main import main as fqsweep_main
+
+METRIC = "val/acc_worst"
+
+
+@pytest.mark.parametrize("module", [effects, fronts, paper, ranks, rules])
+def test_every_script_has_help_runs_from_a_csv_and_refuses_bad_input(module, small_csv, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        module.main(["--help"])
+    assert f"python -m {module.__name__}" in capsys.readouterr().out
+    out = ["--out", str(tmp_path / "x")] if module is paper else []
+    assert module.main(["--csv", str(small_csv), *out]) == 0
+    assert capsys.readouterr().out.strip()
+    assert module.main(["--csv", "nowhere.csv", *out]) == 2
+
+
+def test_the_papers_table_and_figure_come_from_one_command(small_csv, tmp_path):
+    assert paper.main(["--csv", str(small_csv), "--out", str(tmp_path)]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {f"table.{k}" for k in ("tex", "md", "csv")} | {
+        f"figure.{k}" for k in ("png", "svg", "pdf")
+    }
+    tex = (tmp_path / "table.tex").read_text()
+    assert r"\textbf{" in tex
+    assert "\\begin{tabular}" in tex
+    assert len(pd.read_csv(tmp_path / "table.csv")) == tex.count(r" \\") - tex.count("multicolumn") - 1
+
+
+def test_two_sweeps_are_compared_under_their_own_names(tmp_path):
+    for name, value in (("old", 0.7), ("new", 0.8)):
+        runs_of(run_row("fp32", float("nan"), 0, 0.9), run_row("baq", 1, 0, value)).to_csv(
+            tmp_path / f"{name}.csv", index=False
+        )
+    files = [tmp_path / "old.csv", tmp_path / "new.csv"]
+    joined = join_sweeps({path.stem: load_csv(path) for path in files})
+    assert set(joined["variant"]) == {"fp32", "baq (old)", "baq (new)"}
+    arguments = [part for path in files for part in ("--csv", str(path))]
+    assert report.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert "baq (new) serves the worst group best" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_effects_are_those_within_cells():
+    rows = [
+        run_row("baq", budget, 0, level + 0.1 * weight, run_id=f"{budget}-{weight}", fairness_weight=weight)
+        for budget, level in ((1, 0.3), (2, 0.8))
+        for weight in (0.1, 0.5, 0.9)
+    ]
+    frame = load_frame(rows)
+    found = weight_effects(frame, metrics=(METRIC,))
+    assert found[["variant", "weight", "num_runs"]].to_numpy().tolist() == [["baq", "fairness_weight", 6]]
+    assert found[METRIC].item() == pytest.approx(1.0)
+
+
+def load_frame(rows: list[dict[str, object]]) -> pd.DataFrame:
+    from analysis.columns import with_budget
+
+    return with_budget(runs_of(*rows))
+
+
+def test_weights_that_were_not_searched_have_no_effect():
+    rows = [run_row("baq", 1, seed, 0.5, fairness_weight=0.3) for seed in range(6)]
+    assert weight_effects(load_frame(rows), metrics=(METRIC,)).empty
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shown(store, small, tmp_path_factory) -> str:
+    """A run with a bits.csv."""
+    run_id = small.loc[small["variant"] == "static", "run_id"].iloc[0]
+    file = tmp_path_factory.mktemp("bits") / "bits.csv"
+    file.write_text("layer,units,weights_per_unit,mean_bits\nconv1,64,147,8.0\nlayer1.0.conv1,64,576,1.5\n")
+    store.client.log_artifact(run_id, str(file))
+    return str(run_id)
+
+
+def test_a_run_is_shown_with_settings_metrics_groups_and_layers(store, shown, capsys):
+    assert show.main([shown[:12], "--tracking-uri", store.uri]) == 0
+    text = capsys.readouterr().out
+    for part in ("variant", "static", "acc_worst", "female", "layer1.0.conv1", "1.50", "validation", "test"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 130
+
+
+def test_the_command_line_shows_a_run_and_refuses_one_that_is_not_there(store, shown, capsys):
+    assert fqsweep_main(["show", shown, "--tracking-uri", store.uri]) == 0
+    assert "layer1.0.conv1" in capsys.readouterr().out
+    assert fqsweep_main(["show", "nothing", "--tracking-uri", store.uri]) == 2
+    assert "there is none" in capsys.readouterr().err
+
+
+def test_a_run_without_layers_says_so(store, small):
+    run = load_run(store.uri, small.loc[small["variant"] == "fp32", "run_id"].iloc[0])
+    assert "not recorded" in run_text(run, load_layers(store.uri, [run.run_id]))
+
+
+def test_a_run_that_does_not_exist_is_refused(store):
+    with pytest.raises(InputError, match="there is none"):
+        load_run(store.uri, "nothing")
+    with pytest.raises(InputError, match="begin so: give more letters"):
+        load_run(store.uri, "")
+
+
+def test_the_report_shows_where_the_bits_went_and_links_to_runs(store, shown, tmp_path):
+    options = ["--tracking-uri", store.uri, "--sweep", "small", "--out", str(tmp_path)]
+    assert report.main([*options, "--ui-url", "http://127.0.0.1:7000"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert f'href="http://127.0.0.1:7000/#/experiments/1/runs/{shown}"' in page
+    layers = load_layers(store.uri, [shown])
+    assert layers["mean_bits"].tolist() == [8.0, 1.5]
+
+
+def test_a_link_must_be_of_the_web(store, tmp_path, capsys):
+    options = ["--tracking-uri", store.uri, "--sweep", "small", "--out", str(tmp_path)]
+    assert report.main([*options, "--ui-url", "javascript:alert(1)"]) == 2
+    assert "must start with http" in capsys.readouterr().err
+
+
+# --- servers that do not serve -------------------------------------------------------------------
+
+
+@pytest.fixture(params=[401, 500])
+def refusing(request, monkeypatch):
+    """A server that answers every request with one status."""
+
+    class Refusal(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(request.param)
+            self.end_headers()
+            self.wfile.write(b"no")
+
+        do_GET = do_POST  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield request.param, server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_refuses_is_named_with_its_status_and_without_the_password(refusing):
+    status, port = refusing
+    with pytest.raises(InputError, match=str(status)) as raised:
+        load_runs(f"http://someone:secret@127.0.0.1:{port}", "small")
+    assert "secret" not in str(raised.value)
+    assert ("MLFLOW_TRACKING_USERNAME" in str(raised.value)) == (status == 401)
+
+
+def test_one_panel_without_the_metric_is_missing_from_a_page_that_still_opens(tmp_path: Path):
+    gone = {"architecture": "vit", METRIC: float("nan")}
+    runs = load_frame([run_row("baq", 1, 0, 0.8), run_row("baq", 1, 0, 0.8, run_id="v", **gone)])
+    findings = report.find(runs, sweep="s", metric=METRIC)
+    assert (
+        "vit"
+        not in report.write_report(findings, tmp_path)[0].read_text().split("<main>")[1].split("choice")[0]
+    )

@@ -21,11 +21,23 @@ ORDER = (
     ("importance", "training"),
     ("setting", "assignment", "baseline"),
     ("trial",),
-    ("checks", "work", "actor", "estimate", "tracking", "spool", "control", "driver", "sweep", "export"),
+    (
+        "checks",
+        "work",
+        "actor",
+        "estimate",
+        "tracking",
+        "spool",
+        "control",
+        "driver",
+        "sweep",
+        "export",
+        "handover",
+    ),
     ("main",),
 )
 ONLY_IN = {
-    "ray": {"fqsweep.sweep", "fqsweep.actor"},
+    "ray": {"fqsweep.sweep", "fqsweep.actor", "fqsweep.handover"},
     "optuna": {"fqsweep.studies"},
     "mlflow": {"fqsweep.tracking", "analysis.load"},
     "timm": {"fqsweep.models"},
@@ -51,6 +63,7 @@ WITHOUT_TORCH = (
     "faults",
     "control",
     "results",
+    "handover",
 )
 
 

@@ -1,9 +1,10 @@
-"""A person at work with ``clusters/onprem.yaml``, in process, mount and network namespaces that hold nothing else.
+"""A person at work with ``clusters/onprem.yaml`` on two machines that are namespaces of this one.
 
     unshare --fork --pid --mount --net --mount-proc --kill-child python tests/onprem_session.py FOLDER
 
-``ray stop`` and ``ray down`` end every Ray they see; in here they see only this one. FOLDER holds the homes of the
-laptop and of the node, the shared folder and all temporary files. Steps are printed as lines ``== step``.
+``ray stop`` and ``ray down`` end every Ray they see; in here they see only their own. The head (with the laptop) and
+the worker each have their processes, network, sshd and home; FOLDER holds all of them, and the folder that they
+share. Steps are printed as lines ``== step``.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+NAMESPACES = ("unshare", "--fork", "--pid", "--mount", "--net", "--mount-proc", "--kill-child")
+HEAD, WORKER = "10.9.0.1", "10.9.0.2"
 SPACE = """\
 name: tiny
 datasets:
@@ -28,7 +33,7 @@ seeds: [0]
 methods: [{method: fp32}, {method: uniform, bits: [4]}, {method: static}]
 recipe: {epochs: 2, learning_rate: 1.0e-3, finetune_epochs: 1}
 search: {trials_per_cell: 1}
-resources: {cpus_per_trial: 1, gpus_per_trial: 0}
+resources: {cpus_per_trial: 2, gpus_per_trial: 0}
 """
 
 
@@ -37,7 +42,8 @@ def edited_yaml(folder: Path) -> str:
     text = (PROJECT / "clusters" / "onprem.yaml").read_text(encoding="utf-8")
     changes = (
         ("cluster_name: fqsweep", f"cluster_name: {folder.name}"),
-        ("head_ip: HEAD_IP", "head_ip: 127.0.0.1"),
+        ("head_ip: HEAD_IP", f"head_ip: {HEAD}"),
+        ("worker_ips: []", f"worker_ips: [{WORKER}]"),
         ("ssh_user: USER", "ssh_user: root"),
         ("~/.ssh/id_fqsweep", str(folder / "laptop" / ".ssh" / "id_fqsweep")),  # ssh's ~ is not $HOME
         ("/shared/fqsweep", str(folder / "shared")),
@@ -52,31 +58,22 @@ def edited_yaml(folder: Path) -> str:
     return text
 
 
+def run(*words: str) -> None:
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+
+
 def prepare(folder: Path) -> dict[str, str]:
-    """Homes, keys and an sshd on port 22 of this network namespace; returns the laptop's environment."""
-    laptop, node, shared = folder / "laptop", folder / "node", folder / "shared"
-    for place in (laptop / ".ssh", laptop / ".ray", node / ".ssh", shared, folder / "ray"):
+    """Two machines, keys, and the folder that they share; returns the laptop's environment."""
+    laptop, shared = folder / "laptop", folder / "shared"
+    for place in (laptop / ".ssh", laptop / ".ray", shared, folder / "ray"):
         place.mkdir(parents=True)
-    run = lambda *words: subprocess.run(words, check=True, stdout=subprocess.DEVNULL)  # noqa: E731
-    run("ip", "link", "set", "lo", "up")
-    run("mount", "-t", "tmpfs", "tmpfs", "/run")
-    Path("/run/sshd").mkdir(mode=0o755)
-    (folder / "passwd").write_text(
-        "\n".join(
-            f"root:x:0:0:root:{node}:/bin/bash" if line.startswith("root:") else line
-            for line in Path("/etc/passwd").read_text().splitlines()
-        )
-        + "\n"
-    )
-    run("mount", "--bind", str(folder / "passwd"), "/etc/passwd")
     run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(laptop / ".ssh" / "id_fqsweep"))
-    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "host_key"))
-    shutil.copy(laptop / ".ssh" / "id_fqsweep.pub", node / ".ssh" / "authorized_keys")
-    run(
-        *("/usr/sbin/sshd", "-f", "/dev/null", "-h", str(folder / "host_key")),
-        *("-o", "ListenAddress=127.0.0.1", "-o", "StrictModes=no", "-o", "UsePAM=no", "-o", "PidFile=none"),
-        *("-o", "PasswordAuthentication=no", "-o", "PermitRootLogin=yes"),
-    )
+    worker = subprocess.Popen([*NAMESPACES, sys.executable, __file__, str(folder), "worker"])
+    own = os.readlink("/proc/self/ns/net")
+    while os.readlink(f"/proc/{worker.pid}/ns/net") == own:
+        time.sleep(0.05)
+    run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", str(worker.pid))
+    become_machine(folder, "head", HEAD)
     token = laptop / ".ray" / "fqsweep.token"
     token.write_text("0123456789abcdef" * 4)
     token.chmod(0o600)
@@ -94,8 +91,37 @@ def prepare(folder: Path) -> dict[str, str]:
     }
 
 
+def become_machine(folder: Path, name: str, address: str) -> None:
+    """Give this namespace an address, a home for root that is its own, and an sshd."""
+    home = folder / name
+    (home / ".ssh").mkdir(parents=True)
+    shutil.copy(folder / "laptop" / ".ssh" / "id_fqsweep.pub", home / ".ssh" / "authorized_keys")
+    while subprocess.run(["ip", "link", "show", "wire"], capture_output=True, check=False).returncode != 0:
+        time.sleep(0.05)
+    run("ip", "link", "set", "lo", "up")
+    run("ip", "address", "add", f"{address}/24", "dev", "wire")
+    run("ip", "link", "set", "wire", "up")
+    run("ip", "route", "add", "default", "dev", "wire")  # Ray takes the address of the default route
+    run("mount", "-t", "tmpfs", "tmpfs", "/run")
+    Path("/run/sshd").mkdir(mode=0o755)
+    run("mount", "-t", "tmpfs", "tmpfs", str(folder / "ray"))
+    accounts = Path("/etc/passwd").read_text().splitlines()
+    accounts = [f"root:x:0:0:root:{home}:/bin/bash" if line.startswith("root:") else line for line in accounts]
+    (folder / f"{name}.passwd").write_text("\n".join(accounts) + "\n")
+    run("mount", "--bind", str(folder / f"{name}.passwd"), "/etc/passwd")
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / f"{name}.host_key"))
+    run(
+        *("/usr/sbin/sshd", "-f", "/dev/null", "-h", str(folder / f"{name}.host_key")),
+        *("-o", f"ListenAddress={address}", "-o", "StrictModes=no", "-o", "UsePAM=no", "-o", "PidFile=none"),
+        *("-o", "PasswordAuthentication=no", "-o", "PermitRootLogin=yes"),
+    )
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
+    if sys.argv[2:] == ["worker"]:
+        become_machine(folder, "worker", WORKER)
+        signal.pause()
     environment = prepare(folder)
     yaml = str(folder / "onprem.yaml")
 
@@ -107,16 +133,21 @@ def main() -> None:
         return code
 
     ray("up", "-y", yaml)
-    print_raylets()
+    look_around()
     submit = ("submit", yaml, "fqsweep/main.py", "--", "run", "tiny.yaml")
     leave_early(submit, folder, environment)
     ray(*submit)
     ray("down", "-y", yaml)
 
 
-def print_raylets() -> None:
-    """Where this Ray listens, and what its workers inherit."""
+def look_around() -> None:
+    """Where this Ray listens, what its dashboard says to a stranger, and what its workers inherit."""
     subprocess.run(["ss", "-ltnH"], check=False)
+    try:
+        with urllib.request.urlopen("http://127.0.0.1:8265/api/jobs/", timeout=20) as answer:
+            print("== a stranger is answered", answer.status, flush=True)
+    except urllib.error.HTTPError as error:
+        print("== a stranger is answered", error.code, flush=True)
     for process in Path("/proc").glob("[0-9]*"):
         words = (process / "cmdline").read_bytes().split(b"\0")
         if words[0].endswith(b"/raylet"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from onprem_session import HEAD, NAMESPACES
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray_cluster import ClusterProcess
 
@@ -25,7 +26,6 @@ from fqsweep.handover import hand_over, is_submitted_copy, wanted_workers
 PROJECT = Path(__file__).resolve().parents[1]
 CLUSTERS = PROJECT / "clusters"
 LAUNCHED = ("gpu", "onprem")
-NAMESPACE = ("unshare", "--fork", "--pid", "--mount", "--net", "--mount-proc", "--kill-child")
 TOKEN = "~/.ray/auth_token"
 
 
@@ -301,7 +301,7 @@ def session() -> Iterator[Path]:
     missing += [] if Path("/usr/sbin/sshd").exists() else ["sshd"]
     if missing:
         pytest.skip(f"a cluster over ssh needs {', '.join(missing)} (Debian: openssh-server rsync iproute2)")
-    if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode != 0:
+    if subprocess.run([*NAMESPACES, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("process, mount and network namespaces cannot be made here: run as root")
     folder = Path(tempfile.mkdtemp(prefix="fq", dir="/tmp"))  # paths of Ray's sockets must be short
     yield folder
@@ -311,17 +311,19 @@ def session() -> Iterator[Path]:
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_sweep_goes_on_when_the_client_dies_and_the_same_submit_follows_it(session: Path) -> None:
-    command = [*NAMESPACE, sys.executable, str(PROJECT / "tests" / "onprem_session.py"), str(session)]
+    command = [*NAMESPACES, sys.executable, str(PROJECT / "tests" / "onprem_session.py"), str(session)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     said = ended.stdout + ended.stderr
     assert ended.returncode == 0, said
     up, first, second = re.split(r"^== ray submit.*$", said, flags=re.MULTILINE)
     assert "== exit code 0" in up
     listening = re.findall(r"^LISTEN\s+\d+\s+\d+\s+(\S+):\d+ ", up, re.MULTILINE)
-    assert len(listening) > 5 and set(listening) <= {"127.0.0.1", "[::ffff:127.0.0.1]"}
+    assert len(listening) > 5 and set(listening) <= {"127.0.0.1", HEAD, f"[::ffff:{HEAD}]"}
+    assert "== a stranger is answered 401" in up
     assert "== raylet inherits FQSWEEP_DATA_DIR=" in up and "OMP_NUM_THREADS" not in up.split("== raylet")[1]
     assert "it goes on when this terminal leaves" in first and "3 of 3 cells done" not in first
     assert "== exit code -9" in first
+    assert "workers: 1 of 1" in second
     assert "this sweep runs already, as job raysubmit_" in second
     assert "3 of 3 cells done" in second and "== exit code 0" in second
     assert "No nodes remaining." in second

@@ -152,15 +152,16 @@ def _gathered_workers() -> Iterator[None]:
     A sweep counts what runs at the same time when it starts, so workers should be there before it.
     """
     wanted = wanted_workers(json.loads(_cluster_file().read_text(encoding="utf-8")))
-    if not wanted:
-        yield
-        return
-    _ask_autoscaler(wanted)
+    bundles = [bundle for bundle in wanted if bundle]  # none for machines that are there anyway
+    if bundles:
+        _ask_autoscaler(bundles)
     try:
-        _wait_for_workers(len(wanted))
+        if wanted:
+            _wait_for_workers(len(wanted))
         yield
     finally:
-        _ask_autoscaler([])
+        if bundles:
+            _ask_autoscaler([])
 
 
 def wanted_workers(cluster: Mapping[str, Any]) -> list[dict[str, float]]:
@@ -183,13 +184,13 @@ def wanted_workers(cluster: Mapping[str, Any]) -> list[dict[str, float]]:
     return wanted[:most]
 
 
-def _ask_autoscaler(bundles: Sequence[Mapping[str, float]]) -> None:
-    """Every call replaces the one before; nothing is asked of a cluster of fixed size."""
+def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
+    """Every call replaces the one before; an empty one lets idle workers go."""
     import ray
     from ray.autoscaler.sdk import request_resources
 
     with _connected(ray):
-        request_resources(bundles=[dict(bundle) for bundle in bundles if bundle])
+        request_resources(bundles=bundles)
 
 
 def _wait_for_workers(number: int) -> None:

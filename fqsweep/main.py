@@ -28,6 +28,7 @@ from fqsweep import __version__
 from fqsweep.config import DatasetConfig, Fitzpatrick17kConfig, Isic2019Config, SearchConfig, SynthdermConfig
 from fqsweep.errors import InputError, SweepInterrupted, TrackingError
 from fqsweep.files import SweepPaths
+from fqsweep.handover import hand_over, is_submitted_copy
 from fqsweep.names import DEFAULT_SELECTION, metric_of
 from fqsweep.space import find_space, load_space
 
@@ -44,8 +45,11 @@ WHOLE_SETS: dict[str, DatasetConfig] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 some cells failed, 2 bad input, 130 interrupted)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(given or ["run", "paper"])
+    given = given or ["run", "paper"]
+    options = _parser().parse_args(given)
     try:
+        if options.command is _run and is_submitted_copy(Path(sys.argv[0])):
+            return hand_over(given)
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
     except InputError as error:

@@ -32,12 +32,13 @@ ORDER = (
         "driver",
         "sweep",
         "export",
+        "handover",
         "served_model",
     ),
     ("main",),
 )
 ONLY_IN = {
-    "ray": {"fqsweep.sweep", "fqsweep.actor"},
+    "ray": {"fqsweep.sweep", "fqsweep.actor", "fqsweep.handover"},
     "optuna": {"fqsweep.studies"},
     "mlflow": {"fqsweep.tracking", "fqsweep.served_model", "analysis.load"},
     "timm": {"fqsweep.models"},
@@ -63,6 +64,7 @@ WITHOUT_TORCH = (
     "faults",
     "control",
     "results",
+    "handover",
 )
 
 

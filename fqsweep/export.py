@@ -1,7 +1,7 @@
 """The model of a run, written for use elsewhere and checked before it is written.
 
-packed file of the run -> without its dropped channels -> packed or ONNX -> compared with the run's own model on the
-test images of its data set (or on random ones, where these cannot be had) -> on disk.
+packed file of the run (its dropped channels left when it was made) -> as it is, or ONNX -> compared with the run's
+own model on the test images of its data set (or on random ones, where these cannot be had) -> on disk.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fqsweep.data import open_dataset
 from fqsweep.data.loading import BatchLoader
 from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths, write_bytes
-from fqsweep.quant.packed_model import ModelNotes, load_model, mean_bits, read_notes, shrink
-from fqsweep.quant.packing import PackedFileError, read_metadata, unpack_weights
+from fqsweep.quant.packed_model import ModelNotes, load_model, mean_bits, read_notes
+from fqsweep.quant.packing import REMOVED, PackedFileError, read_metadata, unpack_weights
 from fqsweep.space import load_space
 from fqsweep.tracking import fetch_model, fetch_space
 
@@ -35,29 +35,26 @@ def export_run(
     target: Path,
     *,
     kind: Literal["packed", "onnx"],
-    keep_dropped: bool,
     data_dir: Path | None,
 ) -> Iterator[str]:
     """Write the model of a run; yields what was done, line by line.
 
     Args:
         uri: MLflow's; kind: what to write.
-        keep_dropped: leave channels of 0 bits in the network.
         data_dir: where data sets lie, for the comparison.
 
     Raises:
         InputError: no such run, a packed file that cannot be used, or packages that are missing.
-        RemovalError, OnnxMismatch: what would be written does not compute what the run's model does.
+        OnnxMismatch: what would be written does not compute what the run's model does.
     """
     if kind == "onnx":
         check_onnx_packages()
     try:
-        whole = fetch_model(uri, run_id)
-        blob = whole if keep_dropped else shrink(whole)
-        notes = read_notes(read_metadata(whole))
+        blob = fetch_model(uri, run_id)
+        notes = read_notes(read_metadata(blob))
     except PackedFileError as error:
         raise InputError(f"run {run_id}: {error}") from error
-    yield describe_removal(whole, blob)
+    yield describe_bits(blob)
     if kind == "packed":
         write_bytes(target, blob)
     else:
@@ -66,7 +63,7 @@ def export_run(
 
         content = export_onnx(blob)
         batches, source = comparison_images(uri, run_id, notes, data_dir)
-        found = compare_with_torch(content, load_model(whole), batches)
+        found = compare_with_torch(content, load_model(blob), batches)
         write_bytes(target, content)
         yield (
             f"onnxruntime agrees with the run's model on {found.num_images:,} {source}: largest difference of a "
@@ -91,17 +88,13 @@ def check_onnx_packages() -> None:
         )
 
 
-def describe_removal(whole: bytes, small: bytes) -> str:
-    """What the removal did, with mean bits over the weights of the whole network."""
-    state, small_state = unpack_weights(whole), unpack_weights(small)
-    count, kept = (sum(weights[name].numel() for name in weights.bits) for weights in (state, small_state))
-    bits = f"{mean_bits(state):.3g} bits per weight"
-    if len(whole) == len(small):
-        return f"{bits}; no channel is removed: {len(whole):,} bytes packed"
-    return (
-        f"{bits}; dropped channels removed: {kept:,} of {count:,} quantised weights are left, "
-        f"{len(small):,} of {len(whole):,} bytes packed"
-    )
+def describe_bits(blob: bytes) -> str:
+    """Mean bits over the weights of the whole network, and what is left of them in the file."""
+    state, metadata = unpack_weights(blob), read_metadata(blob)
+    count = sum(state[name].numel() for name in state.bits)
+    if REMOVED in metadata:
+        return f"{float(metadata[REMOVED]):.3g} bits per weight; without dropped channels {count:,} weights are left"
+    return f"{mean_bits(state):.3g} bits per weight; {count:,} quantised weights"
 
 
 def comparison_images(uri: str, run_id: str, notes: ModelNotes, data_dir: Path | None) -> tuple[Batches, str]:

@@ -135,9 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_id")
     export.add_argument("--format", choices=("packed", "onnx"), default="packed")
     export.add_argument("--out", type=Path, required=True, help="file to write")
-    export.add_argument(
-        "--keep-dropped", action="store_true", help="leave channels of 0 bits in (default: they are removed)"
-    )
     export.add_argument("--tracking-uri", help="MLflow (default: of the newest sweep below out/)")
     _add_data_dir(export)
     export.set_defaults(command=_export)
@@ -423,7 +420,6 @@ def _export(options: argparse.Namespace) -> int:
         options.run_id,
         options.out,
         kind=options.format,
-        keep_dropped=options.keep_dropped,
         data_dir=options.data_dir,
     ):
         print(line, flush=True)

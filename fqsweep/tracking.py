@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import logging
 import os
@@ -301,8 +302,9 @@ def _add_model(client: MlflowClient, run_id: str) -> None:
 
 def _save_model(packed: Path, target: Path) -> None:
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        # It asks for type hints and an example, of its own classes too; the signature says what comes in.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        # It asks for type hints and an example, of its own classes too, and past any filter; the signature says what
+        # comes in.
         warnings.simplefilter("ignore")
         from mlflow.models import ModelSignature
         from mlflow.pyfunc import save_model

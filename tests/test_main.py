@@ -78,7 +78,7 @@ def test_plan_of_the_paper_prints_the_whole_grid_from_any_folder(tmp_path: Path)
     command = [sys.executable, str(PROJECT / "fqsweep" / "main.py"), "plan", "search_spaces/paper.yaml"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    for part in ("fitzpatrick17k", "isic2019", "resnet50", "tiny_vit_5m_224", "uniform-8-ft", "baq", "4, 5, 6"):
+    for part in ("fitzpatrick17k", "isic2019", "resnet50", "tiny_vit_5m_224", "uniform-8-ft", "baq", "4; 5; 6"):
         assert part in ended.stdout
     assert "40 full-precision parents" in ended.stdout
     assert list(tmp_path.iterdir()) == []

@@ -85,7 +85,7 @@ def _compare(
     if not error <= TOLERANCE * max(1.0, float(whole.abs().max())):
         raise RemovalError(
             f"the network without its dropped channels has other logits (by {error:.1e}): this is a fault of "
-            "fqsweep; keep the channels (--keep-dropped)"
+            "fqsweep"
         )
 
 

@@ -9,17 +9,15 @@ more than its own gap.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import platform
 import time
-from pathlib import Path
 
 import numpy as np
 import scipy
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from benchmarks.result_file import result_parser, write_result
 from fqsweep.allocation import Allocation, allocate_bits
 
 CHOICES = list(range(9))
@@ -103,22 +101,16 @@ def measure() -> list[str]:
 
 def main() -> None:
     """Measure and write the dated result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path)
+    parser = result_parser(__doc__)
     options = parser.parse_args()
     rows = measure()
-    head = [
-        f"# Allocation, {datetime.date.today()}",
-        "",
+    notes = [
         f"`python -m benchmarks.allocation`, Python {platform.python_version()}, NumPy {np.__version__}, "
         f"SciPy {scipy.__version__}, {platform.machine()}, one thread of a 2-core machine; budget {BUDGET_BITS} "
         f"bits, choices 0..8; times are medians of {REPEATS}.",
         "HiGHS: time, and its objective relative to ours (positive: worse).",
-        "",
     ]
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join([*head, *rows, ""]))
+    write_result(options.out, title="Allocation", notes=notes, lines=rows)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ machine slows both; ratios are medians over the turns.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import os
 import platform
 import subprocess
@@ -29,6 +27,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms as tv
 
+from benchmarks.result_file import result_parser, write_result
 from fqsweep.config import ArchitectureConfig
 from fqsweep.data.folder import FolderSource
 from fqsweep.data.loading import BatchLoader
@@ -223,26 +222,20 @@ def measure(images: Path, scratch: Path) -> list[str]:
 
 def main() -> None:
     """Measure and write the dated result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = result_parser(__doc__)
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(usable_cores())
     with tempfile.TemporaryDirectory() as scratch:
         lines = measure(options.images, Path(scratch))
-    head = [
-        f"# Data loading, {datetime.date.today()}",
-        "",
+    notes = [
         f"`python -m benchmarks.data_loading`, Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, Pillow {Image.__version__}, {platform.machine()}, {usable_cores()} "
         f"cores, which other work shares (load {os.getloadavg()[0]:.1f} at the end).",
         f"{NUM_IMAGES} photographs, {SIDE} px, batch {BATCH}, augmentation: flips, rotation, shift, brightness and "
         f"contrast; median of {TURNS} turns. Before augmentation both sides give the same pixels (224 x 224).",
-        "",
     ]
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join([*head, *lines, ""]))
+    write_result(options.out, title="Data loading", notes=notes, lines=lines)
 
 
 if __name__ == "__main__":

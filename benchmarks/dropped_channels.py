@@ -9,14 +9,11 @@ turns of whole time / smaller time, and counts only after their logits were comp
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import platform
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -24,6 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.allocation import draw_costs
+from benchmarks.result_file import result_parser, write_result
 from fqsweep.allocation import allocate_bits
 from fqsweep.config import ArchitectureConfig
 from fqsweep.models import build_model
@@ -116,8 +114,7 @@ def measure_one(architecture: str, budget_bits: float) -> str:
 
 def main() -> None:
     """Measure and write the dated result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path)
+    parser = result_parser(__doc__)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -130,19 +127,14 @@ def main() -> None:
         for budget_bits in BUDGETS_BITS:
             rows.append(measure_one(architecture, budget_bits))
             print(rows[-1], flush=True)
-    head = [
-        f"# Dropped channels removed, {datetime.date.today()}",
-        "",
+    notes = [
         f"`python -m benchmarks.dropped_channels`, Python {platform.python_version()}, torch {torch.__version__}, "
         f"onnxruntime {onnxruntime.__version__}, {platform.machine()}, one thread of a 2-core machine that other "
         f"work shared; {IMAGE_SIZE} px. Random weights, bits allocated to drawn costs.",
         "Speed: how many times as fast as the whole network in the same engine (the whole network's time). Medians "
         f"of {TURNS_BY_BATCH[1]} turns at batch 1 and {TURNS_BY_BATCH[32]} at batch 32.",
-        "",
     ]
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join([*head, *rows, ""]))
+    write_result(options.out, title="Dropped channels removed", notes=notes, lines=rows)
 
 
 if __name__ == "__main__":

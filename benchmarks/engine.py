@@ -8,7 +8,6 @@ Work is ``benchmarks.noop``; ledger, Optuna, MLflow (sqlite) and Ray are real. E
 from __future__ import annotations
 
 import argparse
-import datetime
 import heapq
 import json
 import os
@@ -23,6 +22,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.result_file import result_parser, write_result
 
 PROJECT = Path(__file__).resolve().parents[1]
 SLOTS = 2
@@ -228,10 +229,9 @@ def report(num_trials: int, many: int) -> list[str]:
 
 def main() -> None:
     """Measure and write the dated result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = result_parser(__doc__)
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--many", type=int, default=5000, help="0: leave the long run out")
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--part", choices=sorted(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -239,18 +239,13 @@ def main() -> None:
         print(json.dumps(PARTS[options.part](options.folder, options.trials)))
         return
     lines = report(options.trials, options.many)
-    head = [
-        f"# The engine, {datetime.date.today()}",
-        "",
+    notes = [
         f"`python -m benchmarks.engine --trials {options.trials} --many {options.many}`, Python "
         f"{platform.python_version()}, Ray {version('ray')}, Optuna {version('optuna')}, MLflow {version('mlflow')}, "
         f"{platform.machine()}, {os.cpu_count()} CPU cores shared with other work (load {os.getloadavg()[1]:.1f}), "
         f"{SLOTS} slots.",
-        "",
     ]
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join([*head, *lines, ""]))
+    write_result(options.out, title="The engine", notes=notes, lines=lines)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ A ResNet18 is trained on synthderm; then no weight is trained any more. Two ques
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
 import platform
 import tempfile
 from pathlib import Path
@@ -25,6 +23,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from benchmarks.result_file import result_parser, write_result
 from fqsweep.allocation import allocate_bits
 from fqsweep.baseline import ensure_baseline
 from fqsweep.config import Predictor, SearchSpace
@@ -178,27 +177,21 @@ def _use(
 
 def main() -> None:
     """Measure and write the dated result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = result_parser(__doc__)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         setting, model = open_trained(Path(folder), image_size=options.image_size, epochs=options.epochs)
         rows = measure(setting, model)
-    head = [
-        f"# Importance, {datetime.date.today()}",
-        "",
+    notes = [
         f"`python -m benchmarks.importance`, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{platform.machine()}, one thread of a 2-core machine; ResNet18 at {options.image_size} px, "
         f"{options.epochs} epochs on synthderm, 300 calibration images, no fine-tuning. Passes count forward passes "
         "over the calibration images.",
-        "",
     ]
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join([*head, *rows, ""]))
+    write_result(options.out, title="Importance", notes=notes, lines=rows)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,10 @@ must give the weights that we do. Brevitas takes part where it is installed.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import timm
@@ -25,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from benchmarks.result_file import result_parser, write_result
 from fqsweep.models import quantisable_layers
 from fqsweep.quant import fake_quantize
 from fqsweep.quant.baq import LearnedBits
@@ -169,7 +167,7 @@ def variants_of(plain: nn.Module, kernels: Kernels) -> dict[str, tuple[nn.Module
 def measure(device: torch.device, networks: list[str], sizes: list[int], batch: int, half: bool) -> list[str]:
     """One row a network, size and variant."""
     rows = ["| network | image | variant | step (ms) | of FP32 |", "|---|---|---|---|---|"]
-    kernels, remark = choose_kernels("compiled", device, num_weights=0, num_steps=0)
+    kernels, remark = choose_kernels("compiled", device, num_weights=1, num_steps=1)
     if remark:
         print(remark)
     for network in networks:
@@ -210,12 +208,11 @@ def _in_turn(steps: dict[str, Step], device: torch.device) -> dict[str, list[flo
 
 def main() -> None:
     """Measure and write the dated result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = result_parser(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--networks", nargs="+", default=["resnet18", "deit_tiny_patch16_224"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 224])
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_num_threads(1)
@@ -223,17 +220,12 @@ def main() -> None:
     half = device.type != "cpu"
     rows = measure(device, options.networks, options.sizes, batch, half)
     machine = torch.cuda.get_device_name() if half else f"{platform.machine()}, one thread of a 2-core machine"
-    head = [
-        f"# Quantiser step, {datetime.date.today()}",
-        "",
+    notes = [
         f"`python -m benchmarks.quantiser_step`, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{machine}; batch {batch}, {'bf16 autocast, channels_last' if half else 'float32'}, {ROUNDS} steps of "
         "each variant in turn: median step, and median of the ratios to FP32's step of the same turn.",
-        "",
     ]
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("\n".join([*head, *rows, ""]))
+    write_result(options.out, title="Quantiser step", notes=notes, lines=rows)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from fqsweep.ledger import note, read_ledger
 from fqsweep.progress import Snapshot
 from fqsweep.results import TrialResult, read_result
 from fqsweep.search import CellState, SweepState
-from fqsweep.space import budget_text, finetune_epochs, trial_key
+from fqsweep.space import budget_order, budget_text, finetune_epochs, trial_key
 from fqsweep.spool import Spool
 from fqsweep.stopping import Curve
 from fqsweep.studies import OptunaStudies
@@ -157,9 +157,7 @@ class SweepDriver:
         left = None
         if self.spent_cost:
             left = self.state.cost_left() * (self.spent_s / self.spent_cost) / self.num_slots
-        order = sorted(
-            self.best, key=lambda label: (label == "fp32", float(label.split()[0]) if " " in label else 0)
-        )
+        order = sorted(self.best, key=budget_order)
         return Snapshot(
             counts=self.state.counts(),
             prepared=(sum(key in self.state.done for key in self.state.shared), len(self.state.shared)),

@@ -530,6 +530,19 @@ def budget_text(params: Mapping[str, str]) -> str:
     return "fp32" if params["budget_bits"] == NO_VALUE else f"{float(params['budget_bits']):g} bit"
 
 
+def budget_order(text: str) -> tuple[int, float]:
+    """Sorts what ``budget_text`` gives: mean bits, then bytes, then full precision.
+
+    Example:
+        >>> sorted(["fp32", "1,500 B", "2 bit", "900 B", "0.5 bit"], key=budget_order)
+        ['0.5 bit', '2 bit', '900 B', '1,500 B', 'fp32']
+    """
+    if text == "fp32":
+        return 2, 0.0
+    number, unit = text.split()
+    return int(unit == "B"), float(number.replace(",", ""))
+
+
 def granularity_of(cell: Cell) -> Granularity:
     """Whether the cell's units are channels or tensors."""
     settings = cell.point.settings

@@ -215,9 +215,7 @@ def _finetune(
     )
     if isinstance(settings, BaqMethod) and epochs:
         limit = mean_weight_bits(units, bits_u) if cell.budget_bits is None else cell.budget_bits
-        bits_u = _learn_bits_into(
-            plan, settings, parent, units, bits_u, steps, kernels, weights, budget_bits=limit
-        )
+        _learn_bits_into(plan, settings, parent, units, bits_u, steps, kernels, weights, budget_bits=limit)
     else:
         attach_quantisers(parent, units, steps, bits_u, kernels=kernels)
     log = TrainingLog()
@@ -245,7 +243,7 @@ def _learn_bits_into(
     weights: dict[str, float],
     *,
     budget_bits: float,
-) -> np.ndarray:
+) -> None:
     """Attach quantisers with learned widths and tell the plan how they learn and when they settle."""
     attach_quantisers(
         model,
@@ -271,7 +269,6 @@ def _learn_bits_into(
     plan.bitrate_weight = _weight("bitrate_weight", settings, weights)
     plan.settle_epoch = plan.epochs * (1 - settings.settle_frac)
     plan.freeze = lambda: freeze_bits(model, units, learned.round_under_budget())
-    return bits_u
 
 
 def _limits_of_learning(
@@ -281,7 +278,8 @@ def _limits_of_learning(
 
     What the allocation drops stays dropped, and what it keeps keeps at least 1 bit. A mix of 0 and 1 bits is a
     channel's weights times a factor, to which a normalisation layer behind it is blind: the loss says nothing
-    about that step, and learned there, bits walk at random (measured at 1/8 bit: see the README's results).
+    about that step, and learned there, bits walk at random (1/8 bit, synthderm, 2 seeds: worst group .781, without
+    learning .809).
     """
     lowest_u = choice_b[allowed_ub.argmax(axis=1)]
     highest_u = choice_b[allowed_ub.shape[1] - 1 - allowed_ub[:, ::-1].argmax(axis=1)]

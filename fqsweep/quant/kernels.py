@@ -144,10 +144,10 @@ def choose_kernels(
 
     Args:
         num_weights: quantised weights of the model.
-        num_steps: training steps.
+        num_steps: training steps; without any there is nothing to compile for.
     """
     pays = device.type != "cpu" or num_weights * num_steps >= COMPILING_PAYS_FROM_WEIGHTS
-    if wanted == "eager" or (wanted == "auto" and not pays):
+    if wanted == "eager" or num_steps == 0 or (wanted == "auto" and not pays):
         return EAGER, ""
     found, reason = _compiled(device.type)
     if found is None:

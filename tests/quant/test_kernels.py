@@ -86,6 +86,12 @@ def test_without_a_compiler_the_eager_kernels_serve_and_say_so(monkeypatch: pyte
     assert "no C++ compiler found" in remark and "eager ones serve" in remark
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_is_compiled_for_a_model_that_is_not_trained(device: str) -> None:
+    for wanted in ("auto", "compiled"):
+        assert choose_kernels(wanted, torch.device(device), num_weights=10**9, num_steps=0) == (EAGER, "")
+
+
 def test_auto_compiles_on_a_cpu_only_for_long_training() -> None:
     short, remark = choose_kernels("auto", CPU, num_weights=1000, num_steps=COMPILING_PAYS_FROM_WEIGHTS // 1001)
     assert short is EAGER and remark == ""

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from fqsweep.data.compiled import resample
+
 Augment = Literal["none", "flips", "standard", "autoaugment"]
 MAX_ROTATION_DEGREES = 15.0
 MAX_SHIFT_FRAC = 0.05
@@ -35,65 +37,87 @@ def normalise(pixels_bchw: torch.Tensor, values: Values) -> torch.Tensor:
     return image_bchw.mul_(values.scale_c).add_(values.shift_c)
 
 
-def random_flips(pixels_bchw: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
-    """Each image mirrored left to right with probability 1/2 and, independently, upside down."""
-    flipped_bchw = pixels_bchw.clone()
-    is_flipped_2b = torch.rand((2, len(pixels_bchw)), generator=generator).lt(0.5)
-    for axis, is_flipped_b in zip((3, 2), is_flipped_2b, strict=True):
-        row_k = is_flipped_b.nonzero().squeeze(1).to(pixels_bchw.device, non_blocking=True)
-        flipped_bchw.index_copy_(0, row_k, flipped_bchw.index_select(0, row_k).flip(axis))
-    return flipped_bchw
+def flip(image_bchw: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
+    """Mirror each image left to right with probability 1/2 and, independently, upside down; in place."""
+    across_b, down_b = torch.rand((2, len(image_bchw)), generator=generator).lt(0.5)
+    for axes, is_drawn_b in (([3], across_b & ~down_b), ([2], down_b & ~across_b), ([2, 3], across_b & down_b)):
+        row_k = is_drawn_b.nonzero().squeeze(1).to(image_bchw.device, non_blocking=True)
+        image_bchw.index_copy_(0, row_k, image_bchw.index_select(0, row_k).flip(axes))
+    return image_bchw
 
 
-def move(
-    pixels_bchw: torch.Tensor, values: Values, *, with_light: bool, generator: torch.Generator
-) -> torch.Tensor:
-    """Flip at random, rotate by up to 15 degrees and shift by up to 5 % of the side, in one resampling.
+@dataclass(frozen=True, kw_only=True)
+class Moves:
+    """What happens to each image of a batch, drawn on the CPU.
 
-    What enters the image is mirrored from inside, so that no black corners appear.
+    Attributes:
+        theta_b23: the affine map from an image's new to its old coordinates, both from -1 to 1; float32.
+        light_b2: two factors: new value = first * old value + second * mean of the image; float32.
+    """
+
+    theta_b23: torch.Tensor
+    light_b2: torch.Tensor
+
+
+def draw_moves(batch: int, *, with_light: bool, generator: torch.Generator) -> Moves:
+    """Flips at random, rotation by up to 15 degrees, shift by up to 5 % of the side.
 
     Args:
-        pixels_bchw: uint8.
-        values: how pixels become numbers.
+        batch: how many images.
         with_light: also change brightness and contrast (about the image's mean) by up to 10 % each; colours keep
             their hue.
         generator: of the CPU, on every device.
+    """
+    draw_5b = 2 * torch.rand((5, batch), generator=generator) - 1
+    sign_2b = torch.rand((2, batch), generator=generator).lt(0.5) * 2.0 - 1
+    angle_b, shift_2b = draw_5b[0] * math.radians(MAX_ROTATION_DEGREES), draw_5b[1:3] * 2 * MAX_SHIFT_FRAC
+    cos_b, sin_b = angle_b.cos(), angle_b.sin()
+    row_x = torch.stack((sign_2b[0] * cos_b, -sign_2b[0] * sin_b, shift_2b[0]), dim=1)
+    row_y = torch.stack((sign_2b[1] * sin_b, sign_2b[1] * cos_b, shift_2b[1]), dim=1)
+    bright_b, contrast_b = 1 + MAX_BRIGHTNESS_CHANGE * draw_5b[3], 1 + MAX_CONTRAST_CHANGE * draw_5b[4]
+    light_b2 = torch.stack((bright_b * contrast_b, bright_b * (1 - contrast_b)), dim=1)
+    return Moves(
+        theta_b23=torch.stack((row_x, row_y), dim=1),
+        light_b2=light_b2 if with_light else torch.tensor([1.0, 0.0]).expand(batch, 2),
+    )
+
+
+def move(pixels_bchw: torch.Tensor, moves: Moves, values: Values) -> torch.Tensor:
+    """Images moved, lit anew and normalised, in one resampling (bilinear).
+
+    What enters an image is mirrored from inside, so that no black corners appear. On the CPU one C function does
+    it where it can be compiled; torch's operations give the same up to rounding.
+
+    Args:
+        pixels_bchw: uint8, three channels.
 
     Returns:
-        float32 (b, c, h, w), contiguous, normalised.
+        float32 (b, c, h, w), contiguous.
     """
-    theta_b23 = draw_moves(len(pixels_bchw), generator=generator)
+    if pixels_bchw.device.type == "cpu" and min(pixels_bchw.shape[2:]) > 1:
+        pixels_bhwc = pixels_bchw.permute(0, 2, 3, 1).contiguous()
+        drawn = (moves.theta_b23, moves.light_b2)
+        image_bchw = resample(pixels_bhwc, *drawn, values.scale_c.flatten(), values.shift_c.flatten())
+        if image_bchw is not None:
+            return image_bchw
+    return move_by_torch(pixels_bchw, moves, values)
+
+
+def move_by_torch(pixels_bchw: torch.Tensor, moves: Moves, values: Values) -> torch.Tensor:
+    """As ``move``, on any device."""
+    theta_b23, light_b2 = (
+        drawn.to(pixels_bchw.device, non_blocking=True) for drawn in (moves.theta_b23, moves.light_b2)
+    )
     image_bchw = pixels_bchw.to(torch.float32, memory_format=torch.contiguous_format)
-    grid = _affine_grid(theta_b23.to(image_bchw.device, non_blocking=True), *image_bchw.shape[2:])
+    grid = _affine_grid(theta_b23, *image_bchw.shape[2:])
     moved_bchw = F.grid_sample(
         image_bchw, grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )
     scale_c, shift_c = values.scale_c, values.shift_c
-    if not with_light:
-        return moved_bchw.mul_(scale_c).add_(shift_c)
-    gain_2b = draw_light(len(pixels_bchw), generator=generator).to(image_bchw.device, non_blocking=True)
-    gain_b, keep_b = gain_2b.view(2, -1, 1, 1, 1)
+    gain_b, keep_b = light_b2.T.reshape(2, -1, 1, 1, 1)
     offset_b = image_bchw.mean(dim=(1, 2, 3), keepdim=True) * keep_b
     lit_bchw = torch.addcmul(offset_b * scale_c + shift_c, moved_bchw, gain_b * scale_c, out=moved_bchw)
     return lit_bchw.clamp_(min=shift_c, max=255 * scale_c + shift_c)
-
-
-def draw_moves(batch: int, *, generator: torch.Generator) -> torch.Tensor:
-    """For each image the affine map float32 (b, 2, 3) from its new to its old coordinates, both from -1 to 1."""
-    draw_3b = 2 * torch.rand((3, batch), generator=generator) - 1
-    sign_2b = torch.rand((2, batch), generator=generator).lt(0.5) * 2.0 - 1
-    angle_b, shift_2b = draw_3b[0] * math.radians(MAX_ROTATION_DEGREES), draw_3b[1:] * 2 * MAX_SHIFT_FRAC
-    cos_b, sin_b = angle_b.cos(), angle_b.sin()
-    row_x = torch.stack((sign_2b[0] * cos_b, -sign_2b[0] * sin_b, shift_2b[0]), dim=1)
-    row_y = torch.stack((sign_2b[1] * sin_b, sign_2b[1] * cos_b, shift_2b[1]), dim=1)
-    return torch.stack((row_x, row_y), dim=1)
-
-
-def draw_light(batch: int, *, generator: torch.Generator) -> torch.Tensor:
-    """Two factors for each image, (2, b): new value = first * old value + second * mean of the image."""
-    bright_b, contrast_b = 2 * torch.rand((2, batch), generator=generator) - 1
-    bright_b, contrast_b = 1 + MAX_BRIGHTNESS_CHANGE * bright_b, 1 + MAX_CONTRAST_CHANGE * contrast_b
-    return torch.stack((bright_b * contrast_b, bright_b * (1 - contrast_b)))
 
 
 def _affine_grid(theta_b23: torch.Tensor, height: int, width: int) -> torch.Tensor:

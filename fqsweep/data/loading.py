@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from fqsweep.data.augment import Augment, Values, move, normalise, random_flips
+from fqsweep.data.augment import Augment, Values, draw_moves, flip, move, normalise
 from fqsweep.data.autoaugment import auto_augment
 
 Balance = Literal["none", "sampler"]
@@ -168,13 +168,13 @@ class BatchLoader:
         return Batch(image_bchw=image_bchw, label_b=label_b, group_b=group_b)
 
     def _augmented(self, pixels_bchw: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if self.augment == "none":
-            return normalise(pixels_bchw, self._values)
-        if self.augment == "flips":
-            return normalise(random_flips(pixels_bchw, generator=generator), self._values)
+        if self.augment in ("none", "flips"):
+            image_bchw = normalise(pixels_bchw, self._values)
+            return image_bchw if self.augment == "none" else flip(image_bchw, generator=generator)
         if self.augment == "autoaugment":
             pixels_bchw = auto_augment(pixels_bchw, generator=generator)
-        return move(pixels_bchw, self._values, with_light=self.augment == "standard", generator=generator)
+        moves = draw_moves(len(pixels_bchw), with_light=self.augment == "standard", generator=generator)
+        return move(pixels_bchw, moves, self._values)
 
 
 def _gather(images: np.ndarray, index_b: np.ndarray, *, pinned: bool) -> torch.Tensor:

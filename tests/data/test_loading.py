@@ -5,8 +5,10 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fqsweep.data.augment import Values, _affine_grid, move, random_flips
+from fqsweep.data import compiled
+from fqsweep.data.augment import Values, _affine_grid, draw_moves, flip, move, move_by_torch
 from fqsweep.data.autoaugment import HIGHEST_LEVEL, IMAGENET_POLICY, OPERATIONS, SIGNED, _draw, auto_augment
+from fqsweep.data.compiled import _function
 from fqsweep.data.loading import BatchLoader
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -107,8 +109,8 @@ def test_options_that_cannot_work_are_refused(changes: dict[str, object], messag
 
 
 def test_flips_give_each_of_the_four_mirrorings_and_nothing_else() -> None:
-    image = torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2).expand(400, 1, 2, 2)
-    flipped = random_flips(image, generator=torch.Generator().manual_seed(0))
+    image = torch.arange(4.0).view(1, 1, 2, 2).repeat(400, 1, 1, 1)
+    flipped = flip(image, generator=torch.Generator().manual_seed(0))
     kinds, counts = torch.unique(flipped.reshape(400, 4), dim=0, return_counts=True)
     assert {tuple(kind) for kind in kinds.int().tolist()} == {
         (0, 1, 2, 3),
@@ -120,7 +122,8 @@ def test_flips_give_each_of_the_four_mirrorings_and_nothing_else() -> None:
 
 
 def moved(image: torch.Tensor, *, with_light: bool = False) -> torch.Tensor:
-    return move(image, PLAIN, with_light=with_light, generator=torch.Generator().manual_seed(0))
+    draws = draw_moves(len(image), with_light=with_light, generator=torch.Generator().manual_seed(0))
+    return move(image, draws, PLAIN)
 
 
 def test_rotation_and_shift_keep_the_centre_in_place_and_invent_no_black() -> None:
@@ -148,6 +151,47 @@ def test_the_grid_is_torchs() -> None:
     theta_b23 = torch.randn((3, 2, 3), generator=torch.Generator().manual_seed(0))
     expected = torch.nn.functional.affine_grid(theta_b23, [3, 1, 5, 7], align_corners=False)
     assert torch.allclose(_affine_grid(theta_b23, 5, 7), expected, atol=1e-6)
+
+
+@pytest.mark.skipif(_function() is None, reason="needs a C compiler")
+@pytest.mark.parametrize("shape", [(5, 2, 2), (7, 31, 18), (40, 160, 160)])
+@pytest.mark.parametrize("with_light", [False, True])
+def test_the_compiled_function_gives_what_torch_gives(shape: tuple[int, int, int], with_light: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    draws = draw_moves(shape[0], with_light=with_light, generator=generator)
+    values = Values(
+        scale_c=torch.tensor([0.01, 0.02, 0.03]).view(1, 3, 1, 1),
+        shift_c=torch.tensor([-1.0, 0, 2]).view(1, 3, 1, 1),
+    )
+    assert torch.allclose(move(pixels, draws, values), move_by_torch(pixels, draws, values), atol=1e-3)
+
+
+@pytest.mark.skipif(_function() is None, reason="needs a C compiler")
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_the_number_of_threads_changes_no_bit(num_threads: int) -> None:
+    batches = loader(40, side=128, batch_size=40, augment="standard")
+    usual = torch.get_num_threads()
+    images = []
+    try:
+        for threads in (1, num_threads):
+            torch.set_num_threads(threads)
+            images.append(next(batches.epoch(0)).image_bchw)
+    finally:
+        torch.set_num_threads(usual)
+    assert torch.equal(*images)
+
+
+def test_without_a_compiler_torch_moves_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_compiler = next(loader(augment="standard").epoch(0)).image_bchw
+    monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
+    _function.cache_clear()
+    try:
+        assert _function() is None
+        without = next(loader(augment="standard").epoch(0)).image_bchw
+    finally:
+        _function.cache_clear()
+    assert torch.allclose(with_compiler, without, atol=1e-3)
 
 
 def test_light_changes_stay_in_their_bounds() -> None:

@@ -39,7 +39,7 @@ from fqsweep.errors import InputError
 from fqsweep.names import METHODS, NO_VALUE
 
 # Raised when a change of the code changes results, so that finished trials of older code are not reused.
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 SHIPPED_SPACES = (
     Path(__file__).resolve().parents[1] / "search_spaces",
     Path(__file__).resolve().parent / "search_spaces",

@@ -1,14 +1,17 @@
 """Batches for training and evaluation, straight from a memory-mapped pack.
 
 The order, the draws and the augmentation of an epoch depend on the seed and the epoch's number alone, never
-on what ran before in the process.
+on what ran before in the process. On a GPU the next batch is made while the model works on this one: a thread
+reads its images into pinned memory, and a stream of its own copies and changes them.
 
 Axes: b images of a batch, c channels, h and w pixels, n images of the pack.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
@@ -16,7 +19,8 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from fqsweep.data.augment import Augment, augment_floats, auto_augment
+from fqsweep.data.augment import Augment, Values, draw_moves, flip, move, normalise
+from fqsweep.data.autoaugment import auto_augment
 
 Balance = Literal["none", "sampler"]
 
@@ -65,7 +69,7 @@ class BatchLoader:
     group_balance: Balance | str = "none"
     augment: Augment | str = "none"
     seed: int = 0
-    _normalisation: tuple[torch.Tensor, torch.Tensor] = field(init=False, repr=False, compare=False)
+    _values: Values = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for option in ("class_balance", "group_balance"):
@@ -86,7 +90,8 @@ class BatchLoader:
         )
         # (x / 255 - mean) / std as one multiplication and one addition.
         scale, shift = 1 / (255 * std), -mean / std
-        object.__setattr__(self, "_normalisation", (scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)))
+        values = Values(scale_c=scale.view(1, 3, 1, 1), shift_c=shift.view(1, 3, 1, 1))
+        object.__setattr__(self, "_values", values)
 
     @property
     def num_batches(self) -> int:
@@ -98,9 +103,36 @@ class BatchLoader:
         """The batches of epoch number ``epoch``, the same at every call."""
         rng = np.random.default_rng([self.seed % 2**32, epoch])
         order = self._order(rng)
-        for number in range(self.num_batches):
-            index_b = order[number * self.batch_size : (number + 1) * self.batch_size]
-            yield self._batch(index_b, generator=self._generator(rng))
+        index_bs = [
+            order[start : start + self.batch_size]
+            for start in range(0, self.num_batches * self.batch_size, self.batch_size)
+        ]
+        generators = (self._generator(rng) for _ in index_bs)
+        if torch.device(self.device).type == "cuda":
+            return self._batches_ahead(zip(index_bs, generators, strict=True))
+        return itertools.starmap(self._batch, zip(index_bs, generators, strict=True))
+
+    def _batches_ahead(self, draws: Iterator[tuple[np.ndarray, torch.Generator]]) -> Iterator[Batch]:
+        """Each batch made in a thread and on a stream of its own, while the one before is used."""
+        making = torch.cuda.Stream(self.device)
+
+        def make() -> tuple[Batch, torch.cuda.Event] | None:
+            draw = next(draws, None)
+            if draw is None:
+                return None
+            with torch.cuda.stream(making):
+                return self._batch(*draw), making.record_event()
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(make)
+            while (made := coming.result()) is not None:
+                coming = thread.submit(make)
+                batch, is_ready = made
+                using = torch.cuda.current_stream(self.device)
+                using.wait_event(is_ready)
+                for tensor in (batch.image_bchw, batch.label_b, batch.group_b):
+                    tensor.record_stream(using)
+                yield batch
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
         if not self.shuffle:
@@ -123,27 +155,34 @@ class BatchLoader:
         """Random draws are made on the CPU on every device, so that a GPU sees the same augmentation."""
         return torch.Generator().manual_seed(int(rng.integers(2**63)))
 
-    def _batch(self, index_b: np.ndarray, *, generator: torch.Generator) -> Batch:
-        pixels_bhwc = torch.from_numpy(_gather(self.images, index_b)).to(self.device, non_blocking=True)
-        pixels_bchw = pixels_bhwc.permute(0, 3, 1, 2)
+    def _batch(self, index_b: np.ndarray, generator: torch.Generator) -> Batch:
+        pixels_bhwc, label_b, group_b = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (
+                _gather(self.images, index_b, pinned=torch.device(self.device).type == "cuda"),
+                torch.from_numpy(self.labels[index_b].astype(np.int64)),
+                torch.from_numpy(self.groups[index_b].astype(np.int64)),
+            )
+        )
+        image_bchw = self._augmented(pixels_bhwc.permute(0, 3, 1, 2), generator)
+        return Batch(image_bchw=image_bchw, label_b=label_b, group_b=group_b)
+
+    def _augmented(self, pixels_bchw: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if self.augment in ("none", "flips"):
+            image_bchw = normalise(pixels_bchw, self._values)
+            return image_bchw if self.augment == "none" else flip(image_bchw, generator=generator)
         if self.augment == "autoaugment":
             pixels_bchw = auto_augment(pixels_bchw, generator=generator)
-        scale, shift = self._normalisation
-        image_bchw = pixels_bchw.to(torch.float32, memory_format=torch.contiguous_format)
-        if self.augment != "none":
-            image_bchw = augment_floats(image_bchw, kind=self.augment, generator=generator)
-        return Batch(
-            image_bchw=image_bchw.mul_(scale).add_(shift),
-            label_b=torch.from_numpy(self.labels[index_b].astype(np.int64)).to(self.device),
-            group_b=torch.from_numpy(self.groups[index_b].astype(np.int64)).to(self.device),
-        )
+        moves = draw_moves(len(pixels_bchw), with_light=self.augment == "standard", generator=generator)
+        return move(pixels_bchw, moves, self._values)
 
 
-def _gather(images: np.ndarray, index_b: np.ndarray) -> np.ndarray:
-    """Rows of the memory map, read in the file's order and given in the asked one."""
-    ascending = np.argsort(index_b, kind="stable")
-    pixels = np.empty((len(index_b), *images.shape[1:]), dtype=np.uint8)
-    pixels[ascending] = images[index_b[ascending]]
+def _gather(images: np.ndarray, index_b: np.ndarray, *, pinned: bool) -> torch.Tensor:
+    """Rows of the memory map, uint8 (b, h, w, c), read in the file's order and given in the asked one."""
+    pixels = torch.empty((len(index_b), *images.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+    rows, source = pixels.numpy(), np.asarray(images)
+    for row in np.argsort(index_b, kind="stable"):
+        rows[row] = source[index_b[row]]
     return pixels
 
 

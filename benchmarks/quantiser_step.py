@@ -36,6 +36,7 @@ from fqsweep.quant.units import list_units
 
 BITS = 4
 ROUNDS = 9
+GPU_STEPS = 8
 NUM_CLASSES = 8
 Step = Callable[[], None]
 Variant = tuple[nn.Module, LearnedBits | None, bool]
@@ -146,11 +147,13 @@ def seconds_of(step: Step, device: torch.device) -> float:
         step()
         return time.process_time() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
     begin.record()
-    step()
+    for _ in range(GPU_STEPS):
+        step()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3 / GPU_STEPS
 
 
 def variants_of(plain: nn.Module, kernels: Kernels) -> dict[str, Variant]:

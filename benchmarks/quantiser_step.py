@@ -49,7 +49,7 @@ class TorchFakeQuantise(nn.Module):
         super().__init__()
         limit = 2 ** (BITS - 1) - 1
         self.scale = nn.Parameter(weight.detach().flatten(1).abs().amax(dim=1) / limit)
-        self.register_buffer("zero_point", torch.zeros(len(weight), dtype=torch.int32))
+        self.register_buffer("zero_point", torch.zeros(len(weight), dtype=torch.int32, device=weight.device))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         limit = 2 ** (BITS - 1) - 1
@@ -86,7 +86,7 @@ def with_brevitas(model: nn.Module) -> nn.Module:
             own = qnn.QuantLinear(layer.in_features, layer.out_features, bias=bias, weight_quant=Learned)
         own.load_state_dict(layer.state_dict(), strict=False)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, own)
+        setattr(model.get_submodule(parent), child, own.to(layer.weight.device))
     return model
 
 

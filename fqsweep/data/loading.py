@@ -173,7 +173,8 @@ class BatchLoader:
             return image_bchw if self.augment == "none" else flip(image_bchw, generator=generator)
         if self.augment == "autoaugment":
             pixels_bchw = auto_augment(pixels_bchw, generator=generator)
-        moves = draw_moves(len(pixels_bchw), with_light=self.augment == "standard", generator=generator)
+        is_standard = self.augment == "standard"
+        moves = draw_moves(len(pixels_bchw), with_crop_and_light=is_standard, generator=generator)
         return move(pixels_bchw, moves, self._values)
 
 

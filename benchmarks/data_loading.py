@@ -5,7 +5,11 @@
 FOLDER holds photographs as JPEGs, 224 px or larger. They are stored anew at 224 x 224 and at 600 x 450 px, and
 loaded from there. A rate counts only where the sides agree: before augmentation the pack's pixels must be those
 that Pillow and torchvision decode from the 224-px files. Sides are measured in turns, so that other work on the
-machine slows both; ratios are medians over the turns.
+machine slows both; ratios are medians over the turns. Processor time of one thread, which other work on the machine
+changes little, stands beside them.
+
+A trial of the demo (`search_spaces/demo.yaml`, the static method at 1 bit) is run twice in one process, after its
+parent and its importance are there: how much of it is training and evaluation?
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,16 +34,23 @@ from torch import nn
 from torchvision import transforms as tv
 
 from benchmarks.result_file import result_parser, write_result
+from fqsweep.baseline import ensure_baseline, ensure_importance
 from fqsweep.config import ArchitectureConfig
 from fqsweep.data.folder import FolderSource
 from fqsweep.data.loading import BatchLoader
 from fqsweep.data.packs import open_pack, usable_cores
 from fqsweep.data.records import Groups, Samples
+from fqsweep.files import SweepPaths
 from fqsweep.models import build_model
+from fqsweep.setting import Setting, open_setting
+from fqsweep.space import expand_cells, load_space
+from fqsweep.trial import run_trial
+from fqsweep.work import LogFile
 
 SIDE, NUM_IMAGES, BATCH, TURNS = 224, 128, 32, 3
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 MANY_IMAGES = 25_000
+DEMO = Path(__file__).parents[1] / "search_spaces" / "demo.yaml"
 TARGETS = {"224 x 224": 4.0, "600 x 450": 8.0}
 
 
@@ -86,20 +99,38 @@ def folder_batches(folder: Path, *, workers: int) -> torch.utils.data.DataLoader
     change = [
         tv.RandomHorizontalFlip(),
         tv.RandomVerticalFlip(),
-        tv.RandomAffine(15, translate=(0.05, 0.05), interpolation=tv.InterpolationMode.BILINEAR),
+        tv.RandomAffine(
+            15, translate=(0.05, 0.05), scale=(1, 1 / 0.85), interpolation=tv.InterpolationMode.BILINEAR
+        ),
         tv.ColorJitter(brightness=0.1, contrast=0.1),
     ]
     steps = tv.Compose([*resize, *change, tv.ToTensor(), tv.Normalize(MEAN, STD)])
     images = torchvision.datasets.ImageFolder(folder, transform=steps)
     return torch.utils.data.DataLoader(
-        images, batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=True
+        images, batch_size=BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
     )
+
+
+def consume(start_epoch: Callable[[], Iterator[object]]) -> None:
+    for _ in start_epoch():
+        pass
 
 
 def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def cpu_ms_per_image(work: Callable[[], object], num_images: int) -> float:
+    """Processor time of this process alone, least of the turns, after one turn that does not count."""
+    work()
+    spent = []
+    for _ in range(TURNS):
+        start = time.process_time()
+        work()
+        spent.append(time.process_time() - start)
+    return 1e3 * min(spent) / num_images
 
 
 def check_pixels(paths: list[Path], image_nhwc: np.ndarray) -> None:
@@ -110,14 +141,29 @@ def check_pixels(paths: list[Path], image_nhwc: np.ndarray) -> None:
         assert np.array_equal(np.asarray(plain), pixels), path
 
 
+def measure_cpu_time(folders: dict[str, Path], packs: dict[str, np.ndarray]) -> list[str]:
+    """One row a size of the files: processor time an image on both sides, one thread, no worker processes."""
+    rows = ["| files | pack, CPU ms/image | torchvision, CPU ms/image | ratio |", "|---|---|---|---|"]
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, folder in folders.items():
+        ours, theirs = pack_batches(packs[name]), folder_batches(folder, workers=0)
+        own_ms = cpu_ms_per_image(partial(consume, partial(ours.epoch, 0)), NUM_IMAGES)
+        their_ms = cpu_ms_per_image(partial(consume, partial(iter, theirs)), NUM_IMAGES)
+        rows.append(f"| {name} | {own_ms:.2f} | {their_ms:.2f} | {their_ms / own_ms:.1f} |")
+        print(rows[-1], flush=True)
+    torch.set_num_threads(usual)
+    return rows
+
+
 def measure_rates(folders: dict[str, Path], packs: dict[str, np.ndarray], workers: int) -> list[str]:
     """One row a size of the files: images a second on both sides, and the ratio."""
     rows = ["| files | pack, images/s | torchvision, images/s | ratio | wanted |", "|---|---|---|---|---|"]
     for name, folder in folders.items():
         ours, theirs = pack_batches(packs[name]), folder_batches(folder, workers=workers)
-        epochs: dict[str, Callable[[], object]] = {
-            "ours": lambda ours=ours: sum(1 for _ in ours.epoch(0)),
-            "theirs": lambda theirs=theirs: sum(1 for _ in theirs),
+        epochs = {
+            "ours": partial(consume, partial(ours.epoch, 0)),
+            "theirs": partial(consume, partial(iter, theirs)),
         }
         for epoch in epochs.values():
             epoch()
@@ -200,6 +246,41 @@ def measure_memory(paths: list[Path], folder: Path) -> str:
     )
 
 
+def measure_trial(folder: Path) -> str:
+    """The share of a demo-size trial that is training and evaluation; parent and importance are there before."""
+    space = load_space(DEMO)
+    short = space.model_copy(update={"recipe": space.recipe.model_copy(update={"epochs": 1})})
+    (cell,) = (c for c in expand_cells(short) if c.point.settings.method == "static" and c.budget_bits == 1)
+    paths = SweepPaths(folder)
+    log = LogFile(paths.log("benchmark"))
+    setting = open_setting(cell, paths=paths, data_dir=None, device="cpu")
+    ensure_importance(setting, ensure_baseline(setting, paths, log), paths, log)
+    scored: list[float] = []
+    score = Setting.score
+
+    def timed_score(self: Setting, model: nn.Module, split: str) -> object:
+        start = time.perf_counter()
+        metrics = score(self, model, split)
+        scored.append(time.perf_counter() - start)
+        return metrics
+
+    texts = []
+    with patch.object(Setting, "score", timed_score):
+        for turn in ("first", "second"):
+            scored.clear()
+            start = time.perf_counter()
+            result = run_trial(
+                cell, key=turn, weights={}, paths=paths, data_dir=None, device="cpu", recorder=log
+            )
+            total_s = time.perf_counter() - start
+            busy_s = result.metrics["time/train_s"] + sum(scored)
+            texts.append(f"{busy_s:.1f} of {total_s:.1f} s ({100 * busy_s / total_s:.0f} %)")
+    return (
+        f"A demo-size trial trains and evaluates in {texts[1]} of its time (wanted: at least 90 %); the first of a "
+        f"process, which also traces the network, in {texts[0]}."
+    )
+
+
 def measure(images: Path, scratch: Path) -> list[str]:
     """All figures, as the lines of a Markdown page."""
     sizes = {"224 x 224": (SIDE, SIDE), "600 x 450": (600, 450)}
@@ -209,11 +290,12 @@ def measure(images: Path, scratch: Path) -> list[str]:
         name: open_pack(as_samples(paths[name], name), size=SIDE, pack_dir=scratch / "packs") for name in sizes
     }
     check_pixels(paths["224 x 224"], packs["224 x 224"])
-    lines = measure_rates(folders, packs, workers=usable_cores())
+    lines = [*measure_rates(folders, packs, workers=usable_cores()), "", *measure_cpu_time(folders, packs)]
     for text in (
         measure_wait(packs["224 x 224"]),
         measure_packing(paths["600 x 450"], scratch / "packing"),
         measure_memory(paths["224 x 224"], scratch / "many"),
+        measure_trial(scratch / "trial"),
     ):
         print(text, flush=True)
         lines += ["", text]
@@ -232,8 +314,8 @@ def main() -> None:
         f"`python -m benchmarks.data_loading`, Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, Pillow {Image.__version__}, {platform.machine()}, {usable_cores()} "
         f"cores, which other work shares (load {os.getloadavg()[0]:.1f} at the end).",
-        f"{NUM_IMAGES} photographs, {SIDE} px, batch {BATCH}, augmentation: flips, rotation, shift, brightness and "
-        f"contrast; median of {TURNS} turns. Before augmentation both sides give the same pixels (224 x 224).",
+        f"{NUM_IMAGES} photographs, {SIDE} px, batch {BATCH}, augmentation: flips, rotation, shift, crop, brightness "
+        f"and contrast; median of {TURNS} turns. Before augmentation both sides give the same pixels (224 x 224).",
     ]
     write_result(options.out, title="Data loading", notes=notes, lines=lines)
 

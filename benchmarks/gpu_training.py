@@ -119,10 +119,14 @@ def step_s(model: nn.Module, loader: TimedLoader) -> float:
     return log.train_s / loader.num_batches
 
 
-def measure_network(name: str, image_nhwc: np.ndarray, *, batch: int, steps: int, device: str) -> list[str]:
+def measure_network(
+    name: str, image_nhwc: np.ndarray, *, batch: int, steps: int, device: str, compiled: bool
+) -> list[str]:
     """One row for each kind of augmentation."""
     config = ArchitectureConfig(name=name)
     model = build_model(config, num_classes=NUM_CLASSES, image_size=SIDE).to(device).train()
+    if compiled:
+        model.compile()
     settings = {"batch": batch, "steps": steps, "device": device}
     plain = open_loader(image_nhwc, **settings)  # type: ignore[arg-type]
     loaders = {"resident": TimedLoader(loader=plain, resident=next(iter(plain.epoch(0))))}
@@ -154,6 +158,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--pack-images", type=int, default=4096)
+    parser.add_argument("--compiled", action="store_true", help="networks through torch.compile")
     options = parser.parse_args()
     lines = [
         f"| network | augmentation | images/s | step, ms | resident, ms | wait, % (wanted < {100 * WANTED_FRAC:.0f}) "
@@ -165,12 +170,19 @@ def main() -> None:
         image_nhwc = write_pack(Path(scratch) / "pack.npy", options.pack_images)
         for name in options.networks:
             lines += measure_network(
-                name, image_nhwc, batch=options.batch, steps=options.steps, device=options.device
+                name,
+                image_nhwc,
+                batch=options.batch,
+                steps=options.steps,
+                device=options.device,
+                compiled=options.compiled,
             )
     hardware = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine()
+    form = "compiled" if options.compiled else "eager"
     notes = [
         f"`python -m benchmarks.gpu_training`, {hardware}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}; {SIDE} px, batch {options.batch}, {options.steps} steps, median of {TURNS} turns."
+        f"{torch.__version__}; {form} networks, {SIDE} px, batch {options.batch}, {options.steps} steps, median of "
+        f"{TURNS} turns."
     ]
     write_result(options.out, title="Training on a GPU", notes=notes, lines=lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import time
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fqsweep.files import write_bytes
+from fqsweep.files import write_whole
 
 CHECKPOINT_VERSION = 1
 # Saving takes at most this share of the time: of very short epochs not each is saved.
@@ -38,9 +37,9 @@ class Checkpoint:
         start = time.perf_counter()
         if self.max_time_frac * (start - self._last_end + self._last_save_s) < self._last_save_s:
             return
-        stream = io.BytesIO()
-        torch.save({"version": CHECKPOINT_VERSION, **state}, stream)
-        write_bytes(self.path, stream.getvalue())
+        # Not synced: after a loss of power a damaged file is as good as none, training starts anew.
+        versioned = {"version": CHECKPOINT_VERSION, **state}
+        write_whole(self.path, lambda stream: torch.save(versioned, stream), sync=False)
         self._last_end = time.perf_counter()
         self._last_save_s = self._last_end - start
 

@@ -486,7 +486,8 @@ class TrainingRecipe(Record):
         class_balance: ``sampler`` draws classes equally often, ``none`` as they come.
         group_balance: ``sampler`` draws groups equally often; with ``class_balance`` each class of each group. The
             parent then depends on the group attribute.
-        augment: ``none``, ``flips``, ``standard`` (flips, rotation, shift, brightness) or ``autoaugment``.
+        augment: ``none``, ``flips``, ``standard`` (flips, rotation, shift, crop, brightness, contrast) or
+            ``autoaugment`` (flips, rotation, shift and AutoAugment's ImageNet policy, with its strong colours).
         gradient_clip: largest norm of the gradient, None for no clipping.
         warmup_frac: share of the steps with a rising rate before the schedule begins.
         ema_decay: evaluate and keep a running mean of the full-precision parent's weights with this decay a

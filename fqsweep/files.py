@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock
 
@@ -125,13 +125,24 @@ def publish(attempt: Path, final: Path, *, last: str) -> bool:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` whole or not at all: beside it, synced, then moved into place."""
+    write_whole(path, lambda stream: stream.write(content))
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, sync: bool = True) -> None:
+    """Have ``write`` fill a file that then is at ``path`` whole, or not at all.
+
+    Args:
+        sync: wait until it is on the disk. Without, a machine that loses its power can lose the file or leave a
+            damaged one; a process that dies cannot.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            write(stream)
             stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())
         os.chmod(beside, 0o644)
         os.replace(beside, path)
     except BaseException:

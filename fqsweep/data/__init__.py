@@ -22,6 +22,7 @@ from fqsweep.data.duplicates import join_near_duplicates
 from fqsweep.data.packs import OnProgress, open_pack, pack_path
 from fqsweep.data.records import Dataset, Samples, Splits
 from fqsweep.data.splits import check_groups, split_samples, splits_as_csv
+from fqsweep.data.store import PACK_STORE_VARIABLE
 from fqsweep.data.subset import stratified_subset
 from fqsweep.errors import InputError
 from fqsweep.files import write_bytes
@@ -79,7 +80,9 @@ def open_dataset(
 
     The groups are checked before anything is decoded, and again where near-duplicates found in the decoded
     images (of sets read from files) were joined to one cluster. Where the environment variable
-    ``FQSWEEP_LOCAL_PACKS`` names a folder on the machine's own disk, packs are copied there once a machine.
+    ``FQSWEEP_LOCAL_PACKS`` names a folder on the machine's own disk, packs are copied there once a machine; where
+    ``FQSWEEP_PACK_STORE`` names a folder on object storage (``s3://bucket/packs``), they are fetched from there in
+    place of decoding, and put there by whoever decodes first.
 
     Args:
         config: which set.
@@ -97,6 +100,7 @@ def open_dataset(
         size=config.image_size,
         pack_dir=pack_dir,
         local_dir=Path(local) if local else None,
+        store=os.environ.get(PACK_STORE_VARIABLE) or None,
         on_progress=on_progress,
     )
     if not isinstance(config, SynthdermConfig):

@@ -18,6 +18,7 @@ from fqsweep.data.compiled import resample
 Augment = Literal["none", "flips", "standard", "autoaugment"]
 MAX_ROTATION_DEGREES = 15.0
 MAX_SHIFT_FRAC = 0.05
+MIN_CROP_FRAC = 0.85
 # Half a step between neighbouring skin types at most: stronger changes would move images from one to another.
 MAX_BRIGHTNESS_CHANGE = 0.1
 MAX_CONTRAST_CHANGE = 0.1
@@ -59,26 +60,27 @@ class Moves:
     light_b2: torch.Tensor
 
 
-def draw_moves(batch: int, *, with_light: bool, generator: torch.Generator) -> Moves:
+def draw_moves(batch: int, *, with_crop_and_light: bool, generator: torch.Generator) -> Moves:
     """Flips at random, rotation by up to 15 degrees, shift by up to 5 % of the side.
 
     Args:
         batch: how many images.
-        with_light: also change brightness and contrast (about the image's mean) by up to 10 % each; colours keep
-            their hue.
+        with_crop_and_light: also crop to 85 to 100 % of the side, and change brightness and contrast (about the
+            image's mean) by up to 10 % each; colours keep their hue.
         generator: of the CPU, on every device.
     """
-    draw_5b = 2 * torch.rand((5, batch), generator=generator) - 1
+    draw_6b = 2 * torch.rand((6, batch), generator=generator) - 1
     sign_2b = torch.rand((2, batch), generator=generator).lt(0.5) * 2.0 - 1
-    angle_b, shift_2b = draw_5b[0] * math.radians(MAX_ROTATION_DEGREES), draw_5b[1:3] * 2 * MAX_SHIFT_FRAC
-    cos_b, sin_b = angle_b.cos(), angle_b.sin()
+    angle_b, shift_2b = draw_6b[0] * math.radians(MAX_ROTATION_DEGREES), draw_6b[1:3] * 2 * MAX_SHIFT_FRAC
+    side_b = 1 - (1 - MIN_CROP_FRAC) * (draw_6b[3] + 1) / 2 if with_crop_and_light else torch.ones(batch)
+    cos_b, sin_b = side_b * angle_b.cos(), side_b * angle_b.sin()
     row_x = torch.stack((sign_2b[0] * cos_b, -sign_2b[0] * sin_b, shift_2b[0]), dim=1)
     row_y = torch.stack((sign_2b[1] * sin_b, sign_2b[1] * cos_b, shift_2b[1]), dim=1)
-    bright_b, contrast_b = 1 + MAX_BRIGHTNESS_CHANGE * draw_5b[3], 1 + MAX_CONTRAST_CHANGE * draw_5b[4]
+    bright_b, contrast_b = 1 + MAX_BRIGHTNESS_CHANGE * draw_6b[4], 1 + MAX_CONTRAST_CHANGE * draw_6b[5]
     light_b2 = torch.stack((bright_b * contrast_b, bright_b * (1 - contrast_b)), dim=1)
     return Moves(
         theta_b23=torch.stack((row_x, row_y), dim=1),
-        light_b2=light_b2 if with_light else torch.tensor([1.0, 0.0]).expand(batch, 2),
+        light_b2=light_b2 if with_crop_and_light else torch.tensor([1.0, 0.0]).expand(batch, 2),
     )
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from fqsweep.config import content_hash
 from fqsweep.data.records import Samples
+from fqsweep.data.store import fetch_pack, put_pack
 from fqsweep.errors import InputError
 from fqsweep.files import locked, write_json
 
@@ -39,6 +40,7 @@ def open_pack(
     size: int,
     pack_dir: Path,
     local_dir: Path | None = None,
+    store: str | None = None,
     num_threads: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> np.ndarray:
@@ -52,18 +54,24 @@ def open_pack(
         pack_dir: folder of packs, made if needed.
         local_dir: folder on a disk of this machine to which the pack is copied once, where ``pack_dir`` is far
             away (a network file system); None uses it where it lies.
+        store: address of a folder on object storage from which a pack is fetched in place of decoding, and where
+            it is put by whoever had to decode; with ``local_dir`` it is fetched there, past ``pack_dir``.
         num_threads: decoding threads, None for one per usable core.
         on_progress: called with (images done, images in all).
 
     Raises:
-        InputError: an image cannot be decoded, or the disk has no room; the message names the path.
+        InputError: an image cannot be decoded, the disk has no room, or the store cannot be used; the message
+            names the path.
     """
-    path = pack_path(samples, size=size, pack_dir=pack_dir)
+    folder = local_dir if store and local_dir else pack_dir
+    path = pack_path(samples, size=size, pack_dir=folder)
     if not _is_sound(path):
         with locked(path):
-            if not _is_sound(path):
+            if not _is_sound(path) and not (store and fetch_pack(store, path) and _is_sound(path)):
                 _write_pack(path, samples, size=size, num_threads=num_threads, on_progress=on_progress)
-    if local_dir is not None:
+                if store:
+                    put_pack(store, path)
+    if local_dir is not None and local_dir != folder:
         path = _copy_to(local_dir, path)
     image_nhwc: np.ndarray = np.load(path, mmap_mode="r")
     return image_nhwc

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from fqsweep.quant.packing import (
     read_metadata,
     unpack_weights,
 )
-from fqsweep.quant.removal import load_weights, remove_dropped_channels
+from fqsweep.quant.removal import Removable, find_removable, load_weights, remove_dropped_channels
 
 NOTES = ("architecture", "image_size", "classes", "normalisation")
 
@@ -91,11 +91,20 @@ def shrink(blob: bytes) -> bytes:
     metadata = read_metadata(blob)
     notes = read_notes(metadata)
     state = unpack_weights(blob)
-    small = remove_dropped_channels(state, partial(build_untrained, notes), image_size=notes.image_size)
+    build = partial(build_untrained, notes)
+    small = remove_dropped_channels(
+        state, build, image_size=notes.image_size, removable=_removable_channels(notes)
+    )
     if count_values(small) == count_values(state):
         return blob
     del metadata[CHECKSUM]
     return small.pack({**metadata, REMOVED: f"{mean_bits(state):.6g}"})
+
+
+@lru_cache(maxsize=8)
+def _removable_channels(notes: ModelNotes) -> Removable:
+    """Traced once a process: a sweep has many trials of one network."""
+    return find_removable(partial(build_untrained, notes), image_size=notes.image_size)
 
 
 def count_values(state: UnpackedWeights) -> int:

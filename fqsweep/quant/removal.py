@@ -20,7 +20,8 @@ Axes: c channels of a chain, r rows (output channels) of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 
 from fqsweep.quant.chains import Chain, Consumer, Depthwise, Norm, find_chains
-from fqsweep.quant.heads import find_attention, remove_head_channels
+from fqsweep.quant.heads import Attention, find_attention, remove_head_channels
 from fqsweep.quant.packing import UnpackedWeights
 from fqsweep.quant.resizing import fit_layers
 
@@ -42,8 +43,27 @@ class RemovalError(RuntimeError):
     """The smaller network does not compute what the whole one does: a fault of fqsweep."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Removable:
+    """Where channels of a network can leave; the same for all its weights."""
+
+    chains: tuple[Chain, ...]
+    attention: Mapping[str, Attention]
+
+
+def find_removable(build: Callable[[], nn.Module], *, image_size: int) -> Removable:
+    """Trace the network once; arguments as in ``remove_dropped_channels``."""
+    return Removable(
+        attention=find_attention(build()), chains=tuple(find_chains(build().eval(), image_size=image_size))
+    )
+
+
 def remove_dropped_channels(
-    state: UnpackedWeights, build: Callable[[], nn.Module], *, image_size: int
+    state: UnpackedWeights,
+    build: Callable[[], nn.Module],
+    *,
+    image_size: int,
+    removable: Removable | None = None,
 ) -> UnpackedWeights:
     """Weights of a smaller network with the same logits; ``resizing.fit_layers`` makes the network fit them.
 
@@ -51,6 +71,7 @@ def remove_dropped_channels(
         state: all weights of the network, with bits and steps of the quantised ones; left as it is.
         build: the untrained network that these weights belong to.
         image_size: pixels.
+        removable: what ``find_removable`` says of the network, where it was asked before.
 
     Returns:
         Smaller weights with their ``bits``, ``steps``, ``float_columns`` and ``heads``; equal to ``state`` where
@@ -62,10 +83,11 @@ def remove_dropped_channels(
     if state.float_columns or state.heads:
         return state
     small = state.copy()
+    removable = removable or find_removable(build, image_size=image_size)
     # From the output backwards: what a later layer stops reading can leave an earlier one.
-    for chain in reversed(find_chains(build().eval(), image_size=image_size)):
+    for chain in reversed(removable.chains):
         _shorten(small, chain)
-    for name, attention in find_attention(build()).items():
+    for name, attention in removable.attention.items():
         shape = remove_head_channels(small, name, attention)
         if shape is not None:
             small.heads[name] = shape
@@ -78,8 +100,12 @@ def _compare(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(VERIFICATION_IMAGES, 3, image_size, image_size, generator=generator).double()
+    network = build()
     with torch.no_grad():
-        whole, shrunk = (load_weights(build(), weights).double()(images) for weights in (state, small))
+        whole, shrunk = (
+            load_weights(model, weights).double()(images)
+            for model, weights in ((copy.deepcopy(network), state), (network, small))
+        )
     error = float((whole - shrunk).abs().max())
     # Written so that an error that is not a number fails too.
     if not error <= TOLERANCE * max(1.0, float(whole.abs().max())):

@@ -36,6 +36,12 @@ def test_the_split_is_stored_beside_the_pack(tmp_path: Path) -> None:
     assert next(line for line in lines if line.startswith(first_test)).split(",")[1] == "test"
 
 
+def test_the_environment_names_a_store_of_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FQSWEEP_PACK_STORE", (tmp_path / "bucket").as_uri())
+    open_dataset(config(), data_dir=None, pack_dir=tmp_path / "out")
+    assert [path.suffix for path in sorted((tmp_path / "bucket").iterdir())] == [".json", ".npy"]
+
+
 def test_crossed_groups_work_for_generated_sets(tmp_path: Path) -> None:
     crossed = config(group_attributes=("skin_tone x skin_type",), num_images=600)
     groups = open_dataset(crossed, data_dir=None, pack_dir=tmp_path).samples.groups["skin_tone x skin_type"]

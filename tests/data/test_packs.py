@@ -106,6 +106,44 @@ def test_a_pack_is_copied_to_the_machines_own_disk_once(tmp_path: Path) -> None:
     assert sorted(p.suffix for p in near.iterdir() if p.suffix != ".lock") == [".json", ".npy"]
 
 
+@pytest.mark.parametrize("has_local_dir", [False, True])
+def test_a_pack_is_decoded_by_one_machine_and_fetched_by_the_others(
+    tmp_path: Path, has_local_dir: bool
+) -> None:
+    store = (tmp_path / "bucket" / "packs").as_uri()
+    decoded: list[int] = []
+
+    def opened(machine: str) -> np.ndarray:
+        return open_pack(
+            few(),
+            size=16,
+            pack_dir=tmp_path / machine,
+            local_dir=tmp_path / machine / "near" if has_local_dir else None,
+            store=store,
+            on_progress=lambda done, _total: decoded.append(done),
+        )
+
+    first, second = opened("one"), opened("two")
+    assert decoded == [6]
+    assert np.array_equal(first, second)
+    assert (Path(second.filename).parent.name == "near") == has_local_dir  # type: ignore[attr-defined]
+
+
+def test_a_damaged_pack_in_the_store_is_decoded_again_and_replaced(tmp_path: Path) -> None:
+    store = tmp_path / "bucket"
+    before = np.array(open_pack(few(), size=16, pack_dir=tmp_path / "one", store=store.as_uri()))
+    (stored,) = store.glob("*.npy")
+    stored.write_bytes(stored.read_bytes()[:-5])
+    assert np.array_equal(open_pack(few(), size=16, pack_dir=tmp_path / "two", store=store.as_uri()), before)
+    verify_pack(stored)
+
+
+@pytest.mark.parametrize("store", ["nowhere://bucket/packs", "file:///proc/no-such-folder"])
+def test_a_store_that_cannot_be_used_is_named(tmp_path: Path, store: str) -> None:
+    with pytest.raises(InputError, match=f"FQSWEEP_PACK_STORE={store}: .*unset it to decode here"):
+        open_pack(few(), size=16, pack_dir=tmp_path, store=store)
+
+
 def test_processes_that_ask_at_once_share_one_pack(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     ready, queue = context.Event(), context.Queue()

@@ -49,6 +49,7 @@ class AtOnce:
         self.weights = [_original(layers[name]) for name in by_name]
         self.blocks = Blocks(self.weights, [len(q.bits_u) for q in self.quantisers])
         self.step_ub = torch.cat([q.step_ub for q in self.quantisers])
+        self._kept: tuple[int, Any] | None = None
         self.learned = [q for q in self.quantisers if isinstance(q, LearnedBitsWeight)]
         assert len(self.learned) in (0, len(self.quantisers)), "fixed and learned widths in one model"
         if self.learned:
@@ -79,13 +80,22 @@ class AtOnce:
         if not self.learned:
             return _QuantiseAll.apply(self.blocks, self.step_u * gain_u, *self.grid, *self.weights)
         bits_u = torch.cat([q.free_bits_u for q in self.learned])
-        low_u = self._lower_width(bits_u.detach())
-        low, high = (self._grid_at(width_u, gain_u) for width_u in (low_u, low_u + 1))
-        return _MixAll.apply(self.blocks, bits_u - low_u, *low, *high, *self.weights)
+        low_u, (low_step_u, *low), (high_step_u, *high) = self._grids(bits_u.detach())
+        steps_and_grids = (low_step_u * gain_u, *low, high_step_u * gain_u, *high)
+        return _MixAll.apply(self.blocks, bits_u - low_u, *steps_and_grids, *self.weights)
 
-    def _grid_at(self, width_u: torch.Tensor, gain_u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _grids(self, bits_u: torch.Tensor) -> Any:
+        """The lower width, and start step, limit and offset at it and above it; kept until the widths change."""
+        version = self.learned[0].free_bits_u._version
+        if self._kept is None or self._kept[0] != version:
+            low_u = self._lower_width(bits_u)
+            self._kept = (version, (low_u, self._grid_at(low_u), self._grid_at(low_u + 1)))
+        return self._kept[1]
+
+    def _grid_at(self, width_u: torch.Tensor) -> tuple[torch.Tensor, ...]:
         limit_u1, offset_u1 = limits_of(width_u)
-        return self.step_ub.gather(1, width_u[:, None])[:, 0] * gain_u, limit_u1[:, 0], offset_u1[:, 0]
+        start_u1 = self.step_ub.gather(1, width_u[:, None])
+        return start_u1[:, 0], limit_u1[:, 0].contiguous(), offset_u1[:, 0].contiguous()
 
     def _lower_width(self, bits_u: torch.Tensor) -> torch.Tensor:
         """See ``LearnedBitsWeight``; here for all layers."""

@@ -6,6 +6,10 @@ The budget couples units through their sizes, so descent is done in the metric s
 a unit is its gradient per weight. At rest all units between their limits then have the same loss per bit
 of storage, which is the optimality condition of the budgeted problem, and the projection on the budget is
 one common shift.
+
+Gradients of single units are mostly noise, and a unit that follows noise walks away from a good allocation. So a
+unit moves only as far as its gradient stands out: its running mean is shrunk by what noise alone would make of it,
+in the form of James and Stein's positive-part estimator (1961), unit by unit.
 """
 
 from __future__ import annotations
@@ -21,8 +25,14 @@ from fqsweep.errors import TrialError
 from fqsweep.quant.convert import LearnedBitsWeight, quantisers_of
 from fqsweep.quant.units import UnitTable
 
+# Gradients of so many training steps make one step of the bits: less noise, and less work for a GPU's host.
+STEPS_GATHERED = 4
 MOMENTUM = 0.9
-SCALE_MOMENTUM = 0.99
+# Share of a gradient's mean square that the running mean of pure noise has.
+NOISE_FRAC = (1 - MOMENTUM) / (1 + MOMENTUM)
+# A mean moves a unit when its square is above so many times what noise alone makes of it (1.7 standard deviations).
+TIMES_NOISE = 3.0
+SCALE_MOMENTUM = 0.97
 LARGEST_MOVE_BITS = 0.25
 # 16 candidates in each of 8 rounds narrow the shift down to 2^-32 of its range.
 CANDIDATES = 16
@@ -36,7 +46,7 @@ class LearnedBits:
         model: with ``LearnedBitsWeight`` quantisers on every layer of ``units``.
         lowest_u, highest_u: limits per unit; equal for pinned units.
         budget_bits: mean bits per weight that are never exceeded after a step.
-        learning_rate: bits that a unit of typical gradient moves in a step.
+        learning_rate: bits that a unit of typical gradient moves in a training step.
     """
 
     def __init__(
@@ -64,8 +74,10 @@ class LearnedBits:
         self.budget_bits = budget_bits
         self.learning_rate = learning_rate
         self.velocity_u = torch.zeros_like(self.share_u)
+        self.square_u = torch.zeros_like(self.share_u)
         self.scale = torch.zeros((), device=device)
         self.num_steps = 0
+        self.num_gathered = 0
 
     def mean_bits(self) -> torch.Tensor:
         """Mean bits per weight, differentiable."""
@@ -73,25 +85,46 @@ class LearnedBits:
 
     @torch.no_grad()
     def step(self, *, rate_frac: float) -> None:
-        """One step along the gradients that lie on the bits, then clipping and projection on the budget.
+        """After every training step: gather, and every few steps move, clip and project on the budget.
 
         Args:
             rate_frac: current share of ``learning_rate`` (its schedule).
         """
-        gradient_u = torch.cat([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters])
+        self.num_gathered += 1
+        if self.num_gathered < STEPS_GATHERED:
+            return
+        gradient_u = self._gathered() / STEPS_GATHERED
         is_free_u = self.highest_u > self.lowest_u
         per_weight_u = torch.where(is_free_u, gradient_u / self.num_weights_u, 0.0)
-        self.num_steps += 1
-        self.velocity_u.mul_(MOMENTUM).add_(per_weight_u, alpha=1 - MOMENTUM)
-        typical = (self.share_u * per_weight_u.square()).sum().sqrt()
-        self.scale.mul_(SCALE_MOMENTUM).add_(typical, alpha=1 - SCALE_MOMENTUM)
-        velocity_u = self.velocity_u / (1 - MOMENTUM**self.num_steps)
-        scale = self.scale / (1 - SCALE_MOMENTUM**self.num_steps)
-        move_u = velocity_u / scale.clamp(min=1e-20) * (self.learning_rate * rate_frac)
+        move_u = self._direction(per_weight_u) * (STEPS_GATHERED * self.learning_rate * rate_frac)
         # A gradient that is not finite moves nothing here: the loss that it comes from is reported by name.
         move_u = move_u.nan_to_num_(nan=0.0).clamp_(-LARGEST_MOVE_BITS, LARGEST_MOVE_BITS)
         bits_u = torch.cat([p.detach() for p in self.parameters]) - move_u
         self._store(project_on_budget(bits_u, self.share_u, self.lowest_u, self.highest_u, self.budget_bits))
+        self._clear()
+
+    def _direction(self, per_weight_u: torch.Tensor) -> torch.Tensor:
+        """The running mean of the gradients without what is noise, in units of a typical gradient."""
+        self.num_steps += 1
+        self.velocity_u.mul_(MOMENTUM).add_(per_weight_u, alpha=1 - MOMENTUM)
+        self.square_u.mul_(MOMENTUM).addcmul_(per_weight_u, per_weight_u, value=1 - MOMENTUM)
+        typical = (self.share_u * per_weight_u.square()).sum().sqrt()
+        self.scale.mul_(SCALE_MOMENTUM).add_(typical, alpha=1 - SCALE_MOMENTUM)
+        seen = 1 - MOMENTUM**self.num_steps
+        velocity_u, square_u = self.velocity_u / seen, self.square_u / seen
+        # Of few gradients the mean has more noise: 1 of the first, NOISE_FRAC of many.
+        noise_frac = NOISE_FRAC * (1 + MOMENTUM**self.num_steps) / seen
+        noise_u = TIMES_NOISE * noise_frac * square_u
+        stands_out_u = (1 - noise_u / velocity_u.square().clamp(min=1e-38)).clamp_(min=0.0)
+        scale = self.scale / (1 - SCALE_MOMENTUM**self.num_steps)
+        return velocity_u * stands_out_u / scale.clamp(min=1e-20)
+
+    def _gathered(self) -> torch.Tensor:
+        """The gradients that lie on the bits, (u,)."""
+        return torch.cat([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters])
+
+    def _clear(self) -> None:
+        self.num_gathered = 0
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -104,17 +137,24 @@ class LearnedBits:
         return {
             "bits_u": torch.cat([p.detach() for p in self.parameters]).clone(),
             "velocity_u": self.velocity_u.clone(),
+            "square_u": self.square_u.clone(),
+            "gathered_u": self._gathered(),
             "scale": self.scale.clone(),
             "num_steps": self.num_steps,
+            "num_gathered": self.num_gathered,
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state that ``state_dict`` gave."""
-        self._store(state["bits_u"].to(self.velocity_u.device))
-        self.velocity_u.copy_(state["velocity_u"])
-        self.scale.copy_(state["scale"])
-        self.num_steps = state["num_steps"]
+        device = self.velocity_u.device
+        self._store(state["bits_u"].to(device))
+        for name in ("velocity_u", "square_u", "scale"):
+            getattr(self, name).copy_(state[name])
+        self.num_steps, self.num_gathered = state["num_steps"], state["num_gathered"]
+        parts = state["gathered_u"].to(device).split([len(parameter) for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.clone()
 
     def values(self) -> np.ndarray:
         """The widths as they are, float64 (u,)."""

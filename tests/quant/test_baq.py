@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from fqsweep.errors import TrialError
-from fqsweep.quant.baq import LearnedBits, project_on_budget
+from fqsweep.quant.baq import STEPS_GATHERED, LearnedBits, project_on_budget
 from fqsweep.quant.convert import attach_quantisers
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import UnitTable, list_units
@@ -117,6 +117,14 @@ def learner(
     return learned, units
 
 
+def push(learned: LearnedBits, gradient: torch.Tensor, *, moves: int) -> None:
+    """The same gradient in every training step, for so many moves of the bits."""
+    for _ in range(moves * STEPS_GATHERED):
+        gathered = learned.parameters[0].grad
+        learned.parameters[0].grad = gradient.clone() if gathered is None else gathered + gradient
+        learned.step(rate_frac=1.0)
+
+
 @pytest.mark.parametrize("how", ["fracbits", "lsq"])
 def test_bits_rise_where_the_task_needs_them_and_fall_where_it_does_not(how: str) -> None:
     """Two kinds of rows in one layer: the output of the first half counts, that of the second does not."""
@@ -129,7 +137,6 @@ def test_bits_rise_where_the_task_needs_them_and_fall_where_it_does_not(how: str
         error = (model(image) - image @ target.T)[:, :4].square().mean()
         error.backward()
         learned.step(rate_frac=1.0)
-        model.zero_grad()
     found = learned.values()
     assert (found[:4] > 4.5).all() and (found[4:] < 3.5).all()
     assert found.mean() <= 4 + 1e-4
@@ -140,22 +147,22 @@ def test_a_step_never_leaves_the_budget_and_the_limits() -> None:
     model = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 4))
     learned, units = learner(model, bits=3, budget=3.2, low=1, high=6, rate=2.0)
     share = units.num_weights_u / units.num_weights_u.sum()
-    for _ in range(30):
+    for step in range(60):
         model(torch.randn(16, 10)).square().sum().backward()
         learned.step(rate_frac=1.0)
         found = learned.values()
         assert share @ found <= 3.2 + 1e-5
         assert (found >= 1).all() and (found <= 6).all()
         assert float(learned.mean_bits().detach()) == pytest.approx(share @ found, rel=1e-5)
-        assert all(parameter.grad is None for parameter in learned.parameters)
+        used = (step + 1) % STEPS_GATHERED == 0
+        assert all((parameter.grad is None) == used for parameter in learned.parameters)
 
 
 def test_no_unit_moves_further_than_a_quarter_bit_before_projection() -> None:
     model = nn.Sequential(nn.Linear(10, 6))
     learned, _ = learner(model, bits=4, budget=8.0, rate=100.0)
     before = learned.values()
-    learned.parameters[0].grad = torch.tensor([1.0, -1.0, 1e-3, 0.0, 50.0, -50.0])
-    learned.step(rate_frac=1.0)
+    push(learned, torch.tensor([1.0, -1.0, 1e-3, 0.0, 50.0, -50.0]), moves=4)
     assert np.abs(learned.values() - before).max() == pytest.approx(0.25)
     assert learned.values()[3] == before[3]
 
@@ -166,11 +173,11 @@ def test_the_size_of_the_loss_does_not_change_the_steps() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(10, 6))
         learned, _ = learner(model, bits=4, budget=4.0)
-        for _ in range(5):
+        for _ in range(10 * STEPS_GATHERED):
             (factor * model(torch.randn(8, 10)).square().sum()).backward()
             learned.step(rate_frac=1.0)
-            model.zero_grad()
         paths.append(learned.values())
+    assert np.abs(paths[0] - 4).max() > 0.01
     assert paths[0] == pytest.approx(paths[1], abs=1e-4)
 
 
@@ -179,11 +186,30 @@ def test_the_gradient_of_a_pinned_unit_does_not_slow_the_others_down() -> None:
     for pinned_gradient in (0.0, 1e6):
         model = nn.Sequential(nn.Linear(10, 3))
         learned, _ = learner(model, bits=[4, 4, 4], budget=8.0, low=[0, 0, 4], high=[8, 8, 4])
-        learned.parameters[0].grad = torch.tensor([1.0, -1.0, pinned_gradient])
-        learned.step(rate_frac=1.0)
+        push(learned, torch.tensor([1.0, -1.0, pinned_gradient]), moves=6)
         paths.append(learned.values())
     assert paths[0].tolist() == paths[1].tolist()
     assert paths[0][0] < 4 < paths[0][1] and paths[0][2] == 4
+
+
+def test_a_unit_whose_gradient_is_noise_stays_while_one_with_a_steady_gradient_moves() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 200))
+    learned, _ = learner(model, bits=4, budget=8.0, rate=0.01)
+    for _ in range(40):
+        noise = torch.randn(200, generator=generator)
+        noise[:100] = -0.5  # half of the noise's size, but always the same way
+        push(learned, noise, moves=1)
+    moved = learned.values() - 4
+    assert moved[:100].min() > 0.5
+    # Following the mean of noise as it is, these walk 0.34 bits (root mean square).
+    assert np.sqrt(np.square(moved[100:]).mean()) < 0.1
+
+
+def test_the_first_gradient_alone_moves_nothing() -> None:
+    learned, _ = learner(nn.Sequential(nn.Linear(10, 3)), bits=4, budget=8.0)
+    push(learned, torch.tensor([1.0, -1.0, 3.0]), moves=1)
+    assert learned.values() == pytest.approx([4, 4, 4], abs=1e-6)
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import lru_cache
@@ -178,3 +179,13 @@ def test_importing_it_really_loads_none_of(modules: str, forbidden: str) -> None
         [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False
     )
     assert ended.stdout.strip() == "[]", ended.stdout + ended.stderr
+
+
+def test_the_picture_of_the_architecture_shows_the_order_that_is_kept() -> None:
+    page = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = [tuple(row.split(", ")) for row in re.findall(r'^    r\d+\["(.*)"\]$', page, flags=re.MULTILINE)]
+    assert drawn == list(ORDER)
+    assert " --> ".join(f"r{number}" for number in range(len(ORDER))) in page
+    for library in ONLY_IN.keys() & {"ray", "optuna", "mlflow", "timm"}:
+        row = next(line for line in page.splitlines() if line.lower().startswith(f"| {library} |"))
+        assert set(re.findall(r"`([\w.]+)`", row)) == {m.removeprefix("fqsweep.") for m in ONLY_IN[library]}

@@ -558,7 +558,7 @@ class Resources(Record):
     """
 
     cpus_per_trial: float = Field(default=1, gt=0)
-    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = 0
+    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = 0.0
     max_attempts: int = Field(default=3, ge=1)
     time_limit_s: float | None = Field(default=None, gt=0)
 

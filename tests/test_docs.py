@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
 import fqsweep
 
+PROJECT = Path(__file__).resolve().parents[1]
 MODULES = sorted(info.name for info in pkgutil.walk_packages(fqsweep.__path__, "fqsweep."))
 # The entry script and those that start Ray or MLflow hold no examples and cost seconds to import.
 HEAVY = {"fqsweep.main", "fqsweep.served_model", "fqsweep.sweep", "fqsweep.tracking"}
@@ -39,3 +43,27 @@ def test_the_functions_that_others_call_have_an_example(module: str, name: str) 
     function = getattr(importlib.import_module(module), name)
     assert doctest.DocTestFinder().find(function, name)[0].examples
     assert "Raises:" in function.__doc__
+
+
+PAGE = PROJECT / "docs" / "troubleshooting.md"
+
+
+def texts_in_source() -> list[str]:
+    """Every piece of literal text in the package's code."""
+    found = []
+    for path in (PROJECT / "fqsweep").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_message_that_the_documentation_explains_is_one_that_the_code_gives() -> None:
+    texts = texts_in_source()
+    rows = re.findall(r"^\| `(.*?)` \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(rows) > 10
+    for message in rows:
+        pieces = [piece.strip() for piece in message.split("...") if len(piece.strip()) >= 9]
+        assert pieces, message
+        for piece in pieces:
+            assert any(piece in text for text in texts), f"no message of the code has {piece!r}"

@@ -10,6 +10,7 @@ must give the weights that we do. Brevitas takes part where it is installed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import platform
 import time
@@ -23,8 +24,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from benchmarks.result_file import result_parser, write_result
+from fqsweep.config import KernelChoice
 from fqsweep.models import quantisable_layers
 from fqsweep.quant import fake_quantize
+from fqsweep.quant.at_once import AtOnce, can_quantise_at_once
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import attach_quantisers
 from fqsweep.quant.kernels import EAGER, Kernels, choose_kernels
@@ -32,9 +35,11 @@ from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import list_units
 
 BITS = 4
-ROUNDS = 7
+ROUNDS = 9
+GPU_STEPS = 8
 NUM_CLASSES = 8
 Step = Callable[[], None]
+Variant = tuple[nn.Module, LearnedBits | None, bool]
 
 
 class TorchFakeQuantise(nn.Module):
@@ -44,7 +49,7 @@ class TorchFakeQuantise(nn.Module):
         super().__init__()
         limit = 2 ** (BITS - 1) - 1
         self.scale = nn.Parameter(weight.detach().flatten(1).abs().amax(dim=1) / limit)
-        self.register_buffer("zero_point", torch.zeros(len(weight), dtype=torch.int32))
+        self.register_buffer("zero_point", torch.zeros(len(weight), dtype=torch.int32, device=weight.device))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         limit = 2 ** (BITS - 1) - 1
@@ -81,7 +86,7 @@ def with_brevitas(model: nn.Module) -> nn.Module:
             own = qnn.QuantLinear(layer.in_features, layer.out_features, bias=bias, weight_quant=Learned)
         own.load_state_dict(layer.state_dict(), strict=False)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, own)
+        setattr(model.get_submodule(parent), child, own.to(layer.weight.device))
     return model
 
 
@@ -113,14 +118,17 @@ def check_agreement(name: str, model: nn.Module, plain: nn.Module) -> None:
         assert float(off) < 1e-3, f"{name}: {float(off):.2%} of {layer_name}'s weights differ"
 
 
-def step_of(model: nn.Module, images: torch.Tensor, *, learned: LearnedBits | None, half: bool) -> Step:
+def step_of(variant: Variant, images: torch.Tensor, *, half: bool) -> Step:
     """One whole training step: forward, loss, backward, clipping, AdamW, and the bits' own step."""
+    model, learned, is_at_once = variant
+    quantised = AtOnce(model).ready if is_at_once else contextlib.nullcontext
     parameters = [p for name, p in model.named_parameters() if not name.endswith("free_bits_u")]
     optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     label = torch.arange(len(images), device=images.device) % NUM_CLASSES
 
     def step() -> None:
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half), parametrize.cached():
+        autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half)
+        with autocast, parametrize.cached(), quantised():
             loss = F.cross_entropy(model(images).float(), label)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -139,27 +147,36 @@ def seconds_of(step: Step, device: torch.device) -> float:
         step()
         return time.process_time() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
     begin.record()
-    step()
+    for _ in range(GPU_STEPS):
+        step()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return begin.elapsed_time(end) / 1e3 / GPU_STEPS
 
 
-def variants_of(plain: nn.Module, kernels: Kernels) -> dict[str, tuple[nn.Module, LearnedBits | None]]:
+def variants_of(plain: nn.Module, kernels: Kernels) -> dict[str, Variant]:
     """Each variant by name, from the same weights; checked for agreement."""
-    variants: dict[str, tuple[nn.Module, LearnedBits | None]] = {"FP32": (copy.deepcopy(plain), None)}
-    variants["fqsweep, fixed bits per channel"] = with_ours(copy.deepcopy(plain), kernels, learn=False)
-    variants["fqsweep, learned bits per channel"] = with_ours(copy.deepcopy(plain), kernels, learn=True)
-    if kernels is not EAGER:
-        variants["fqsweep, fixed, eager kernels"] = with_ours(copy.deepcopy(plain), EAGER, learn=False)
-        variants["fqsweep, learned, eager kernels"] = with_ours(copy.deepcopy(plain), EAGER, learn=True)
-    variants["torch fake_quantize_per_channel_affine"] = (with_torch(copy.deepcopy(plain)), None)
+    device = next(plain.parameters()).device
+    variants: dict[str, Variant] = {"FP32": (copy.deepcopy(plain), None, False)}
+    for name, learn in (("fixed", False), ("learned", True)):
+        if can_quantise_at_once(device, bit_gradient="fracbits" if learn else None):
+            label = f"fqsweep, {name} bits per channel, all layers at once"
+            variants[label] = (*with_ours(copy.deepcopy(plain), EAGER, learn=learn), True)
+        elif kernels is not EAGER:
+            variants[f"fqsweep, {name} bits per channel"] = (
+                *with_ours(copy.deepcopy(plain), kernels, learn=learn),
+                False,
+            )
+        eager = with_ours(copy.deepcopy(plain), EAGER, learn=learn)
+        variants[f"fqsweep, {name}, eager kernels"] = (*eager, False)
+    variants["torch fake_quantize_per_channel_affine"] = (with_torch(copy.deepcopy(plain)), None, False)
     try:
-        variants["Brevitas, learned bits per layer"] = (with_brevitas(copy.deepcopy(plain)), None)
+        variants["Brevitas, learned bits per layer"] = (with_brevitas(copy.deepcopy(plain)), None, False)
     except ImportError as error:
         print(f"Brevitas takes no part: {error}")
-    for name, (model, _) in list(variants.items())[1:]:
+    for name, (model, _, _) in list(variants.items())[1:]:
         check_agreement(name, model, plain)
     return variants
 
@@ -167,7 +184,8 @@ def variants_of(plain: nn.Module, kernels: Kernels) -> dict[str, tuple[nn.Module
 def measure(device: torch.device, networks: list[str], sizes: list[int], batch: int, half: bool) -> list[str]:
     """One row a network, size and variant."""
     rows = ["| network | image | variant | step (ms) | of FP32 |", "|---|---|---|---|---|"]
-    kernels, remark = choose_kernels("compiled", device, num_weights=1, num_steps=1)
+    wanted: KernelChoice = "eager" if can_quantise_at_once(device, bit_gradient=None) else "compiled"
+    kernels, remark = choose_kernels(wanted, device, num_weights=1, num_steps=1)
     if remark:
         print(remark)
     for network in networks:
@@ -182,14 +200,11 @@ def measure(device: torch.device, networks: list[str], sizes: list[int], batch: 
                     images.to(memory_format=torch.channels_last),
                 )
             variants = variants_of(plain, kernels)
-            steps = {
-                name: step_of(model, images, learned=learned, half=half)
-                for name, (model, learned) in variants.items()
-            }
+            steps = {name: step_of(variant, images, half=half) for name, variant in variants.items()}
             seconds = _in_turn(steps, device)
             for name, taken in seconds.items():
                 ratio = np.median(np.array(taken) / np.array(seconds["FP32"]))
-                rows.append(f"| {network} | {size} | {name} | {1e3 * np.median(taken):.0f} | {ratio:.2f} |")
+                rows.append(f"| {network} | {size} | {name} | {1e3 * np.median(taken):.1f} | {ratio:.2f} |")
                 print(rows[-1], flush=True)
     return rows
 

@@ -5,9 +5,11 @@ Axes: b images of a batch, g groups.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ from fqsweep.checkpoints import Checkpoint, random_state, restore_random_state
 from fqsweep.config import Regulariser, Schedule
 from fqsweep.data.loading import Batch, BatchLoader
 from fqsweep.errors import TrialError
+from fqsweep.quant.at_once import AtOnce
 from fqsweep.quant.baq import LearnedBits
 
 RUNNING_MOMENTUM = 0.1
@@ -100,6 +103,7 @@ class TrainingPlan:
         ema_decay: evaluate and keep the running mean of the weights; not together with learned bits.
         autocast: bf16 on the model's device.
         channels_last: memory layout of images, and of weights without quantisers.
+        at_once: the quantisers of all layers work in one kernel (``quant.at_once``).
     """
 
     epochs: int
@@ -121,6 +125,7 @@ class TrainingPlan:
     ema_decay: float | None = None
     autocast: bool = False
     channels_last: bool = False
+    at_once: bool = False
     frozen: bool = False
 
     def freeze_bits(self) -> None:
@@ -172,7 +177,7 @@ def train(
         if checkpoint is not None:
             checkpoint.save(run.state_dict())
     if plan.learned_bits is not None and not plan.frozen:
-        plan.freeze_bits()
+        run.freeze_bits()
     if run.best_state is not None:
         model.load_state_dict(run.best_state)
     elif run.mean is not None:
@@ -195,6 +200,7 @@ class _Run:
     epoch: int = 0
     best_loss: float = math.inf
     best_state: dict[str, torch.Tensor] | None = None
+    at_once: AtOnce | None = None
 
     @classmethod
     def begin(cls, model: nn.Module, loader: BatchLoader, plan: TrainingPlan) -> _Run:
@@ -214,7 +220,18 @@ class _Run:
             schedule=torch.optim.lr_scheduler.LambdaLR(optimiser, _rate_schedule(plan, loader.num_batches)),
             regulariser=GroupRegulariser(plan.regulariser, max(plan.num_groups, 1)).to(loader.device),
             mean=mean,
+            at_once=AtOnce(model) if plan.at_once else None,
         )
+
+    def freeze_bits(self) -> None:
+        """Round and freeze the learned widths: the quantisers are others from then on."""
+        self.plan.freeze_bits()
+        if self.at_once is not None:
+            self.at_once = AtOnce(self.model)
+
+    def quantised(self) -> AbstractContextManager[None]:
+        """Within it the model's weights are quantised, where all are done at once; else each layer does its own."""
+        return contextlib.nullcontext() if self.at_once is None else self.at_once.ready()
 
     @property
     def evaluated(self) -> nn.Module:
@@ -261,7 +278,7 @@ class _Run:
         if self.plan.learned_bits is not None:
             self.plan.learned_bits.load_state_dict(state["learned_bits"])
             if state["frozen"]:
-                self.plan.freeze_bits()  # as it was then: the widths are those that were rounded
+                self.freeze_bits()  # as it was then: the widths are those that were rounded
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
@@ -286,9 +303,10 @@ def _train_epoch(run: _Run) -> float:
     for index, batch in enumerate(run.loader.epoch(run.epoch)):
         step = run.epoch * num_batches + index
         if plan.learned_bits is not None and settle_step <= step and not plan.frozen:
-            plan.freeze_bits()
+            run.freeze_bits()
         learning_bits = plan.learned_bits is not None and step < settle_step
-        loss = _loss(model, batch, plan, run.regulariser, learning_bits=learning_bits)
+        with run.quantised():
+            loss = _loss(model, batch, plan, run.regulariser, learning_bits=learning_bits)
         run.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         if plan.gradient_clip is not None:

@@ -29,6 +29,7 @@ from fqsweep.importance import start_steps
 from fqsweep.models import count_macs
 from fqsweep.names import group_metric_key
 from fqsweep.pictures import draw_bits
+from fqsweep.quant.at_once import can_quantise_at_once
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
 from fqsweep.quant.costs import FULL_PRECISION_BITS, effective_gbops, fixed_packed_bytes, mean_weight_bits
@@ -190,8 +191,11 @@ def _finetune(
     )
     steps = {name: torch.from_numpy(part) for name, part in units.split(step_ub).items()}
     loader = setting.training_batches(seed=cell.seed + 1)
+    at_once = epochs > 0 and _quantises_at_once(setting, settings)
+    if at_once and setting.channels_last:
+        parent.to(memory_format=torch.channels_last)
     kernels, remark = choose_kernels(
-        cell.recipe.quantiser_kernels,
+        "eager" if at_once else cell.recipe.quantiser_kernels,
         setting.device,
         num_weights=int(units.num_weights_u.sum()),
         num_steps=epochs * loader.num_batches,
@@ -212,6 +216,7 @@ def _finetune(
         schedule=cell.recipe.schedule,
         autocast=setting.autocast,
         channels_last=setting.channels_last,
+        at_once=at_once,
     )
     if isinstance(settings, BaqMethod) and epochs:
         limit = mean_weight_bits(units, bits_u) if cell.budget_bits is None else cell.budget_bits
@@ -230,6 +235,13 @@ def _finetune(
         )
     state = detach_quantisers(parent)
     return state, units.join(state.bits), log
+
+
+def _quantises_at_once(setting: Setting, settings: Finetuning) -> bool:
+    """Whether one kernel quantises all layers in training: on a GPU, unless eager kernels were asked for."""
+    bit_gradient = settings.bit_gradient if isinstance(settings, BaqMethod) else None
+    wanted = setting.cell.recipe.quantiser_kernels != "eager"
+    return wanted and can_quantise_at_once(setting.device, bit_gradient=bit_gradient)
 
 
 def _learn_bits_into(

@@ -115,6 +115,8 @@ class BatchLoader:
     def _batches_ahead(self, draws: Iterator[tuple[np.ndarray, torch.Generator]]) -> Iterator[Batch]:
         """Each batch made in a thread and on a stream of its own, while the one before is used."""
         making = torch.cuda.Stream(self.device)
+        # What this loader and the model have put on their stream comes first: the normalisation's values, for one.
+        making.wait_stream(torch.cuda.current_stream(self.device))
 
         def make() -> tuple[Batch, torch.cuda.Event] | None:
             draw = next(draws, None)

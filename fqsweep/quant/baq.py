@@ -1,6 +1,6 @@
 """BAQ: bit-widths that learn from the task loss under a budget (the bits' own optimiser).
 
-Axes: u units of the whole model.
+Axes: u units of the whole model, k candidates.
 
 The budget couples units through their sizes, so descent is done in the metric sum n_u db_u^2: the step of
 a unit is its gradient per weight. At rest all units between their limits then have the same loss per bit
@@ -24,7 +24,9 @@ from fqsweep.quant.units import UnitTable
 MOMENTUM = 0.9
 SCALE_MOMENTUM = 0.99
 LARGEST_MOVE_BITS = 0.25
-BISECTIONS = 40
+# 16 candidates in each of 8 rounds narrow the shift down to 2^-32 of its range.
+CANDIDATES = 16
+ROUNDS = 8
 
 
 class LearnedBits:
@@ -94,10 +96,8 @@ class LearnedBits:
             parameter.grad = None
 
     def _store(self, bits_u: torch.Tensor) -> None:
-        start = 0
-        for parameter in self.parameters:
-            parameter.copy_(bits_u[start : start + len(parameter)])
-            start += len(parameter)
+        parts = bits_u.split([len(parameter) for parameter in self.parameters])
+        torch._foreach_copy_([*self.parameters], list(parts))
 
     def state_dict(self) -> dict[str, Any]:
         """The widths and their optimiser's state, as tensors and plain values."""
@@ -151,15 +151,20 @@ def project_on_budget(
 ) -> torch.Tensor:
     """The nearest widths (metric: squared distance weighted by size) within limits and budget.
 
-    The solution is one common shift downwards, found by bisection without asking the host.
+    The solution is one common shift downwards. It is enclosed ever closer, by many candidates at a time rather than
+    by halves: a GPU is asked for few large operations, and nothing is read back.
     """
     clipped_u = torch.clamp(bits_u, lowest_u, highest_u)
     low = torch.zeros((), device=bits_u.device)
     high = (bits_u - lowest_u).amax().clamp(min=0.0)
     over = (clipped_u * share_u).sum() > budget_bits
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        spent = (torch.clamp(bits_u - middle, lowest_u, highest_u) * share_u).sum()
-        fits = spent <= budget_bits
-        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+    frac_k = torch.arange(1, CANDIDATES + 1, device=bits_u.device, dtype=bits_u.dtype) / CANDIDATES
+    for _ in range(ROUNDS):
+        shift_k = low + (high - low) * frac_k
+        spent_k = torch.clamp(bits_u - shift_k[:, None], lowest_u, highest_u) @ share_u
+        # The first candidate that fits; the last one always did.
+        place = (spent_k > budget_bits).sum().clamp(max=CANDIDATES - 1)
+        high = shift_k.gather(0, place[None])[0]
+        before = shift_k.gather(0, (place - 1).clamp(min=0)[None])[0]
+        low = torch.where(place > 0, before, low)
     return torch.where(over, torch.clamp(bits_u - high, lowest_u, highest_u), clipped_u)

@@ -31,14 +31,17 @@ class QuantisedWeight(nn.Module):
         step_ub: start steps for the widths 0..8, float32 (u, 9); widths that are no choice hold NaN.
         log_gain_u: learned factor of a unit's step, as its logarithm.
         bits_u: whole widths in use, int64 (u,).
+        ready: the quantised weight, where somebody has made it already (``quant.at_once``).
     """
 
     step_ub: torch.Tensor
     bits_u: torch.Tensor
+    ready: torch.Tensor | None
 
     def __init__(self, step_ub: torch.Tensor, bits_u: torch.Tensor, *, kernels: Kernels = EAGER) -> None:
         super().__init__()
         self.kernels = kernels
+        self.ready = None
         self.register_buffer("step_ub", step_ub)
         self.register_buffer("bits_u", bits_u)
         self.log_gain_u = nn.Parameter(torch.zeros(len(bits_u)))
@@ -49,6 +52,9 @@ class QuantisedWeight(nn.Module):
         return start * self.log_gain_u.exp()[:, None]
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self._quantised(weight) if self.ready is None else self.ready
+
+    def _quantised(self, weight: torch.Tensor) -> torch.Tensor:
         weight_un = as_units(weight, len(self.bits_u))
         return self._on_grid(weight_un, self.bits_u).view(weight.shape)
 
@@ -84,7 +90,7 @@ class LearnedBitsWeight(QuantisedWeight):
         self.register_buffer("known_ub", torch.isfinite(step_ub))
         self.step_ub = step_ub.nan_to_num(nan=0.0)
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+    def _quantised(self, weight: torch.Tensor) -> torch.Tensor:
         weight_un = as_units(weight, len(self.bits_u))
         low_u = self._lower_width()
         share_u1 = (self.free_bits_u - low_u)[:, None]

@@ -1,0 +1,87 @@
+"""Weights and gradients of all layers at once against layer by layer, on a device: run by ``test_at_once``.
+
+python tests/quant/at_once_check.py cpu|cuda        (cpu: with TRITON_INTERPRET=1, Triton's own interpreter)
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fqsweep.quant.at_once import AtOnce
+from fqsweep.quant.convert import attach_quantisers
+from fqsweep.quant.steps import choose_steps
+from fqsweep.quant.units import list_units
+
+CHOICES = tuple(range(9))
+
+
+def network(device: torch.device, *, learn: str | None, granularity: str, channels_last: bool) -> nn.Module:
+    """Convolutions plain, grouped and 1 x 1, and linear layers, with all widths 0 to 8 among their units."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 9, 3), nn.ReLU(), nn.Conv2d(9, 9, 3, groups=9), nn.Conv2d(9, 18, 1), nn.Flatten(),
+        nn.Linear(18 * 16, 40), nn.ReLU(), nn.Linear(40, 4),
+    ).to(device)  # fmt: skip
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    units = list_units(model, granularity=granularity)
+    steps = {}
+    for layer in units.layers:
+        weight = model.get_submodule(layer.name).weight.detach()
+        # Shorter than the largest weight, so that some weights are clipped.
+        steps[layer.name] = 0.7 * choose_steps(weight.reshape(layer.num_units, -1), CHOICES, rule="absmax")
+    bits_u = np.arange(units.num_units) % 9
+    attach_quantisers(model, units, steps, bits_u, learn_bits=learn)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        change = torch.rand(parameter.shape, generator=generator).to(device)
+        if name.endswith("log_gain_u"):
+            parameter.data.copy_(0.2 * change)
+        if name.endswith("free_bits_u"):
+            parameter.data.copy_((parameter.data + change).clamp(0, 8))
+    return model
+
+
+def gradients_of(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    with parametrize.cached():
+        output = model(image)
+    output.square().sum().backward()
+    found = {"output": output.detach()}
+    return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(device: torch.device, **options: object) -> None:
+    plain = network(device, **options)  # type: ignore[arg-type]
+    together = copy.deepcopy(plain)
+    image = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(2)).to(device)
+    wanted = gradients_of(plain, image)
+    with AtOnce(together).ready():
+        made = [q.ready.clone() for q in AtOnce(together).quantisers]
+        found = gradients_of(together, image)
+    layers = [m for m in plain.modules() if parametrize.is_parametrized(m, "weight")]
+    for layer, value in zip(layers, made, strict=True):
+        torch.testing.assert_close(value, layer.weight, rtol=1e-6, atol=1e-7)
+    assert found.keys() == wanted.keys() and len(wanted) > 10, options
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=2e-4, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def main() -> None:
+    device = torch.device(sys.argv[1])
+    for learn in (None, "fracbits"):
+        for granularity in ("channel", "tensor"):
+            for channels_last in (False, True):
+                compare(device, learn=learn, granularity=granularity, channels_last=channels_last)
+    print("all layers at once: the same as layer by layer")
+
+
+if __name__ == "__main__":
+    main()

@@ -184,8 +184,8 @@ def decode_square(path: Path, *, size: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * size, 2 * size))
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(_central_square(to_rgb(upright), size=size))
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(_central_square(to_rgb(image), size=size))
     except FileNotFoundError as error:
         raise InputError(f"{path} is not there any more; restore it or remove its row from the CSV") from error
     except _UNREADABLE as error:
@@ -208,13 +208,13 @@ def check_header(path: Path) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode that Pillow opens as 8-bit RGB."""
+    """Any mode that Pillow opens as 8-bit RGB; without a copy where it is that."""
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(value_hw: np.ndarray) -> np.ndarray:

@@ -52,9 +52,10 @@ def texts_in_source() -> list[str]:
     """Every piece of literal text in the package's code."""
     found = []
     for path in (PROJECT / "fqsweep").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        found += [
+            node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
     return found
 
 

@@ -5,10 +5,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from fqsweep.data import compiled
 from fqsweep.data.augment import Values, _affine_grid, draw_moves, flip, move, move_by_torch
 from fqsweep.data.autoaugment import HIGHEST_LEVEL, IMAGENET_POLICY, OPERATIONS, SIGNED, _draw, auto_augment
-from fqsweep.data.compiled import _function
 from fqsweep.data.loading import BatchLoader
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -155,23 +153,19 @@ def test_the_grid_is_torchs() -> None:
     assert torch.allclose(_affine_grid(theta_b23, 5, 7), expected, atol=1e-6)
 
 
-@pytest.mark.skipif(_function() is None, reason="needs a C compiler")
 @pytest.mark.parametrize("shape", [(5, 2, 2), (7, 31, 18), (40, 160, 160)])
 @pytest.mark.parametrize("with_crop_and_light", [False, True])
-def test_the_compiled_function_gives_what_torch_gives(
-    shape: tuple[int, int, int], with_crop_and_light: bool
-) -> None:
+def test_opencv_moves_images_as_torch_does(shape: tuple[int, int, int], with_crop_and_light: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
     draws = draw_moves(shape[0], with_crop_and_light=with_crop_and_light, generator=generator)
-    values = Values(
-        scale_c=torch.tensor([0.01, 0.02, 0.03]).view(1, 3, 1, 1),
-        shift_c=torch.tensor([-1.0, 0, 2]).view(1, 3, 1, 1),
-    )
-    assert torch.allclose(move(pixels, draws, values), move_by_torch(pixels, draws, values), atol=1e-3)
+    difference = move(pixels, draws, PLAIN) - move_by_torch(pixels, draws, PLAIN)
+    # Of random pixels a 32nd of a pixel is up to 16 of 255, half of it on average less than two.
+    assert float(difference.abs().max()) < 17
+    assert float(difference.abs().mean()) < 2.5
+    assert abs(float(difference.mean())) < 0.6
 
 
-@pytest.mark.skipif(_function() is None, reason="needs a C compiler")
 @pytest.mark.parametrize("num_threads", [2, 3])
 def test_the_number_of_threads_changes_no_bit(num_threads: int) -> None:
     batches = loader(40, side=128, batch_size=40, augment="standard")
@@ -184,18 +178,6 @@ def test_the_number_of_threads_changes_no_bit(num_threads: int) -> None:
     finally:
         torch.set_num_threads(usual)
     assert torch.equal(*images)
-
-
-def test_without_a_compiler_torch_moves_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_compiler = next(loader(augment="standard").epoch(0)).image_bchw
-    monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
-    _function.cache_clear()
-    try:
-        assert _function() is None
-        without = next(loader(augment="standard").epoch(0)).image_bchw
-    finally:
-        _function.cache_clear()
-    assert torch.allclose(with_compiler, without, atol=1e-3)
 
 
 def test_light_changes_stay_in_their_bounds() -> None:

@@ -35,6 +35,7 @@ from fqsweep.names import (
     TAG_SWEEP,
     metric_keys,
 )
+from fqsweep.stores import try_database, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -209,9 +210,10 @@ def _connect(tracking_uri: str) -> MlflowClient:
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     try:
+        try_database(tracking_uri)
         return MlflowClient(tracking_uri)
     except Exception as error:
-        raise InputError(f"The tracking URI {tracking_uri!r} cannot be opened: {_first_line(error)}") from error
+        raise _unreadable(tracking_uri, error) from error
 
 
 def _sqlite_path(tracking_uri: str) -> Path | None:
@@ -284,7 +286,9 @@ def _status_counts(runs: list[Run]) -> str:
 
 def _unreadable(tracking_uri: str, error: Exception) -> InputError:
     """What went wrong at the store, and what to do where the server says it wants to know who asks."""
-    said = _without_password(_first_line(error), of=tracking_uri)
+    said = without_password(_first_line(error), of=tracking_uri)
+    if isinstance(error, ModuleNotFoundError):
+        said += '; for PostgreSQL install the extra: pip install "fqsweep[postgres]"'
     refused = any(code in said for code in ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED"))
     hint = (
         " Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
@@ -292,14 +296,8 @@ def _unreadable(tracking_uri: str, error: Exception) -> InputError:
         else ""
     )
     return InputError(
-        f"The tracking URI {_without_password(tracking_uri, of=tracking_uri)!r} cannot be read: {said}{hint}"
+        f"The tracking URI {without_password(tracking_uri, of=tracking_uri)!r} cannot be read: {said}{hint}"
     )
-
-
-def _without_password(text: str, *, of: str) -> str:
-    """The text without the name and password that the URI ``of`` holds."""
-    signed_in, at, _ = urlsplit(of).netloc.rpartition("@")
-    return text.replace(signed_in + at, "") if at else text
 
 
 def _first_line(error: Exception) -> str:

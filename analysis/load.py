@@ -2,7 +2,8 @@
 
 Columns: ``run_id``, ``key``, ``parent_run_id``, ``experiment_id``, ``start_time`` (ms), ``budget``, every
 parameter of ``fqsweep.names.RUN_PARAMS`` and every metric under its full key. What was left out or looks
-odd is in ``frame.attrs["notes"]``, a list of sentences.
+odd is in ``frame.attrs["notes"]``, a list of sentences; ``attrs["pruned"]`` are the rows of trials that were stopped
+early, ``attrs["energy_kwh"]`` what the driver's machine counted (NaN: nothing).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +26,7 @@ import pandas as pd
 from analysis.columns import GROUP_ACCURACY, GROUP_COUNT, PANEL, is_full_precision, with_budget
 from fqsweep.errors import InputError
 from fqsweep.names import (
+    ENERGY_KWH,
     KIND_SWEEP,
     KIND_TRIAL,
     NO_VALUE,
@@ -80,8 +83,8 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     trials = [run for run in children if run.data.tags.get(TAG_KIND) == KIND_TRIAL]
     num_trials = len(trials)
     # They have no test metrics and take no part.
+    pruned = [run for run in trials if run.data.tags.get(TAG_PRUNED) == "true"]
     trials = [run for run in trials if run.data.tags.get(TAG_PRUNED) != "true"]
-    num_pruned = num_trials - len(trials)
     finished = [run for run in trials if run.info.status == "FINISHED"]
     if not finished:
         raise InputError(
@@ -91,9 +94,12 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     if len(finished) < len(trials):
         unfinished = [run for run in trials if run.info.status != "FINISHED"]
         notes.append(f"Left out: {_status_counts(unfinished)} of {num_trials} trial runs.")
-    if num_pruned:
-        notes.append(f"Stopped early and left out: {num_pruned} of {num_trials} trial runs.")
-    return _typed(pd.DataFrame([_row(run) for run in finished]), notes)
+    if pruned:
+        notes.append(f"Stopped early and left out: {len(pruned)} of {num_trials} trial runs.")
+    frame = _typed(pd.DataFrame([_row(run) for run in finished]), notes)
+    frame.attrs["pruned"] = [_row(run) for run in pruned]
+    frame.attrs["energy_kwh"] = parent.data.metrics.get(ENERGY_KWH, math.nan)
+    return frame
 
 
 def load_csv(path: Path) -> pd.DataFrame:
@@ -191,6 +197,12 @@ def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         notes += [f"{name}: {note}" for note in frame.attrs.get("notes", [])]
     joined = pd.concat(parts, ignore_index=True)
     joined.attrs["notes"] = notes
+    joined.attrs["pruned"] = [
+        row | {"variant": f"{row['variant']} ({name})"}
+        for name, f in frames.items()
+        for row in f.attrs.get("pruned", [])
+    ]
+    joined.attrs["energy_kwh"] = sum(f.attrs.get("energy_kwh", math.nan) for f in frames.values())
     return joined
 
 

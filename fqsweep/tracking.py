@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import getpass
 import io
 import json
 import logging
@@ -88,7 +89,7 @@ class Tracker:
             TAG_KEY: result.key,
             TAG_KIND: KIND_TRIAL,
             TAG_SWEEP: self.sweep,
-            "mlflow.source.name": f"fqsweep {__version__}",
+            **_who(),
             **({TAG_PRUNED: "true"} if result.pruned else {}),
             **{name: result.params[name] for name in ("method", "variant")},
         }
@@ -138,6 +139,13 @@ class Tracker:
             elif key is not None:
                 logged[key] = run.info.run_id
         return logged
+
+
+def _who() -> dict[str, str]:
+    """What the UI shows as source and creator of a run."""
+    with contextlib.suppress(OSError, KeyError):  # a container may run under a number that has no name
+        return {"mlflow.source.name": f"fqsweep {__version__}", "mlflow.user": getpass.getuser()}
+    return {"mlflow.source.name": f"fqsweep {__version__}"}
 
 
 def _with_bits(metrics: Mapping[str, float], result: TrialResult) -> dict[str, float]:
@@ -226,7 +234,8 @@ def _experiment(client: MlflowClient, uri: str, paths: SweepPaths) -> str:
         return str(found.experiment_id)
     # With a database alone the artifacts would follow the working directory; a server has a place of its own.
     location = None if is_server(uri) else paths.artifacts.resolve().as_uri()
-    return str(client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=location))
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI has another page for language models
+    return str(client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=location, tags=kind))
 
 
 def _parent(client: MlflowClient, experiment_id: str, sweep: str, paths: SweepPaths) -> str:
@@ -238,7 +247,7 @@ def _parent(client: MlflowClient, experiment_id: str, sweep: str, paths: SweepPa
             client.get_run(parent_id)
             client.update_run(parent_id, status="RUNNING")
             return parent_id
-    tags = {TAG_KIND: KIND_SWEEP, TAG_SWEEP: sweep}
+    tags = {TAG_KIND: KIND_SWEEP, TAG_SWEEP: sweep, **_who()}
     parent_id = str(client.create_run(experiment_id, tags=tags, run_name=sweep).info.run_id)
     write_bytes(noted, parent_id.encode())
     return parent_id
@@ -293,18 +302,21 @@ def _log_data(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) ->
 
 
 def publish_report(uri: str, parent_id: str, folder: Path) -> None:
-    """Put the files of the report on the parent run, and tag the runs on the front and the recommended ones.
+    """Put the report on the parent run, its answer as the description, and tag the front's and the recommended runs.
 
     Tags of an earlier report that no longer hold are taken away. Recommended runs get their packed model as an
     MLflow model, which ``mlflow.pyfunc.load_model("runs:/RUN/model")`` loads.
 
     Args:
-        folder: with ``front.csv`` (columns ``on_front`` and ``run_ids``) and ``recommended.json``.
+        folder: with ``front.csv`` (columns ``on_front`` and ``run_ids``), ``recommended.json`` and ``answer.md``.
     """
     client = MlflowClient(tracking_uri=uri)
     for file in sorted(folder.iterdir()):
         if file.is_file():
             client.log_artifact(parent_id, str(file))
+    client.set_tag(
+        parent_id, "mlflow.note.content", (folder / "answer.md").read_text(encoding="utf-8")[:MAX_TAG]
+    )
     reasons = _recommended_runs(folder)
     wanted = {
         TAG_FRONT: _runs_on_front(folder),

@@ -93,6 +93,7 @@ def test_a_report_tags_its_runs_and_takes_old_tags_away(paths: SweepPaths) -> No
     for chosen, other in ((first, second), (second, first)):
         (paths.report / "front.csv").write_text(f"variant,run_ids,on_front\na,{chosen},True\nb,{other},False\n")
         budgets = {"1": {"run_id": chosen, "reason": "it is best"}}
+        (paths.report / "answer.md").write_text("**At 1 bit**")
         (paths.report / "recommended.json").write_text(json.dumps({"settings": [{"budgets": budgets}]}))
         publish_report(default_uri(paths), book.parent_id, paths.report)
         tags = {run_id: book.client.get_run(run_id).data.tags for run_id in (chosen, other)}

@@ -100,11 +100,13 @@ def test_a_report_lands_on_the_parent_and_its_tags_can_be_searched(
     book = open_book(store)
     (paths.report / "front.csv").write_text(f"variant,run_ids,on_front\na,{run_id},True\n")
     budgets = {"1": {"run_id": run_id, "reason": "it is best"}}
+    (paths.report / "answer.md").write_text("**At 1 bit**")
     (paths.report / "recommended.json").write_text(json.dumps({"settings": [{"budgets": budgets}]}))
     publish_report(uri, book.parent_id, paths.report)
     for query in (f"tags.{TAG_FRONT} = 'true'", f"tags.{TAG_RECOMMENDED} = 'true'", "tags.variant = 'static'"):
         found = book.client.search_runs([book.experiment_id], query)
         assert [run.info.run_id for run in found] == [run_id], query
+    assert book.client.get_run(book.parent_id).data.tags["mlflow.note.content"] == "**At 1 bit**"
     assert "front.csv" in {file.path for file in book.client.list_artifacts(book.parent_id)}
     assert "model/MLmodel" in {file.path for file in book.client.list_artifacts(run_id, "model")}
 

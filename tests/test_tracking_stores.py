@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_RECOMMENDED, metric_keys
 from fqsweep.results import TrialResult
 from fqsweep.tracking import Tracker, default_uri, fetch_model, fetch_space, open_tracker, publish_report
 from tests.quant.packed_networks import packed_network
-from tests.tracking_stores import mlflow_server, postgres
+from tests.tracking_stores import Missing, mlflow_server, postgres
 
 FACTS = {"version/torch": "1", "data/skin/abc": "0123" * 16}
 
@@ -36,7 +37,11 @@ def store(
     if request.param == "sqlite":
         yield default_uri(paths), paths
     elif request.param == "postgresql":
-        with postgres() as uri:
+        with contextlib.ExitStack() as stack:
+            try:
+                uri = stack.enter_context(postgres())
+            except Missing as missing:
+                pytest.skip(str(missing))
             yield uri, paths
     else:
         with mlflow_server(folder) as uri:

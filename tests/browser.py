@@ -65,7 +65,7 @@ class Browser:
     def run(self, script: str, *given: object):
         return self.driver.execute_script(script, *given)
 
-    def wait(self, script: str, *, seconds: float = 60.0) -> None:
+    def wait(self, script: str, *, seconds: float = 120.0) -> None:
         """Until the script returns something true."""
         from selenium.webdriver.support.ui import WebDriverWait
 

@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-START_S = 90.0
+START_S = 240.0
 
 
 class Missing(Exception):

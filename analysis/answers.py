@@ -27,6 +27,7 @@ from analysis.columns import (
 from analysis.pareto import leaders, select_cells, under_budget
 from analysis.rules import Choice, rules_record
 from analysis.stats import MIN_SEEDS, share_interval
+from analysis.tables import markdown_safe
 from fqsweep.names import metric_of
 
 HEADLINE_LOSS_FRAC = 0.02  # the headline's budget: the smallest that costs at most this much validation
@@ -285,6 +286,15 @@ def main(argv: list[str] | None = None) -> int:
         print(headline_text(headlines(points, pairs, metric=arguments.metric)))
 
     return cli.run(parser, act, argv)
+
+
+def headline_markdown(answers: list[Answer]) -> str:
+    """The headlines for a description in Markdown."""
+    parts = []
+    for answer in answers:
+        parts += [f"### {markdown_safe(panel_title(answer.panel))}", f"**{markdown_safe(answer.sentence)}**"]
+        parts += [markdown_safe(line) for line in answer.evidence]
+    return "\n\n".join(parts) or "No quantised variant has finished: there is nothing to compare yet."
 
 
 def headline_text(answers: list[Answer]) -> str:

@@ -157,7 +157,7 @@ def _lay_out(figure: go.Figure, quantised: pd.DataFrame, *, metric: str) -> None
         plot_bgcolor="rgba(0,0,0,0)",
         height=430,
         margin={"l": 56, "r": 12, "t": 12, "b": 48},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        showlegend=False,  # the page has one that wraps on a phone and takes the keyboard
         font={"family": "system-ui, sans-serif", "size": 13},
         hoverlabel={"align": "left"},
         yaxis={"title": {"text": f"{metric_of(metric).key} (%)"}, "automargin": True},
@@ -168,6 +168,23 @@ def _lay_out(figure: go.Figure, quantised: pd.DataFrame, *, metric: str) -> None
         ticks = bits_ticks(low, high)
         limits = [math.log10(low / 1.3), math.log10(high * 1.3)]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], range=limits)
+
+
+def legend(figure: go.Figure, part: pd.DataFrame, *, all_variants: list[str]) -> list[dict[str, Any]]:
+    """The key of each trace of ``panel_figure``, in their order: name, colour, and its marker's path or its dash.
+
+    Args:
+        part, all_variants: what the figure was drawn from.
+    """
+    look = looks(all_variants)
+    keys: list[dict[str, Any]] = [
+        {"name": "front on validation", "color": FRONT_COLOR, "dash": "none", "width": 5}
+    ]
+    shown = variants(part[~is_full_precision(part)])
+    keys += [{"name": name, "color": look[name].color, "path": look[name].path} for name in shown]
+    if len(figure.data) > len(keys):
+        keys.append({"name": "full precision", "color": REFERENCE_COLOR, "dash": "6 4", "width": 2})
+    return [key | {"trace": i} for i, key in enumerate(keys)]
 
 
 def fragment(figure: go.Figure, *, element_id: str) -> str:

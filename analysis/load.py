@@ -2,7 +2,8 @@
 
 Columns: ``run_id``, ``key``, ``parent_run_id``, ``experiment_id``, ``start_time`` (ms), ``budget``, every
 parameter of ``fqsweep.names.RUN_PARAMS`` and every metric under its full key. What was left out or looks
-odd is in ``frame.attrs["notes"]``, a list of sentences.
+odd is in ``frame.attrs["notes"]``, a list of sentences; ``attrs["pruned"]`` are the rows of trials that were stopped
+early, ``attrs["energy_kwh"]`` what the driver's machine counted (NaN: nothing).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +26,7 @@ import pandas as pd
 from analysis.columns import GROUP_ACCURACY, GROUP_COUNT, PANEL, is_full_precision, with_budget
 from fqsweep.errors import InputError
 from fqsweep.names import (
+    ENERGY_KWH,
     KIND_SWEEP,
     KIND_TRIAL,
     NO_VALUE,
@@ -35,6 +38,7 @@ from fqsweep.names import (
     TAG_SWEEP,
     metric_keys,
 )
+from fqsweep.stores import try_database, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -79,8 +83,8 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     trials = [run for run in children if run.data.tags.get(TAG_KIND) == KIND_TRIAL]
     num_trials = len(trials)
     # They have no test metrics and take no part.
+    pruned = [run for run in trials if run.data.tags.get(TAG_PRUNED) == "true"]
     trials = [run for run in trials if run.data.tags.get(TAG_PRUNED) != "true"]
-    num_pruned = num_trials - len(trials)
     finished = [run for run in trials if run.info.status == "FINISHED"]
     if not finished:
         raise InputError(
@@ -90,9 +94,12 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     if len(finished) < len(trials):
         unfinished = [run for run in trials if run.info.status != "FINISHED"]
         notes.append(f"Left out: {_status_counts(unfinished)} of {num_trials} trial runs.")
-    if num_pruned:
-        notes.append(f"Stopped early and left out: {num_pruned} of {num_trials} trial runs.")
-    return _typed(pd.DataFrame([_row(run) for run in finished]), notes)
+    if pruned:
+        notes.append(f"Stopped early and left out: {len(pruned)} of {num_trials} trial runs.")
+    frame = _typed(pd.DataFrame([_row(run) for run in finished]), notes)
+    frame.attrs["pruned"] = [_row(run) for run in pruned]
+    frame.attrs["energy_kwh"] = parent.data.metrics.get(ENERGY_KWH, math.nan)
+    return frame
 
 
 def load_csv(path: Path) -> pd.DataFrame:
@@ -190,6 +197,12 @@ def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         notes += [f"{name}: {note}" for note in frame.attrs.get("notes", [])]
     joined = pd.concat(parts, ignore_index=True)
     joined.attrs["notes"] = notes
+    joined.attrs["pruned"] = [
+        row | {"variant": f"{row['variant']} ({name})"}
+        for name, f in frames.items()
+        for row in f.attrs.get("pruned", [])
+    ]
+    joined.attrs["energy_kwh"] = sum(f.attrs.get("energy_kwh", math.nan) for f in frames.values())
     return joined
 
 
@@ -209,9 +222,10 @@ def _connect(tracking_uri: str) -> MlflowClient:
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     try:
+        try_database(tracking_uri)
         return MlflowClient(tracking_uri)
     except Exception as error:
-        raise InputError(f"The tracking URI {tracking_uri!r} cannot be opened: {_first_line(error)}") from error
+        raise _unreadable(tracking_uri, error) from error
 
 
 def _sqlite_path(tracking_uri: str) -> Path | None:
@@ -284,7 +298,9 @@ def _status_counts(runs: list[Run]) -> str:
 
 def _unreadable(tracking_uri: str, error: Exception) -> InputError:
     """What went wrong at the store, and what to do where the server says it wants to know who asks."""
-    said = _without_password(_first_line(error), of=tracking_uri)
+    said = without_password(_first_line(error), of=tracking_uri)
+    if isinstance(error, ModuleNotFoundError):
+        said += '; for PostgreSQL install the extra: pip install "fqsweep[postgres]"'
     refused = any(code in said for code in ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED"))
     hint = (
         " Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
@@ -292,14 +308,8 @@ def _unreadable(tracking_uri: str, error: Exception) -> InputError:
         else ""
     )
     return InputError(
-        f"The tracking URI {_without_password(tracking_uri, of=tracking_uri)!r} cannot be read: {said}{hint}"
+        f"The tracking URI {without_password(tracking_uri, of=tracking_uri)!r} cannot be read: {said}{hint}"
     )
-
-
-def _without_password(text: str, *, of: str) -> str:
-    """The text without the name and password that the URI ``of`` holds."""
-    signed_in, at, _ = urlsplit(of).netloc.rpartition("@")
-    return text.replace(signed_in + at, "") if at else text
 
 
 def _first_line(error: Exception) -> str:

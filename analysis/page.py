@@ -28,7 +28,6 @@ from analysis.columns import (
     budget_phrase,
     budgets,
     bytes_text,
-    duration_text,
     group_names,
     is_full_precision,
     is_maximized,
@@ -38,6 +37,7 @@ from analysis.columns import (
     percent,
     variants,
 )
+from analysis.costs import cost_rows, cost_sentences
 from analysis.effects import WEIGHTS, effect_words, slices
 from analysis.pareto import REFERENCE_BITS, REFERENCE_VALUE
 from analysis.ranks import Ranking, ranking_sentence
@@ -87,13 +87,23 @@ def report_html(findings: Findings, *, front_png: bytes) -> str:
         chosen=[_chosen_row(row, findings.metric) for _, row in cells.head(MAX_ROWS).iterrows()],
         comparisons=findings.comparisons.head(MAX_ROWS).to_dict("records"),
         ranking=ranking_sentence(findings.ranking),
+        image_intervals=_image_intervals(cells),
         num_searched=int((cells["num_runs"] > 1).sum()),
-        costs=_cost_rows(findings.runs),
-        sharing=_sharing_sentence(findings.runs),
+        costs=cost_rows(findings.runs),
+        cost_sentences=cost_sentences(findings.runs),
         copies=[("Markdown", as_markdown(points)), ("CSV", as_csv(points)), ("LaTeX", as_latex(points))],
-        total_time=duration_text(float(findings.runs["time/total_s"].sum())),
         glossary=(*GROUP_METRICS, *COST_METRICS),
     )
+
+
+def _image_intervals(cells: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Run id -> accuracy of its worst group on test data, and the ends of its interval over images."""
+    columns = {
+        "value": "test/acc_worst",
+        "low": "test/acc_worst:images_low",
+        "high": "test/acc_worst:images_high",
+    }
+    return {row["run_id"]: {k: float(row[c]) for k, c in columns.items()} for row in cells.to_dict("records")}
 
 
 def front_html(findings: Findings) -> str:
@@ -136,7 +146,9 @@ def _front_view(index: int, panel: tuple[str, ...], part: pd.DataFrame, findings
     return {
         "id": f"setting-{index + 1}",
         "title": panel_title(panel),
+        "plot_id": f"plot-{index + 1}",
         "figure": Markup(interactive.fragment(figure, element_id=f"plot-{index + 1}")),
+        "legend": interactive.legend(figure, part, all_variants=variants(findings.points)),
         "figure_text": _figure_text(part, findings.metric),
     }
 
@@ -231,15 +243,6 @@ def _effect_view(panel: tuple[str, ...], findings: Findings, all_variants: list[
         drawing = drawings.slices_drawing(moved, metric=findings.metric, all_variants=all_variants)
         pictures += [(weight.replace("_", " "), drawing)] if drawing else []
     return {"headings": ["variant", "weight", "runs", *metrics], "rows": rows, "pictures": pictures}
-
-
-def _sharing_sentence(runs: pd.DataFrame) -> str:
-    """How many trials started from how many parents."""
-    parents = len(runs[["dataset", "architecture", "seed"]].drop_duplicates())
-    return (
-        f"{len(runs)} finished trials start from {parents} full-precision networks (data set, network, seed): "
-        f"without sharing, {len(runs) - parents} more would have been trained."
-    )
 
 
 def _same_panel(item: Recommendation, panel: tuple[str, ...]) -> bool:
@@ -351,15 +354,3 @@ def _chosen_row(row: pd.Series, metric: str) -> list[str]:
     weights = [f"{row[c]:g}" if row[c] == row[c] else NO_VALUE for c in ("fairness_weight", "bitrate_weight")]
     chosen = [place, str(row["variant"]), str(row["budget"]), str(row["seed"]), *weights]
     return [*chosen, str(row["num_runs"]), percent(row[metric], digits=2), str(row["run_id"])]
-
-
-def _cost_rows(runs: pd.DataFrame) -> list[list[str]]:
-    """Per variant: runs, mean time, summed time, and the range of packed sizes."""
-    rows = []
-    for variant in variants(runs):
-        part = runs[runs["variant"] == variant]
-        time, size = part["time/total_s"], part["size/packed_bytes"]
-        sizes = dict.fromkeys([bytes_text(float(size.min())), bytes_text(float(size.max()))])
-        times = [duration_text(float(time.mean())), duration_text(float(time.sum(min_count=1)))]
-        rows.append([variant, str(len(part)), *times, " to ".join(sizes)])
-    return rows

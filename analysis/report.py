@@ -15,7 +15,14 @@ from urllib.parse import urlsplit, urlunsplit
 import pandas as pd
 
 from analysis import cli
-from analysis.answers import headline_text, headlines, lead_counts, recommend, recommended_record
+from analysis.answers import (
+    headline_markdown,
+    headline_text,
+    headlines,
+    lead_counts,
+    recommend,
+    recommended_record,
+)
 from analysis.columns import BITS, on_test, panels, with_budget
 from analysis.effects import weight_effects
 from analysis.figures import FORMATS, figure_bytes, front_figure
@@ -25,7 +32,7 @@ from analysis.page import Findings, front_html, layer_runs, report_html
 from analysis.pareto import aggregate, leaders, mark_front, select_cells
 from analysis.ranks import rank_variants, ranking_sentence
 from analysis.rules import choose_by_rules
-from analysis.stats import compare_variants
+from analysis.stats import compare_variants, image_intervals
 from analysis.tables import as_csv, as_latex, as_markdown, as_text
 from fqsweep.errors import InputError
 from fqsweep.files import write_bytes
@@ -46,9 +53,11 @@ def find(runs: pd.DataFrame, *, sweep: str, metric: str) -> Findings:
         InputError: the metric cannot choose, or no run has it.
     """
     notes = list(runs.attrs.get("notes", []))
-    runs = with_budget(runs)
+    attrs, runs = dict(runs.attrs), with_budget(runs)
+    runs.attrs = attrs
     cells = select_cells(runs, metric=metric)
     points = mark_front(aggregate(cells), metric=metric)
+    cells = cells.join(image_intervals(cells))
     comparisons = compare_variants(cells, metric=on_test(metric), leaders=leaders(points, metric=metric))
     return Findings(
         sweep=sweep,
@@ -91,6 +100,7 @@ def write_report(findings: Findings, out: Path) -> list[Path]:
     texts = {
         "report.html": report_html(findings, front_png=images["front.png"]),
         "front.html": front_html(findings),
+        "answer.md": headline_markdown(findings.answers),
         "front.csv": findings.points.to_csv(index=False),
         "cells.csv": findings.cells.to_csv(index=False),
         "table.csv": as_csv(findings.points),

@@ -17,7 +17,7 @@ from analysis.columns import (
 )
 from analysis.load import RunRecord, load_layers, load_run
 from analysis.stats import share_interval
-from fqsweep.names import COST_METRICS, GROUP_METRICS, NO_VALUE, TAG_FRONT, TAG_RECOMMENDED
+from fqsweep.names import COST_METRICS, GROUP_METRICS, NO_VALUE, TAG_FRONT, TAG_REASON, TAG_RECOMMENDED
 
 MAX_BAR = 32  # characters of the widest bar of bits
 WIDEST_BITS = 8
@@ -34,7 +34,7 @@ def _head(run: RunRecord) -> str:
     if run.tags.get(TAG_FRONT):
         lines.append("on the front of validation")
     if run.tags.get(TAG_RECOMMENDED):
-        lines.append(f"recommended: {run.tags[TAG_RECOMMENDED]}")
+        lines.append(f"recommended: {run.tags.get(TAG_REASON, 'true')}")
     return "\n".join(lines)
 
 

@@ -10,16 +10,17 @@ from analysis.columns import REFERENCE_VARIANT, variant_rank
 
 # Okabe and Ito (2008) without yellow and black, which vanish on white and on dark ground.
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c8c8c")
-# (matplotlib, plotly); as many as share no divisor with the colours, so that pairs repeat late.
+# (matplotlib, plotly, an SVG path in a box of 16 x 16); as many as share no divisor with the colours, so that pairs
+# repeat late.
 SHAPES = (
-    ("o", "circle"),
-    ("s", "square"),
-    ("^", "triangle-up"),
-    ("D", "diamond"),
-    ("v", "triangle-down"),
-    ("P", "cross"),
-    ("X", "x"),
-    ("*", "star"),
+    ("o", "circle", "M8 2.5a5.5 5.5 0 1 0 .01 0z"),
+    ("s", "square", "M3 3h10v10H3z"),
+    ("^", "triangle-up", "M8 2l6.5 11.5h-13z"),
+    ("D", "diamond", "M8 1l7 7-7 7-7-7z"),
+    ("v", "triangle-down", "M8 14L1.5 2.5h13z"),
+    ("P", "cross", "M6 2h4v4h4v4h-4v4H6v-4H2V6h4z"),
+    ("X", "x", "M4.2 1.4L8 5.2l3.8-3.8 2.8 2.8L10.8 8l3.8 3.8-2.8 2.8L8 10.8l-3.8 3.8-2.8-2.8L5.2 8 1.4 4.2z"),
+    ("*", "star", "M8 1l2.1 4.7 5.1.5-3.8 3.4 1.1 5L8 12l-4.5 2.6 1.1-5L.8 6.2l5.1-.5z"),
 )
 REFERENCE_COLOR = "#767676"
 FRONT_COLOR = "#8a8a8a"
@@ -28,11 +29,12 @@ BITS_TICKS = (0.125, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 16, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Colour and marker of a variant."""
+    """Colour and marker of a variant: matplotlib's, Plotly's, and as an SVG path."""
 
     color: str
     marker: str
     symbol: str
+    path: str
 
 
 def looks(variants: Iterable[str]) -> dict[str, Look]:
@@ -40,8 +42,8 @@ def looks(variants: Iterable[str]) -> dict[str, Look]:
     ordered = sorted((v for v in variants if v != REFERENCE_VARIANT), key=variant_rank, reverse=True)
     found = {}
     for i, variant in enumerate(ordered):
-        marker, symbol = SHAPES[i % len(SHAPES)]
-        found[variant] = Look(color=COLORS[i % len(COLORS)], marker=marker, symbol=symbol)
+        marker, symbol, path = SHAPES[i % len(SHAPES)]
+        found[variant] = Look(color=COLORS[i % len(COLORS)], marker=marker, symbol=symbol, path=path)
     return found
 
 

@@ -28,6 +28,8 @@ from fqsweep.tasks import Outcome, Task
 
 # Written by Python's faulthandler when it ends a process that hangs.
 TIMEOUT_MARK = "Timeout ("
+# Of a trial's folder, those that its MLflow run gets.
+RECORDED_FILES = ("model.fqs", "bits.csv", "bits.png", "confusion.csv", "confusion.png")
 
 
 @dataclass
@@ -143,7 +145,7 @@ class SweepDriver:
     def record(self, result: TrialResult) -> None:
         """A finished trial goes to MLflow and to the list of the best."""
         folder = self.paths.trial(result.key)
-        files = [folder / name for name in ("model.fqs", "bits.csv", "bits.png") if (folder / name).exists()]
+        files = [folder / name for name in RECORDED_FILES if (folder / name).exists()]
         self.spool.put(result, files)
         if result.pruned or "val/acc_worst" not in result.metrics:
             return

@@ -30,6 +30,7 @@ class FairnessReport:
         eodd: mean over classes of (TPR gap + FPR gap).
         dp_gap: mean over classes of (max - min over groups) of the predicted rate.
         acc_per_group, count_per_group: (g,); a group that is too small has accuracy NaN and takes no part.
+        confusion_gtp: (g, true class, predicted class), counts.
     """
 
     acc_overall: float
@@ -44,6 +45,7 @@ class FairnessReport:
     dp_gap: float
     acc_per_group: Float
     count_per_group: Int
+    confusion_gtp: Int
 
 
 def fairness_report(
@@ -103,6 +105,7 @@ def fairness_report(
         dp_gap=float(rate_gap_c.mean()),
         acc_per_group=acc_g,
         count_per_group=count_g,
+        confusion_gtp=count_gtp,
     )
 
 

@@ -31,6 +31,7 @@ from fqsweep.files import SweepPaths
 from fqsweep.handover import hand_over, is_submitted_copy
 from fqsweep.names import DEFAULT_SELECTION, metric_of
 from fqsweep.space import find_space, load_space
+from fqsweep.stores import is_server, without_password
 
 EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 DATA_DIR_VARIABLE = "FQSWEEP_DATA_DIR"
@@ -433,16 +434,20 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _ui(options: argparse.Namespace) -> int:
+    """Turn into the MLflow UI, so that whatever ends this process ends the UI."""
     uri = options.tracking_uri or _uri_of(options.out or _newest_out())
+    if is_server(uri):
+        print(f"MLflow UI: {without_password(uri, of=uri)} (the tracking server shows it itself)")
+        return EXIT_OK
     port = options.port
     while _is_taken(port):
         port += 1
+    # One reader needs one worker, none of the server's background jobs, and nothing sent to anybody.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1"]
-    print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-    try:
-        return subprocess.run([*command, "--port", str(port)], check=False).returncode
-    except KeyboardInterrupt:
-        return EXIT_OK
+    print(f"MLflow UI: http://127.0.0.1:{port} (ready in some seconds; Ctrl-C ends it)", flush=True)
+    os.execv(command[0], [*command, "--port", str(port), "--workers", "1"])
 
 
 def _is_taken(port: int) -> bool:

@@ -115,7 +115,12 @@ TAG_KIND = "fqsweep.kind"
 TAG_PRUNED = "pruned"
 TAG_FRONT = "front"
 TAG_RECOMMENDED = "recommended"
+TAG_REASON = "recommended.reason"
 TAG_PARENT = "mlflow.parentRunId"
+# Of the parent run: what the counters of the driver's machine added up to, GPUs and CPU packages together.
+ENERGY_KWH = "energy/counted_kwh"
+BITS = "bits/mean_weight"
+LEARNED_BITS = "bits/learned_mean"  # of an epoch, while bits are learned
 KIND_SWEEP = "sweep"
 KIND_TRIAL = "trial"
 DEFAULT_EXPERIMENT = "fqsweep"

@@ -1,4 +1,4 @@
-"""Where the bits went: one picture a trial, layers against bit-widths."""
+"""Two pictures a trial: where the bits went (layers against bit-widths), and each group's confusions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 MAX_LABELLED_LAYERS = 30
+MAX_LABELLED_CLASSES = 12
 
 
 def draw_bits(layers: Sequence[dict[str, Any]], *, title: str) -> bytes:
@@ -38,6 +39,49 @@ def draw_bits(layers: Sequence[dict[str, Any]], *, title: str) -> bytes:
     axes.set_title(title, fontsize=9, loc="left")
     axes.legend(fontsize=7, loc="upper right")
     figure.colorbar(image, ax=axes, label="share of units")
+    return _as_png(figure)
+
+
+def draw_confusion(
+    confusion_gtp: np.ndarray, *, groups: Sequence[str], classes: Sequence[str], title: str
+) -> bytes:
+    """A PNG: one square a group, rows the true classes, columns what they were taken for, as shares of a row.
+
+    Args:
+        confusion_gtp: counts, (groups, true class, predicted class).
+        groups, classes: their names; classes are named up to ``MAX_LABELLED_CLASSES``.
+        title: what the picture is of.
+    """
+    share_gtp = confusion_gtp / np.maximum(confusion_gtp.sum(axis=2, keepdims=True), 1)
+    figure = Figure(figsize=(1.2 + 3.2 * len(groups), 3.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes_g = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, name, share_tp, count_tp in zip(axes_g, groups, share_gtp, confusion_gtp, strict=True):
+        image = axes.imshow(share_tp, cmap="cividis", vmin=0, vmax=1)
+        axes.set_title(f"{name}: {int(count_tp.sum())} images".replace("$", r"\$"), fontsize=8)
+        axes.set_xlabel("predicted", fontsize=8)
+        _name_classes(axes, share_tp, classes)
+    axes_g[0].set_ylabel("true", fontsize=8)
+    figure.colorbar(image, ax=axes_g, label="share of the true class")
+    figure.suptitle(title.replace("$", r"\$"), fontsize=9, x=0.01, ha="left")
+    return _as_png(figure)
+
+
+def _name_classes(axes: Any, share_tp: np.ndarray, classes: Sequence[str]) -> None:
+    """Names along both sides and percentages in the squares; with many classes neither could be read."""
+    if len(classes) > MAX_LABELLED_CLASSES:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    labels = [name.replace("$", r"\$") for name in classes]
+    axes.set_xticks(range(len(classes)), labels, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(classes)), labels, fontsize=7)
+    for (t, p), share in np.ndenumerate(share_tp):
+        color = "black" if share > 0.6 else "white"
+        axes.text(p, t, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=color)
+
+
+def _as_png(figure: Figure) -> bytes:
     stream = BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()

@@ -44,13 +44,14 @@ from fqsweep.estimate import CostModel
 from fqsweep.files import SweepPaths
 from fqsweep.gpus import MOST_TASKS_A_GPU, GpuShares
 from fqsweep.ledger import note_driver
+from fqsweep.machine import MachineWatch
 from fqsweep.progress import Display
 from fqsweep.search import plan_sweep
 from fqsweep.space import expand_cells, load_space
 from fqsweep.spool import Spool
 from fqsweep.studies import OptunaStudies
 from fqsweep.tasks import Outcome, Task
-from fqsweep.tracking import default_uri, open_tracker
+from fqsweep.tracking import Tracker, default_uri, open_tracker
 
 TICK_S = 1.0
 
@@ -164,7 +165,8 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
         try:
             adopt_finished(driver, studies)
             if not state.finished:
-                _run_with_ray(driver, space, options)
+                with _watching(tracker, paths):
+                    _run_with_ray(driver, space, options)
             if driver.trouble is not None:
                 raise driver.trouble
             driver.spool.finish()
@@ -176,6 +178,17 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
         tracker.log_numbers({f"cells/{name}": float(number) for name, number in state.counts().items()})
         tracker.end(done=not failures)
     return SweepSummary(counts=state.counts(), failures=failures, tracking_uri=uri, parent_id=tracker.parent_id)
+
+
+@contextlib.contextmanager
+def _watching(tracker: Tracker, paths: SweepPaths) -> Iterator[None]:
+    """Sample this machine onto the parent run for as long as trials run."""
+    step, energy_kwh = tracker.machine_before()
+    watch = MachineWatch(tracker.log_numbers, folder=paths.out, first_step=step, energy_kwh=energy_kwh)
+    try:
+        yield
+    finally:
+        watch.stop()
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import getpass
 import io
 import json
 import logging
@@ -37,20 +38,26 @@ from fqsweep import __version__
 from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths, write_bytes
 from fqsweep.names import (
+    BITS,
     DEFAULT_EXPERIMENT,
+    ENERGY_KWH,
     KIND_SWEEP,
     KIND_TRIAL,
+    LEARNED_BITS,
     TAG_FRONT,
     TAG_KEY,
     TAG_KIND,
     TAG_PARENT,
     TAG_PRUNED,
+    TAG_REASON,
     TAG_RECOMMENDED,
     TAG_SWEEP,
 )
 from fqsweep.results import TrialResult
+from fqsweep.stores import is_server, try_database, without_password
 
 MAX_BATCH = 900
+MAX_TAG = 5000  # characters of a tag that MLflow takes
 MAX_DIGEST = 36  # characters of a digest that MLflow keeps
 MODEL_FOLDER = "model"  # of a run: its packed model as an MLflow model
 PAGE = 1000
@@ -82,7 +89,7 @@ class Tracker:
             TAG_KEY: result.key,
             TAG_KIND: KIND_TRIAL,
             TAG_SWEEP: self.sweep,
-            "mlflow.source.name": f"fqsweep {__version__}",
+            **_who(),
             **({TAG_PRUNED: "true"} if result.pruned else {}),
             **{name: result.params[name] for name in ("method", "variant")},
         }
@@ -91,8 +98,11 @@ class Tracker:
         run = self.client.create_run(self.experiment_id, began, tags, run_name=result.title)
         run_id = run.info.run_id
         points = [Metric(name, value, now, 0) for name, value in result.metrics.items()]
-        for epoch, metrics in enumerate(result.history):
-            points += [Metric(f"epoch/{name}", value, now, epoch) for name, value in metrics.items()]
+        points += [
+            Metric(f"epoch/{name}", value, began + (now - began) * (epoch + 1) // len(result.history), epoch)
+            for epoch, metrics in enumerate(result.history)
+            for name, value in _with_bits(metrics, result).items()
+        ]
         params = [Param(name, value) for name, value in result.params.items()]
         for start in range(0, max(len(points), 1), MAX_BATCH):
             self.client.log_batch(run_id, metrics=points[start : start + MAX_BATCH], params=params)
@@ -103,10 +113,16 @@ class Tracker:
         self.logged[result.key] = run_id
         return run_id
 
-    def log_numbers(self, numbers: Mapping[str, float]) -> None:
+    def log_numbers(self, numbers: Mapping[str, float], step: int = 0) -> None:
         """Metrics of the sweep as a whole, on the parent run."""
         now = int(time.time() * 1000)
-        self.client.log_batch(self.parent_id, metrics=[Metric(k, v, now, 0) for k, v in numbers.items()])
+        self.client.log_batch(self.parent_id, metrics=[Metric(k, v, now, step) for k, v in numbers.items()])
+
+    def machine_before(self) -> tuple[int, float]:
+        """What earlier starts sent of the machine: the next step, and the energy counted (kWh)."""
+        sent = self.client.get_metric_history(self.parent_id, "system/cpu_utilization_percentage")
+        energy_kwh = self.client.get_run(self.parent_id).data.metrics.get(ENERGY_KWH, 0.0)
+        return 1 + max((point.step for point in sent), default=-1), energy_kwh
 
     def end(self, *, done: bool) -> None:
         """End the parent run; a later start of the same sweep opens it again."""
@@ -123,6 +139,20 @@ class Tracker:
             elif key is not None:
                 logged[key] = run.info.run_id
         return logged
+
+
+def _who() -> dict[str, str]:
+    """What the UI shows as source and creator of a run."""
+    with contextlib.suppress(OSError, KeyError):  # a container may run under a number that has no name
+        return {"mlflow.source.name": f"fqsweep {__version__}", "mlflow.user": getpass.getuser()}
+    return {"mlflow.source.name": f"fqsweep {__version__}"}
+
+
+def _with_bits(metrics: Mapping[str, float], result: TrialResult) -> dict[str, float]:
+    """An epoch's metrics with its mean bits: learned ones as they were, given ones the same in every epoch."""
+    fixed = {BITS: result.metrics[BITS]} if BITS in result.metrics else {}
+    learned = {BITS: metrics[LEARNED_BITS]} if LEARNED_BITS in metrics else {}
+    return {name: value for name, value in metrics.items() if name != LEARNED_BITS} | (learned or fixed)
 
 
 def _all_runs(client: MlflowClient, experiment_id: str, query: str) -> Iterator[Any]:
@@ -156,6 +186,7 @@ def open_tracker(
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     try:
+        try_database(uri)
         with _quiet_database(uri):
             client = MlflowClient(tracking_uri=uri)
             experiment_id = _experiment(client, uri, paths)
@@ -164,10 +195,17 @@ def open_tracker(
         _log_facts(client, parent_id, {**facts, **_code_facts(client, parent_id)})
         _log_data(client, parent_id, facts)
         return Tracker(client, experiment_id, parent_id, sweep)
-    except (MlflowException, OSError) as error:
+    except InputError:
+        raise
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"tracking URI {without_password(uri, of=uri)} needs the package {error.name}; for PostgreSQL: "
+            'pip install "fqsweep[postgres]"'
+        ) from error
+    except Exception as error:  # what the store raises: MLflow, SQLAlchemy, requests
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"tracking URI {uri} cannot be used: {first}\n"
+            f"tracking URI {without_password(uri, of=uri)} cannot be used: {without_password(first, of=uri)}\n"
             "start the server or correct --tracking-uri; without it the sweep keeps its own database"
         ) from error
 
@@ -194,9 +232,10 @@ def _experiment(client: MlflowClient, uri: str, paths: SweepPaths) -> str:
                 f"experiment {DEFAULT_EXPERIMENT!r} at {uri} is deleted; restore it or use another URI"
             )
         return str(found.experiment_id)
-    # With a database the artifacts would follow the working directory.
-    location = paths.artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
-    return str(client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=location))
+    # With a database alone the artifacts would follow the working directory; a server has a place of its own.
+    location = None if is_server(uri) else paths.artifacts.resolve().as_uri()
+    kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI has another page for language models
+    return str(client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=location, tags=kind))
 
 
 def _parent(client: MlflowClient, experiment_id: str, sweep: str, paths: SweepPaths) -> str:
@@ -208,7 +247,7 @@ def _parent(client: MlflowClient, experiment_id: str, sweep: str, paths: SweepPa
             client.get_run(parent_id)
             client.update_run(parent_id, status="RUNNING")
             return parent_id
-    tags = {TAG_KIND: KIND_SWEEP, TAG_SWEEP: sweep}
+    tags = {TAG_KIND: KIND_SWEEP, TAG_SWEEP: sweep, **_who()}
     parent_id = str(client.create_run(experiment_id, tags=tags, run_name=sweep).info.run_id)
     write_bytes(noted, parent_id.encode())
     return parent_id
@@ -263,19 +302,27 @@ def _log_data(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) ->
 
 
 def publish_report(uri: str, parent_id: str, folder: Path) -> None:
-    """Put the files of the report on the parent run, and tag the runs on the front and the recommended ones.
+    """Put the report on the parent run, its answer as the description, and tag the front's and the recommended runs.
 
     Tags of an earlier report that no longer hold are taken away. Recommended runs get their packed model as an
     MLflow model, which ``mlflow.pyfunc.load_model("runs:/RUN/model")`` loads.
 
     Args:
-        folder: with ``front.csv`` (columns ``on_front`` and ``run_ids``) and ``recommended.json``.
+        folder: with ``front.csv`` (columns ``on_front`` and ``run_ids``), ``recommended.json`` and ``answer.md``.
     """
     client = MlflowClient(tracking_uri=uri)
     for file in sorted(folder.iterdir()):
         if file.is_file():
             client.log_artifact(parent_id, str(file))
-    wanted = {TAG_FRONT: _runs_on_front(folder), TAG_RECOMMENDED: _recommended_runs(folder)}
+    client.set_tag(
+        parent_id, "mlflow.note.content", (folder / "answer.md").read_text(encoding="utf-8")[:MAX_TAG]
+    )
+    reasons = _recommended_runs(folder)
+    wanted = {
+        TAG_FRONT: _runs_on_front(folder),
+        TAG_RECOMMENDED: dict.fromkeys(reasons, "true"),
+        TAG_REASON: reasons,
+    }
     experiment_id = client.get_run(parent_id).info.experiment_id
     for run in _all_runs(client, experiment_id, f"tags.`{TAG_PARENT}` = '{parent_id}'"):
         for tag, values in wanted.items():
@@ -284,7 +331,7 @@ def publish_report(uri: str, parent_id: str, folder: Path) -> None:
                 client.set_tag(run.info.run_id, tag, value)
             elif value is None and now is not None:
                 client.delete_tag(run.info.run_id, tag)
-    for run_id in wanted[TAG_RECOMMENDED]:
+    for run_id in reasons:
         _add_model(client, run_id)
 
 
@@ -326,9 +373,13 @@ def _runs_on_front(folder: Path) -> dict[str, str]:
 
 
 def _recommended_runs(folder: Path) -> dict[str, str]:
+    """Run id -> why; a run that is taken under several budgets has its reasons behind one another."""
     record = json.loads((folder / "recommended.json").read_text(encoding="utf-8"))
     chosen = [budget for setting in record["settings"] for budget in setting["budgets"].values()]
-    return {one["run_id"]: one["reason"] for one in chosen}
+    reasons: dict[str, list[str]] = {}
+    for one in chosen:
+        reasons.setdefault(one["run_id"], []).append(one["reason"])
+    return {run_id: "; ".join(each)[:MAX_TAG] for run_id, each in reasons.items()}
 
 
 def fetch_model(uri: str, run_id: str) -> bytes:

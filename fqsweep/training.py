@@ -24,6 +24,7 @@ from fqsweep.checkpoints import Checkpoint, random_state, restore_random_state
 from fqsweep.config import Regulariser, Schedule
 from fqsweep.data.loading import Batch, BatchLoader
 from fqsweep.errors import TrialError
+from fqsweep.names import LEARNED_BITS
 from fqsweep.quant.at_once import AtOnce
 from fqsweep.quant.baq import LearnedBits
 
@@ -171,7 +172,7 @@ def train(
         run.log.train_s += time.perf_counter() - start
         metrics = {"train/loss": train_loss, **evaluate(run.evaluated)}
         if plan.learned_bits is not None:
-            metrics["bits/learned_mean"] = float(plan.learned_bits.mean_bits().detach())
+            metrics[LEARNED_BITS] = float(plan.learned_bits.mean_bits().detach())
         recorder.log_metrics(metrics, epoch=run.epoch)
         run.end_epoch(metrics)
         if checkpoint is not None:

@@ -28,7 +28,7 @@ from fqsweep.files import SweepPaths, write_bytes, write_json
 from fqsweep.importance import start_steps
 from fqsweep.models import count_macs
 from fqsweep.names import group_metric_key
-from fqsweep.pictures import draw_bits
+from fqsweep.pictures import draw_bits, draw_confusion
 from fqsweep.quant.at_once import can_quantise_at_once
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
@@ -44,6 +44,7 @@ from fqsweep.space import Cell, exempt_of, finetune_epochs, granularity_of, run_
 from fqsweep.training import Recorder, TrainingLog, TrainingPlan, train
 
 BITS_COLUMNS = ("layer", "units", "weights_per_unit", "mean_bits", *(f"units_at_{b}" for b in range(9)))
+CONFUSION_COLUMNS = ("split", "group", "true_class", "predicted_class", "images")
 
 
 def run_trial(
@@ -56,7 +57,7 @@ def run_trial(
     device: str,
     recorder: Recorder,
 ) -> TrialResult:
-    """Run one trial and write its folder: ``model.fqs`` (packed), ``bits.csv`` and, last, ``result.json``.
+    """Run one trial and write its folder: ``model.fqs`` (packed), tables and pictures and, last, ``result.json``.
 
     Args:
         weights: values of the cell's free weights.
@@ -109,8 +110,9 @@ def run_trial(
     )
     folder = paths.trial(key)
     if not isinstance(cell.point.settings, Fp32Method):
-        write_bytes(folder / "bits.csv", _as_csv(layers))
+        write_bytes(folder / "bits.csv", _as_csv(layers, BITS_COLUMNS))
         write_bytes(folder / "bits.png", draw_bits(layers, title=cell.title))
+    _write_confusion(folder, setting, {"validation": val_report, "test": test_report})
     write_json(paths.result(key), asdict(result))
     checkpoint.remove()
     return result
@@ -363,9 +365,24 @@ def _group_metrics(split: str, report: FairnessReport, setting: Setting) -> dict
     return metrics
 
 
-def _as_csv(rows: list[dict[str, Any]]) -> bytes:
+def _write_confusion(folder: Path, setting: Setting, reports: dict[str, FairnessReport]) -> None:
+    """Which class each group's images were taken for: a table of both splits, and the test split as a picture."""
+    groups, classes = setting.group.names, setting.dataset.samples.class_names
+    rows = []
+    for split, report in reports.items():
+        for g, t, p in np.argwhere(report.confusion_gtp):
+            values = (split, groups[g], classes[t], classes[p], int(report.confusion_gtp[g, t, p]))
+            rows.append(dict(zip(CONFUSION_COLUMNS, values, strict=True)))
+    write_bytes(folder / "confusion.csv", _as_csv(rows, CONFUSION_COLUMNS))
+    picture = draw_confusion(
+        reports["test"].confusion_gtp, groups=groups, classes=classes, title=f"{setting.cell.title}, test"
+    )
+    write_bytes(folder / "confusion.png", picture)
+
+
+def _as_csv(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> bytes:
     stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, BITS_COLUMNS)
+    writer = csv.DictWriter(stream, columns)
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue().encode()

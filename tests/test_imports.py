@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # A module imports from its own line and the lines before it; packages count as one.
 ORDER = (
     ("fqsweep", "errors", "names", "config"),
-    ("space", "files"),
+    ("space", "files", "stores"),
     ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus", "faults"),
     ("data", "models", "allocation", "fairness", "progress", "pictures", "checkpoints"),
     ("quant",),
@@ -29,6 +29,7 @@ ORDER = (
         "estimate",
         "tracking",
         "spool",
+        "machine",
         "control",
         "driver",
         "sweep",
@@ -66,6 +67,8 @@ WITHOUT_TORCH = (
     "control",
     "results",
     "handover",
+    "machine",
+    "stores",
 )
 
 
@@ -154,7 +157,7 @@ def test_the_numerical_and_plain_modules_need_no_torch(name: str) -> None:
 @pytest.mark.parametrize("module", ANALYSIS)
 def test_the_analysis_reads_only_the_light_modules(module: str) -> None:
     used = {name for name in imported_by(module) if name.split(".")[0] == "fqsweep"}
-    assert used <= {"fqsweep", "fqsweep.errors", "fqsweep.files", "fqsweep.names"}
+    assert used <= {"fqsweep", "fqsweep.errors", "fqsweep.files", "fqsweep.names", "fqsweep.stores"}
     heavy = {"torch", "torchvision", "ray", "timm", "optuna"}
     assert not {name.split(".")[0] for name in imported_by(module)} & heavy
 

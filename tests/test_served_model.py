@@ -37,6 +37,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, bytes]:
     assert run_id is not None
     (paths.report / "front.csv").write_text(f"variant,run_ids,on_front\na,{run_id},True\n")
     budgets = {"1": {"run_id": run_id, "reason": "it is best"}}
+    (paths.report / "answer.md").write_text("**At 1 bit**")
     (paths.report / "recommended.json").write_text(json.dumps({"settings": [{"budgets": budgets}]}))
     for _ in range(2):  # a second report stores nothing twice
         publish_report(uri, book.parent_id, paths.report)

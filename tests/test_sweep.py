@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from sweeps import (
     NUM_CELLS,
     NUM_TRIALS,
@@ -24,7 +25,7 @@ from sweeps import (
 )
 
 from fqsweep.files import SweepPaths, read_lines
-from fqsweep.names import RUN_PARAMS, metric_keys
+from fqsweep.names import RUN_PARAMS, TAG_PARENT, metric_keys
 from fqsweep.results import read_result
 
 pytestmark = pytest.mark.slow
@@ -88,6 +89,23 @@ def test_the_report_tags_the_recommended_runs(finished: tuple[Path, Path, str]) 
     assert len(front) and {"variant", "on_front"} <= set(front.columns)
     record = json.loads((out / "report" / "recommended.json").read_text())
     assert record["settings"][0]["budgets"]
+
+
+def test_every_child_has_confusions_and_curves_and_the_parent_its_machine(
+    finished: tuple[Path, Path, str],
+) -> None:
+    _, out, _ = finished
+    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    parent = client.get_run((out / "parent_run.txt").read_text())
+    assert parent.data.metrics["system/system_memory_usage_percentage"] > 0
+    children = client.search_runs([parent.info.experiment_id], f"tags.`{TAG_PARENT}` = '{parent.info.run_id}'")
+    for run in children:
+        files = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert {"model.fqs", "confusion.csv", "confusion.png"} <= files
+        if run.data.metrics["time/train_s"] > 0:
+            assert {"epoch/train/loss", "epoch/val/acc_worst", "epoch/bits/mean_weight"} <= set(
+                run.data.metrics
+            )
 
 
 def test_the_same_command_again_runs_nothing(finished: tuple[Path, Path, str]) -> None:

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from fqsweep import spool as spool_module
 from fqsweep.errors import InputError, TrackingError
 from fqsweep.files import SweepPaths
-from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_KEY, TAG_PARENT, TAG_PRUNED, TAG_RECOMMENDED
+from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_KEY, TAG_PARENT, TAG_PRUNED, TAG_REASON, TAG_RECOMMENDED
 from fqsweep.results import TrialResult
 from fqsweep.spool import Spool
 from fqsweep.tracking import Tracker, default_uri, fetch_model, open_tracker, publish_report
@@ -93,10 +93,12 @@ def test_a_report_tags_its_runs_and_takes_old_tags_away(paths: SweepPaths) -> No
     for chosen, other in ((first, second), (second, first)):
         (paths.report / "front.csv").write_text(f"variant,run_ids,on_front\na,{chosen},True\nb,{other},False\n")
         budgets = {"1": {"run_id": chosen, "reason": "it is best"}}
+        (paths.report / "answer.md").write_text("**At 1 bit**")
         (paths.report / "recommended.json").write_text(json.dumps({"settings": [{"budgets": budgets}]}))
         publish_report(default_uri(paths), book.parent_id, paths.report)
         tags = {run_id: book.client.get_run(run_id).data.tags for run_id in (chosen, other)}
-        assert tags[chosen][TAG_FRONT] == "true" and tags[chosen][TAG_RECOMMENDED] == "it is best"
+        assert tags[chosen][TAG_FRONT] == "true" and tags[chosen][TAG_RECOMMENDED] == "true"
+        assert tags[chosen][TAG_REASON] == "it is best"
         assert TAG_FRONT not in tags[other] and TAG_RECOMMENDED not in tags[other]
     names = {file.path for file in book.client.list_artifacts(book.parent_id)}
     assert {"front.csv", "recommended.json", "space.yaml"} <= names

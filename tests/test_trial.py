@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -25,7 +26,7 @@ from fqsweep.config import (
 from fqsweep.errors import TrialError
 from fqsweep.files import SweepPaths
 from fqsweep.models import build_model
-from fqsweep.names import metric_keys
+from fqsweep.names import group_metric_key, metric_keys
 from fqsweep.quant.packing import read_metadata, unpack_weights
 from fqsweep.results import TrialResult, read_result
 from fqsweep.setting import open_setting
@@ -98,6 +99,11 @@ def test_every_method_keeps_the_contract(name: str, folder: Path) -> None:
     assert np.isfinite(list(result.metrics.values())).all()
     file = paths.trial(name) / "model.fqs"
     assert result.metrics["size/packed_bytes"] == file.stat().st_size
+    confusion = pd.read_csv(paths.trial(name) / "confusion.csv").query("split == 'test'")
+    right = confusion[confusion["true_class"] == confusion["predicted_class"]]["images"].sum()
+    assert right / confusion["images"].sum() == pytest.approx(result.metrics["test/acc_overall"])
+    for group, count in confusion.groupby("group")["images"].sum().items():
+        assert count == result.metrics[group_metric_key("test", "count_group", str(group))]
     # Bits on disk, counted weight by weight, are the bits that are claimed.
     unpacked = unpack_weights(file.read_bytes())
     if name == "fp32":

@@ -2,11 +2,14 @@
 (() => {
   const plots = () => Array.from(document.querySelectorAll(".plotly-graph-div"));
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const PAPER = { "--text": "#1a1f24", "--grid": "#e4e8ec", "--line": "#d5dbe1", "--card": "#f6f8fa" };
+  const PAPER_WIDTH = 660;  // fits A4 and letter
 
-  function paint() {
-    const text = color("--text"), grid = color("--grid"), line = color("--line"), card = color("--card");
+  function paint(size = {}, tone = color) {
+    const [text, grid, line, card] = ["--text", "--grid", "--line", "--card"].map(tone);
     for (const plot of plots()) {
       Plotly.relayout(plot, {
+        ...size,
         "font.color": text, "xaxis.gridcolor": grid, "yaxis.gridcolor": grid, "xaxis.linecolor": line,
         "yaxis.linecolor": line, "hoverlabel.bgcolor": card, "hoverlabel.font.color": text,
       });
@@ -25,9 +28,32 @@
     }
   }
 
+  const opened = [];
+  function print() {
+    paint({ width: PAPER_WIDTH, autosize: false }, (name) => PAPER[name]);
+    for (const part of document.querySelectorAll("details.paper:not([open])")) {
+      part.open = true;
+      opened.push(part);
+    }
+  }
+
+  function afterPrint() {
+    paint({ width: null, autosize: true });
+    for (const part of opened.splice(0)) part.open = false;
+  }
+
   window.addEventListener("load", () => {
     paint();
-    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => paint());
+    window.addEventListener("beforeprint", print);
+    window.addEventListener("afterprint", afterPrint);
+    for (const button of document.querySelectorAll(".legend button")) {
+      button.addEventListener("click", () => {
+        const shown = button.getAttribute("aria-pressed") !== "true";
+        button.setAttribute("aria-pressed", String(shown));
+        Plotly.restyle(button.dataset.plot, { visible: shown }, [Number(button.dataset.trace)]);
+      });
+    }
     for (const input of document.querySelectorAll("input[name=split]")) {
       input.addEventListener("change", () => show(input.value));
     }

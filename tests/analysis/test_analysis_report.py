@@ -21,7 +21,7 @@ METRIC = "val/acc_worst"
 NAN = math.nan
 FILES = {
     *("report.html", "front.html", "front.csv", "front.png", "front.svg", "front.pdf"),
-    *("cells.csv", "table.csv", "table.md", "table.tex", "recommended.json"),
+    *("answer.md", "cells.csv", "table.csv", "table.md", "table.tex", "recommended.json"),
 }
 
 
@@ -87,7 +87,8 @@ def test_names_are_text_and_never_markup(page, out):
     assert "small & <b>" in page.text
     for name in ("report.html", "front.html"):
         assert SCRIPT_NAME not in (out / name).read_text()
-    assert SCRIPT_NAME not in (out / "table.md").read_text()
+    for name in ("table.md", "answer.md"):
+        assert SCRIPT_NAME not in (out / name).read_text()
 
 
 def test_the_report_shows_a_variant_called_like_a_script(out):

@@ -14,6 +14,18 @@ PROJECT = Path(__file__).resolve().parents[1]
 SHARED_DATA = PROJECT.parent / "shared" / "data"
 
 
+# One after the other on one worker of pytest-xdist, and first: they start Ray, share clusters, or look at the clock.
+SERIAL = ("test_engine.py", "test_sweep.py", "test_clusters.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file together; those that start Ray make one group, which begins before all others."""
+    items.sort(key=lambda item: item.path.name not in SERIAL)
+    for item in items:
+        serial = item.path.name in SERIAL
+        item.add_marker(pytest.mark.xdist_group("ray" if serial else item.path.relative_to(PROJECT).as_posix()))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real images beside the checkout, or a skip that says so."""

@@ -18,6 +18,7 @@ SHARED_DATA = PROJECT.parent / "shared" / "data"
 SERIAL = ("test_engine.py", "test_sweep.py", "test_clusters.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of a file together; those that start Ray make one group, which begins before all others."""
     items.sort(key=lambda item: item.path.name not in SERIAL)

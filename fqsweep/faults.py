@@ -57,13 +57,14 @@ def outcome_of(error: Exception, *, seconds: float, log: Path) -> Outcome:
     text = f"{type(error).__name__}: {error}"
     ending: Ending = "broken"
     poisoned = False
+    if is_no_space(error):
+        where = (error.filename or "while writing") if isinstance(error, OSError) else error
+        return Outcome(ending="no_space", reason=str(where), seconds=seconds)
     if isinstance(error, InputError | TrialError):
         text, ending = str(error), "failed"
     elif _is_out_of_gpu_memory(error):
         ending = "out_of_memory"
         text = "out of GPU memory; raise resources.gpus_per_trial or lower recipe.batch_size"
-    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return Outcome(ending="no_space", reason=str(error.filename or "while writing"), seconds=seconds)
     elif any(mark in text.lower() for mark in STICKY_CUDA):
         poisoned = True
     return Outcome(ending=ending, reason=f"{text} (log: {log})", seconds=seconds, poisoned=poisoned)

@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "retry", help="clear a sweep's failures; says the command that tries them again"
     )
     retry.add_argument("out", type=Path, metavar="OUT", help="output folder of the sweep")
+    retry.add_argument("--failed", action="store_true", help="what failed, which is all there is to try again")
     retry.set_defaults(command=_retry)
 
     plan = commands.add_parser("plan", help="cells, trials, shared work and expected cost; starts nothing")

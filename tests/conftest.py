@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,13 +19,22 @@ SHARED_DATA = PROJECT.parent / "shared" / "data"
 SERIAL = ("test_engine.py", "test_sweep.py", "test_clusters.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file together; those that start Ray make one group, which begins before all others."""
+    """What starts Ray takes longest, and begins before all else."""
     items.sort(key=lambda item: item.path.name not in SERIAL)
-    for item in items:
-        serial = item.path.name in SERIAL
-        item.add_marker(pytest.mark.xdist_group("ray" if serial else item.path.relative_to(PROJECT).as_posix()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``: the tests of a file on one worker, those of all ``SERIAL`` files on the same one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "serial" if Path(file).name in SERIAL else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -271,7 +271,7 @@ def test_retry_clears_failures_once_and_says_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun_sweep(tmp_path)
-    assert main(["retry", str(tmp_path)]) == 0
+    assert main(["retry", "--failed", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "cleared: parent q" in shown and "cleared: t\n" in shown
     assert "To try them again: fqsweep run 'my space'" in shown

@@ -1,6 +1,6 @@
 """What stopping early saves on the demo: its cells with free weights searched whole, then every rule replayed.
 
-    python -m benchmarks.early_stopping [--trials 8] [--epochs 6] [--images 2400] [--out FILE]
+    python -m benchmarks.early_stopping [--network resnet18] [--trials 8] [--epochs 6] [--out FILE]
 
 The search runs once with no rule: real engine, two trials at a time. Its curves are then replayed by the sweep's own
 state machine, which sets the bars and ends the trials, one epoch a tick, so that every rule and pacing meets the same
@@ -68,12 +68,13 @@ class Recorded:
     def give_up(self, *_given: Any) -> None: ...
 
 
-def write_space(folder: Path, *, trials: int, epochs: int, images: int) -> Path:
+def write_space(folder: Path, *, network: str, trials: int, epochs: int, images: int) -> Path:
     """The demo with nothing but its cells that have free weights, more trials in each, and no rule."""
     space = yaml.safe_load((PROJECT / "search_spaces" / "demo.yaml").read_text(encoding="utf-8"))
     space["methods"] = [
         one for one in space["methods"] if any(isinstance(value, dict) for value in one.values())
     ]
+    space["architectures"] = [network]
     space["datasets"][0]["num_images"] = images
     space["recipe"]["finetune_epochs"] = epochs
     space["search"] = {"trials_per_cell": trials, "early_stopping": "none", "objectives": list(OBJECTIVES)}
@@ -206,6 +207,7 @@ def replay_all(space: SearchSpace, asked: Any, results: Any, rule: Any, *, slots
 def main() -> None:
     """Search, replay, and write the dated result."""
     parser = result_parser(__doc__)
+    parser.add_argument("--network", default="resnet18")
     parser.add_argument("--trials", type=int, default=8, help="of each cell")
     parser.add_argument("--epochs", type=int, default=6, help="of fine-tuning")
     parser.add_argument("--images", type=int, default=2400)
@@ -214,15 +216,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        space_file = write_space(folder, trials=options.trials, epochs=options.epochs, images=options.images)
+        space_file = write_space(
+            folder, network=options.network, trials=options.trials, epochs=options.epochs, images=options.images
+        )
         search_whole(space_file, folder / "out")
         lines = report(folder / "out", space_file)
     print("\n".join(lines))
+    command = f"python -m benchmarks.early_stopping --network {options.network} --trials {options.trials}"
     notes = [
-        f"`python -m benchmarks.early_stopping --trials {options.trials} --epochs {options.epochs} --images "
-        f"{options.images}`: `search_spaces/demo.yaml` with its searched method alone (baq at 0.5, 1, 2 and 4 bits), "
-        f"{options.trials} trials a cell of {options.epochs} epochs each, {options.images} images, one seed. Python "
-        f"{platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPU cores shared with other work.",
+        f"`{command} --epochs {options.epochs} --images {options.images}`: `search_spaces/demo.yaml` with its searched "
+        f"method alone (baq at 0.5, 1, 2 and 4 bits) and {options.network}, {options.trials} trials a cell of "
+        f"{options.epochs} epochs each, {options.images} images, one seed. Python {platform.python_version()}, "
+        f"{platform.machine()}, {os.cpu_count()} CPU cores shared with other work.",
         "",
         "The trials were run whole once; each row replays their validation curves through the state machine and the "
         "bars of `fqsweep/stopping.py`.",

@@ -78,7 +78,7 @@ def _drive(space: Path, out: Path, **options: Any) -> int:
     # What the checks find is known here, and they would load torch at each start.
     sweep_module.check_in_own_process = lambda *_given: Checked(facts={}, macs=MACS)  # type: ignore[assignment]
     try:
-        summary = run_sweep(SweepOptions(space_file=space, out=out, work="cheap_work", **options))
+        summary = run_sweep(SweepOptions(**{"space_file": space, "out": out, "work": "cheap_work", **options}))
         print(json.dumps({"counts": summary.counts, "failures": summary.failures}), flush=True)
     except BaseException as error:
         with contextlib.suppress(OSError):  # the log may lie on the disk that is full

@@ -224,8 +224,8 @@ def main() -> None:
     print("\n".join(lines))
     command = f"python -m benchmarks.early_stopping --network {options.network} --trials {options.trials}"
     notes = [
-        f"`{command} --epochs {options.epochs} --images {options.images}`: `search_spaces/demo.yaml` with its searched "
-        f"method alone (baq at 0.5, 1, 2 and 4 bits) and {options.network}, {options.trials} trials a cell of "
+        f"`{command} --epochs {options.epochs} --images {options.images}`: `search_spaces/demo.yaml` with its "
+        f"searched method alone (baq at 0.5, 1, 2 and 4 bits) and {options.network}, {options.trials} trials a cell of "
         f"{options.epochs} epochs each, {options.images} images, one seed. Python {platform.python_version()}, "
         f"{platform.machine()}, {os.cpu_count()} CPU cores shared with other work.",
         "",

@@ -225,8 +225,8 @@ def main() -> None:
     command = f"python -m benchmarks.early_stopping --network {options.network} --trials {options.trials}"
     notes = [
         f"`{command} --epochs {options.epochs} --images {options.images}`: `search_spaces/demo.yaml` with its "
-        f"searched method alone (baq at 0.5, 1, 2 and 4 bits) and {options.network}, {options.trials} trials a cell of "
-        f"{options.epochs} epochs each, {options.images} images, one seed. Python {platform.python_version()}, "
+        f"searched method alone (baq at 0.5, 1, 2 and 4 bits) and {options.network}, {options.trials} trials a cell "
+        f"of {options.epochs} epochs each, {options.images} images, one seed. Python {platform.python_version()}, "
         f"{platform.machine()}, {os.cpu_count()} CPU cores shared with other work.",
         "",
         "The trials were run whole once; each row replays their validation curves through the state machine and the "

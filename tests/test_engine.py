@@ -204,7 +204,7 @@ def test_training_on_a_node_that_dies_goes_on_elsewhere_from_its_last_epoch(
                 found.append(log)
         return bool(found)
 
-    wait_for(trains_on_the_second_node, what="a parent that trains on the second node")
+    wait_for(trains_on_the_second_node, what="a parent that trains on the second node", timeout_s=240)
     os.kill(raylet, signal.SIGKILL)
     assert wait_driver(driver) == 0, said(out)
     assert any("worker process died" in str(line["reason"]) for line in events(out, "lost"))

@@ -87,7 +87,7 @@ def _drive(space: Path, out: Path, **options: Any) -> int:
     return 1 if summary.failures else 0
 
 
-def wait_driver(pid: int, *, timeout_s: float = 180) -> int:
+def wait_driver(pid: int, *, timeout_s: float = 300) -> int:
     """The exit code of a driver; -9 where it was killed. One that hangs says in its log where, and is killed."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:

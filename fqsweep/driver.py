@@ -7,13 +7,13 @@ Each step can be found done or not done at the next start.
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fqsweep.estimate import CostModel
+from fqsweep.faults import is_full, no_space
 from fqsweep.files import SweepPaths
 from fqsweep.gpus import GpuShares
 from fqsweep.ledger import note, read_ledger
@@ -53,12 +53,13 @@ class SweepDriver:
 
     def next_task(self) -> Task | None:
         """The next task, noted as started; None if nothing can start now."""
-        task = self.state.next_task(self.shares.fits)
-        if task is not None:
-            self.shares.start(task)
-            with self._kept():
+        task = None
+        with self._kept():
+            task = self.state.next_task(self.shares.fits)
+            if task is not None:
+                self.shares.start(task)
                 note(self.paths, task, "start")
-        return task
+        return None if self.stopped else task
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
@@ -76,7 +77,7 @@ class SweepDriver:
                 self._book(task, outcome.seconds)
             elif outcome.ending == "no_space":
                 # Every other trial would meet the same: nothing is a failure of a cell.
-                self.trouble = self.trouble or OSError(errno.ENOSPC, "No space left", outcome.reason)
+                self.trouble = self.trouble or no_space(outcome.reason)
             elif outcome.ending == "broken":
                 self._lose(task, outcome.reason)
             elif outcome.ending == "out_of_memory" and self.shares.enlarge(task):
@@ -93,6 +94,8 @@ class SweepDriver:
                 self._book(task, 0.0)
             elif words is not None:
                 self.ended(task, words)
+            elif is_full(self.paths.out):
+                self.trouble = self.trouble or no_space(self.paths.out)
             else:
                 self._lose(task, f"its worker process died (log: {self.paths.log(task.key)})")
 

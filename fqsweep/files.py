@@ -62,10 +62,6 @@ class SweepPaths:
     def report(self) -> Path:
         return self.out / "report"
 
-    @property
-    def ray_storage(self) -> Path:
-        return self.out / "ray"
-
     def baseline(self, key: str) -> Path:
         return self.out / "baselines" / key
 

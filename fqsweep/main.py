@@ -6,7 +6,9 @@ Without arguments it runs the paper's grid, because `ray submit CLUSTER.yaml fqs
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shlex
@@ -33,7 +35,7 @@ from fqsweep.names import DEFAULT_SELECTION, metric_of
 from fqsweep.space import find_space, load_space
 from fqsweep.stores import is_server, without_password
 
-EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_INTERRUPTED = 0, 1, 2, 4, 130
 DATA_DIR_VARIABLE = "FQSWEEP_DATA_DIR"
 PROJECT = Path(__file__).resolve().parents[1]
 WHOLE_SETS: dict[str, DatasetConfig] = {
@@ -44,7 +46,7 @@ WHOLE_SETS: dict[str, DatasetConfig] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 some cells failed, 2 bad input, 130 interrupted)."""
+    """Run one command; returns the exit code (0 done, 1 some cells failed, 2 bad input, 4 disk full, 130 stopped)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     given = given or ["run", "paper"]
     options = _parser().parse_args(given)
@@ -63,12 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nfqsweep: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as error:
-        if error.errno != 28:
+        if error.errno != errno.ENOSPC:
             raise
-        print(
-            f"fqsweep: no space left on the device ({error.filename}); free some and run again", file=sys.stderr
-        )
-        return EXIT_FAILED_CELLS
+        where = f" ({error.filename})" if error.filename else ""
+        with contextlib.suppress(OSError):  # the log may lie on the full disk too
+            print(
+                f"fqsweep: no space left on the disk{where}: what is finished is kept; free some, and the same "
+                "command goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+        return EXIT_NO_SPACE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "retry", help="clear a sweep's failures; says the command that tries them again"
     )
     retry.add_argument("out", type=Path, metavar="OUT", help="output folder of the sweep")
+    retry.add_argument("--failed", action="store_true", help="what failed, which is all there is to try again")
     retry.set_defaults(command=_retry)
 
     plan = commands.add_parser("plan", help="cells, trials, shared work and expected cost; starts nothing")

@@ -85,8 +85,9 @@ class SweepState:
     unless it was lost; a trial whose parent failed is never handed out.
 
     Order: the longest chain of work that begins with a task goes first (parents and cost tables carry what waits for
-    them), so that the sweep ends soon after its work divided by its slots. With ``by_shape`` tasks that take the same
-    share of a GPU stay together.
+    them), so that the sweep ends soon after its work divided by its slots. Trials of a cell take turns with those of
+    other cells: what the first of them shows is then known when the next one starts, to its study and to the bars
+    that stop it early. With ``by_shape`` tasks that take the same share of a GPU stay together.
 
     Attributes:
         cost: expected cost of a task, in any unit.
@@ -126,7 +127,8 @@ class SweepState:
         for item in items:
             shape = self._shape(item)
             self._first_of_shape[shape] = max(self._rank[item.key], self._first_of_shape.get(shape, 0.0))
-        self._ready: dict[tuple[str, ...], list[tuple[float, int, Waiting]]] = {}
+        # Of each shape: (trials handed out before, -rank, place, item).
+        self._ready: dict[tuple[str, ...], list[tuple[int, float, int, Waiting]]] = {}
         for item in items:
             self._queue_if_ready(item)
 
@@ -139,7 +141,7 @@ class SweepState:
     def _queue_if_ready(self, item: Waiting) -> None:
         if all(key in self.done for key in item.needs):
             heap = self._ready.setdefault(self._shape(item), [])
-            heapq.heappush(heap, (-self._rank[item.key], self._place[item.key], item))
+            heapq.heappush(heap, (0, -self._rank[item.key], self._place[item.key], item))
 
     # --- asking ---
 
@@ -173,10 +175,17 @@ class SweepState:
         """The first ready item of each shape, the shapes by their dearest item."""
         for shape in sorted(self._ready, key=lambda shape: -self._first_of_shape[shape]):
             heap = self._ready[shape]
-            while heap and not self._is_open(heap[0][2]):
-                heapq.heappop(heap)
+            while heap and not self._is_first(heap[0]):
+                _, rank, place, item = heapq.heappop(heap)
+                if isinstance(item, CellState) and item.open:
+                    heapq.heappush(heap, (item.asked, rank, place, item))
             if heap:
-                yield heap[0][2]
+                yield heap[0][3]
+
+    def _is_first(self, entry: tuple[int, float, int, Waiting]) -> bool:
+        """Whether the head of a heap can be handed out, and in its turn."""
+        turn, _, _, item = entry
+        return self._is_open(item) and (isinstance(item, Task) or turn >= item.asked)
 
     def _is_open(self, item: Waiting) -> bool:
         if isinstance(item, CellState):

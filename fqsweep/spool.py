@@ -12,6 +12,7 @@ from collections import deque
 from pathlib import Path
 
 from fqsweep.errors import TrackingError
+from fqsweep.faults import is_no_space, no_space
 from fqsweep.results import TrialResult
 from fqsweep.tracking import Tracker
 
@@ -68,16 +69,19 @@ class Spool:
 
         Raises:
             TrackingError: MLflow was away for ``patience_s`` without taking anything.
+            OSError: the disk of its database is full.
         """
         until = time.monotonic() + patience_s
         with self._changed:
             left = len(self.waiting)
-            while left and time.monotonic() < until:
+            while left and time.monotonic() < until and not is_no_space(self.trouble):
                 self._changed.wait(timeout=0.5)
                 if len(self.waiting) < left:
                     left, until = len(self.waiting), time.monotonic() + patience_s
         self.stop()
         if left:
+            if is_no_space(self.trouble):
+                raise no_space(f"of MLflow's database, with {left} results to record") from self.trouble
             first = (str(self.trouble).splitlines() or [type(self.trouble).__name__])[0]
             raise TrackingError(
                 f"MLflow did not take {left} results: {first}\n"

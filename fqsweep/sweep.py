@@ -9,8 +9,8 @@ import contextlib
 import logging
 import os
 import platform
-import shutil
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -41,6 +41,7 @@ from fqsweep.control import is_asked_to_stop, only_driver, write_plan
 from fqsweep.driver import SweepDriver, adopt_finished
 from fqsweep.errors import InputError
 from fqsweep.estimate import CostModel
+from fqsweep.faults import is_no_space, no_space
 from fqsweep.files import SweepPaths
 from fqsweep.gpus import MOST_TASKS_A_GPU, GpuShares
 from fqsweep.ledger import note_driver
@@ -54,6 +55,7 @@ from fqsweep.tasks import Outcome, Task
 from fqsweep.tracking import Tracker, default_uri, open_tracker
 
 TICK_S = 1.0
+GRACE_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ class TaskSearcher(Searcher):
             return Searcher.FINISHED
         task = self.driver.next_task()
         if task is None:
-            return Searcher.FINISHED if self.driver.state.finished else None
+            return Searcher.FINISHED if self.driver.stopped or self.driver.state.finished else None
         self.tasks[trial_id] = task
         return {**self.request, "gpus": self.driver.shares.of(task), "task": task.model_dump_json()}
 
@@ -137,8 +139,18 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
     Raises:
         InputError: bad input; nothing was started.
         TrackingError: MLflow was away at the end; the results are kept.
+        OSError: ``errno.ENOSPC``: a disk is full, whatever that led to; the results are kept.
         KeyboardInterrupt: Ctrl-C, or ``fqsweep cancel``; what is finished is kept.
     """
+    try:
+        return _run(options)
+    except Exception as error:
+        if is_no_space(error) and not isinstance(error, OSError):
+            raise no_space(options.out) from error
+        raise
+
+
+def _run(options: SweepOptions) -> SweepSummary:
     space = load_space(options.space_file)
     paths = SweepPaths(options.out.resolve())
     checked = check_in_own_process(options.space_file, paths, options.data_dir)
@@ -172,7 +184,8 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
             driver.spool.finish()
         finally:
             driver.spool.stop()
-            note_driver(paths, "end")
+            with contextlib.suppress(OSError):  # a full disk must not hide what it ended
+                note_driver(paths, "end")
         failures = [f"{failure.task.title}: {failure.reason}" for failure in state.failures]
         failures += [f"{title}: its prerequisite failed" for f in state.failures for title in f.blocked]
         tracker.log_numbers({f"cells/{name}": float(number) for name, number in state.counts().items()})
@@ -201,7 +214,7 @@ def _versions() -> dict[str, str]:
 
 def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions) -> None:
     resources = space.resources
-    with _ray(options.address):
+    with _ray(options.address), _scratch() as scratch:
         driver.num_slots = _count_slots(space, options.max_concurrent)
         driver.shares.total = ray.cluster_resources().get("GPU", 0)
         note_driver(driver.paths, "begin", pid=os.getpid(), host=platform.node(), slots=driver.num_slots)
@@ -226,16 +239,27 @@ def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions
             ),
             run_config=tune.RunConfig(
                 name="tasks",
-                storage_path=str(driver.paths.ray_storage),
+                storage_path=scratch,
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
-        # Ray's own copy of the state is of no use: ledger and results are the truth.
-        shutil.rmtree(driver.paths.ray_storage, ignore_errors=True)
-        with Display(driver.snapshot) as display, _ticking(display, driver.paths):
-            tuner.fit()
-        shutil.rmtree(driver.paths.ray_storage, ignore_errors=True)
+        with Display(driver.snapshot) as display, _ticking(display, driver):
+            try:
+                tuner.fit()
+            except (Exception, KeyboardInterrupt) as error:
+                # What stopped the driver says more than what became of it in Tune.
+                raise driver.trouble or error from None
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder of this machine for Tune's own copy of the state: of no use, because ledger and results are the truth.
+
+    Not in the output folder, whose disk may be full or far away; workers write nothing there.
+    """
+    with tempfile.TemporaryDirectory(prefix="fqsweep-", ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 @contextlib.contextmanager
@@ -294,8 +318,11 @@ def _count_slots(space: SearchSpace, limit: int | None) -> int:
 
 
 @contextlib.contextmanager
-def _ticking(display: Display, paths: SweepPaths) -> Iterator[None]:
+def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
     """Refresh the display once a second while Tune has the main thread, and look whether to stop.
+
+    After trouble (a full disk) running tasks have ``GRACE_S`` to end: Tune would wait for them, and for workers that
+    cannot start, without end.
 
     ``fqsweep cancel`` comes as SIGTERM, which a batch system sends too: a shell may have made a driver in the
     background deaf to SIGINT.
@@ -306,10 +333,12 @@ def _ticking(display: Display, paths: SweepPaths) -> Iterator[None]:
 
     def run() -> None:
         asked = False
+        troubled_s = 0.0
         while not over.wait(TICK_S):
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, OSError):
                 display.tick()
-            if is_asked_to_stop(paths) and not asked:
+            troubled_s += TICK_S * driver.stopped
+            if not asked and (is_asked_to_stop(driver.paths) or troubled_s > GRACE_S):
                 asked = True
                 signal.pthread_kill(main, signal.SIGTERM)
 

@@ -88,9 +88,9 @@ def perform(
         time_limit_s: the process is killed when the task takes longer; its log then ends with where it was.
     """
     start = time.perf_counter()
-    log = LogFile(paths.log(task.key))
     ending: Ending = "done"
     try:
+        log = LogFile(paths.log(task.key))
         log.note(f"start: {task.title}")
         torch.set_num_threads(num_threads)
         if device.startswith("cuda"):
@@ -99,13 +99,14 @@ def perform(
             ending = _do(task, paths=paths, data_dir=data_dir, device=device, log=log)
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk must not hide its own message
-            log.note(traceback.format_exc())
+            LogFile(paths.log(task.key)).note(traceback.format_exc())
         return outcome_of(error, seconds=time.perf_counter() - start, log=paths.log(task.key))
     finally:
         if device.startswith("cuda"):
             with contextlib.suppress(RuntimeError):  # after a sticky error this fails too
                 torch.cuda.empty_cache()
-    log.note(ending)
+    with contextlib.suppress(OSError):  # the result is there
+        log.note(ending)
     seconds = time.perf_counter() - start
     return Outcome(ending=ending, seconds=seconds, peak_gpu_frac=_peak_gpu_frac(device))
 

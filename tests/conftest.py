@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHARED_DATA = PROJECT.parent / "shared" / "data"
+
+
+# One after the other on one worker of pytest-xdist, and first: they start Ray, share clusters, or look at the clock.
+SERIAL = ("test_engine.py", "test_sweep.py", "test_clusters.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray takes longest, and begins before all else."""
+    items.sort(key=lambda item: item.path.name not in SERIAL)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``: the tests of a file on one worker, those of all ``SERIAL`` files on the same one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "serial" if Path(file).name in SERIAL else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

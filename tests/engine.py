@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import os
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from fqsweep.sweep import SweepOptions, run_sweep
 
 TESTS = Path(__file__).resolve().parent
 MACS = {"test_resnet@32": 1e6, "resnet18@32": 1e8}
+# The log of each driver that was forked, by its process id.
+LOGS: dict[int, Path] = {}
 CODES = {InputError: 2, TrackingError: 3, KeyboardInterrupt: 130, OSError: 4}
 
 
@@ -34,7 +39,7 @@ def write_cheap(folder: Path, *changes: tuple[str, str], **behaviour: Any) -> tu
         assert old in text, old
         text = text.replace(old, new)
     out = folder / "out"
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     behave(out, **behaviour)
     return write_space(folder, text), out
 
@@ -51,42 +56,51 @@ def fork_driver(space: Path, out: Path, **options: Any) -> int:
     """Start a driver; returns its process id. Its output goes to ``driver.log`` beside ``out``."""
     pid = os.fork()
     if pid:
+        LOGS[pid] = out.parent / "driver.log"
         return pid
-    code = 1
+    code = 6
     try:
-        os.setsid()
-        stream = os.open(out.parent / "driver.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(stream, 1)
-        os.dup2(stream, 2)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ["PYTHONPATH"] = str(TESTS)
-        # What the checks find is known here, and they would load torch at each start.
-        sweep_module.check_in_own_process = lambda *_given: Checked(facts={}, macs=MACS)  # type: ignore[assignment]
-        summary = run_sweep(SweepOptions(space_file=space, out=out, work="cheap_work", **options))
-        print(json.dumps({"counts": summary.counts, "failures": summary.failures}), flush=True)
-        code = 1 if summary.failures else 0
-    except BaseException as error:
-        import traceback
-
-        traceback.print_exc()
-        code = next((code for kind, code in CODES.items() if isinstance(error, kind)), 5)
+        code = _drive(space, out, **options)
     finally:
-        sys.stdout.flush()
-        os._exit(code)
+        os._exit(code)  # whatever happened: a driver that came back from here would go on as a second pytest
 
 
-def wait_driver(pid: int, *, timeout_s: float = 240) -> int:
-    """The exit code of a driver; -9 where it was killed."""
+def _drive(space: Path, out: Path, **options: Any) -> int:
+    """Be the driver, in the forked process; returns its exit code."""
+    os.setsid()
+    stream = os.open(out.parent / "driver.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    os.environ["PYTHONPATH"] = str(TESTS)
+    # What the checks find is known here, and they would load torch at each start.
+    sweep_module.check_in_own_process = lambda *_given: Checked(facts={}, macs=MACS)  # type: ignore[assignment]
+    try:
+        summary = run_sweep(SweepOptions(**{"space_file": space, "out": out, "work": "cheap_work", **options}))
+        print(json.dumps({"counts": summary.counts, "failures": summary.failures}), flush=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+            traceback.print_exc()
+        return next((code for kind, code in CODES.items() if isinstance(error, kind)), 5)
+    return 1 if summary.failures else 0
+
+
+def wait_driver(pid: int, *, timeout_s: float = 300) -> int:
+    """The exit code of a driver; -9 where it was killed. One that hangs says in its log where, and is killed."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
+    os.kill(pid, signal.SIGUSR2)
+    time.sleep(2)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    raise AssertionError(f"the driver took longer than {timeout_s} s")
+    tail = LOGS[pid].read_text(errors="replace")[-8000:]
+    raise AssertionError(f"the driver took longer than {timeout_s} s; its log ends:\n{tail}")
 
 
 def run_driver(space: Path, out: Path, **options: Any) -> int:

@@ -5,7 +5,9 @@ Reads one word a line from its input: ``add`` starts a second node and prints th
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ class ClusterProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,
             env={**os.environ, "PYTHONPATH": str(project), "RAY_worker_niceness": "0"},
         )
         self.address = self._read()
@@ -41,9 +44,16 @@ class ClusterProcess:
         return int(self._read())
 
     def shutdown(self) -> None:
+        """End the cluster; what does not go by itself is killed, with all that it started. Never raises."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=20)
 
 
 def main() -> None:

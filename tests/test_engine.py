@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +26,7 @@ from engine import (
     write_cheap,
 )
 from ray_cluster import ClusterProcess
+from small_disk import fill_up, mounted
 from sweeps import done_trials, events, wait_for
 
 from fqsweep.control import ask_to_stop, clear_failures, look
@@ -176,14 +176,10 @@ def test_a_node_that_dies_gives_its_trials_to_the_others(tmp_path: Path, cluster
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB, or a skip where none may be mounted."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no file system may be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    """An output folder that is a file system of 24 MiB, or a skip where none can be mounted."""
+    place = tmp_path / "out"
+    with mounted(place, size_mib=24):
+        yield tmp_path
 
 
 def test_a_disk_that_really_is_full_stops_the_sweep_and_loses_nothing(
@@ -192,13 +188,35 @@ def test_a_disk_that_really_is_full_stops_the_sweep_and_loses_nothing(
     space, out = write_cheap(small_disk, ("seeds: [0, 1]", "seeds: [0, 1, 2, 3]"), sleep_s=0.3)
     driver = fork_driver(space, out, address=cluster.address, max_concurrent=2)
     wait_for(lambda: len(done_trials(out)) >= 3, what="three trials")
-    filler = small_disk / "filler"
-    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True, check=False)
-    assert wait_driver(driver) not in (0, 1)
-    assert not events(out, "failed")
+    filler = out / "filler"
+    fill_up(filler)
+    assert wait_driver(driver, timeout_s=60) == 4, said(out)
+    assert "No space left" in said(out) and not events(out, "failed")
     filler.unlink()
     assert run_driver(space, out, address=cluster.address) == 0, said(out)
     assert_books_agree(space, out, trials=2 * NUM_TRIALS)
+
+
+def test_a_ledger_that_cannot_be_written_stops_the_sweep_at_once_and_loses_nothing(
+    tmp_path: Path, cluster: ClusterProcess
+) -> None:
+    hangs = [{"match": "baq@3", "attempts": [1], "do": "wait"}]
+    space, out = write_cheap(tmp_path, faults=hangs, sleep_s=0.1)
+    driver = fork_driver(space, out, address=cluster.address, max_concurrent=3)
+    wait_for(
+        lambda: len(events(out, "start")) > 5 and "baq@3" in (out / "executed.jsonl").read_text(), what="work"
+    )
+    ledger = SweepPaths(out).ledger
+    (out / "full").symlink_to("/dev/full")  # every write there fails for want of space
+    ledger.rename(out / "kept")
+    (out / "full").rename(ledger)
+    assert wait_driver(driver, timeout_s=60) == 4, said(out)
+    assert "No space left" in said(out)
+    (out / "kept").replace(ledger)
+    behave(out)
+    assert run_driver(space, out, address=cluster.address) == 0, said(out)
+    assert not events(out, "failed")
+    assert_books_agree(space, out, trials=NUM_TRIALS)
 
 
 def start_mlflow(out: Path, port: int) -> subprocess.Popen[bytes]:
@@ -221,7 +239,7 @@ def start_mlflow(out: Path, port: int) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
     )
 
     def answers() -> bool:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fqsweep.checks import check_inputs
+from fqsweep.checks import Checked, check_inputs
 from fqsweep.config import SearchConfig
 from fqsweep.files import SweepPaths, append_line, write_json
 from fqsweep.main import main, selection_metric
@@ -55,6 +55,16 @@ def photos(tmp_path: Path) -> Path:
     pd.DataFrame(rows).to_csv(tmp_path / "photos.csv", index=False)
     (tmp_path / "bad.yaml").write_text(SPACE)
     return tmp_path
+
+
+@pytest.fixture
+def checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks in this process, which has loaded torch already; the other tests start one for them."""
+
+    def check(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Checked:
+        return Checked(facts=check_inputs(load_space(space_file), paths, data_dir), macs={})
+
+    monkeypatch.setattr("fqsweep.sweep.check_in_own_process", check)
 
 
 def run(folder: Path, *more: str) -> int:
@@ -116,7 +126,7 @@ def test_an_unknown_search_space_names_those_there_are(capsys: pytest.CaptureFix
     ],
 )
 def test_bad_input_ends_with_2_before_anything_starts(
-    photos: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
+    photos: Path, capsys: pytest.CaptureFixture[str], checks_here: None, old: str, new: str, message: str
 ) -> None:
     edit(photos, old, new)
     if "budgets_bits: [2]" in old or "choices" in new:
@@ -261,7 +271,7 @@ def test_retry_clears_failures_once_and_says_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun_sweep(tmp_path)
-    assert main(["retry", str(tmp_path)]) == 0
+    assert main(["retry", "--failed", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "cleared: parent q" in shown and "cleared: t\n" in shown
     assert "To try them again: fqsweep run 'my space'" in shown

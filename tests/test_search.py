@@ -173,6 +173,30 @@ def test_tasks_of_one_shape_stay_together(tmp_path: Path) -> None:
     assert sum(a != b for a, b in zip(shapes, shapes[1:], strict=False)) == 5
 
 
+def test_trials_of_one_cell_take_turns_with_those_of_others(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 5}"))
+    state = plan_sweep(space, FakeStudy(), one_each)
+    _, log = simulate(state, slots=3, duration=one_each)
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for start, end, task in log:
+        if task.weights:
+            spans.setdefault(task.cell.key, []).append((start, end))
+    assert sorted(len(found) for found in spans.values()) == [5, 5, 5, 5]
+    for found in spans.values():
+        assert all(start >= end for (_, end), (start, _) in zip(found, found[1:], strict=False))
+
+
+def test_a_cell_that_is_left_alone_has_its_trials_side_by_side(tmp_path: Path) -> None:
+    space = small_space(
+        tmp_path,
+        ("{trials_per_cell: 2}", "{trials_per_cell: 6}"),
+        ("seeds: [0, 1]", "seeds: [0]"),
+        ("budgets_bits: [1, 3]", "budgets_bits: [1]"),
+    )
+    makespan, log = simulate(plan_sweep(space, FakeStudy(), one_each), slots=9, duration=one_each)
+    assert makespan == 3 and len(log) == 2 + 2 + 6 + 1
+
+
 def test_what_does_not_fit_is_passed_over_and_comes_later(tmp_path: Path) -> None:
     space = small_space(tmp_path, ("[test_resnet]", "[test_resnet, resnet18]")).model_copy(
         update={"resources": Resources(gpus_per_trial="auto")}

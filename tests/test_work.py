@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_disk import fill_up, mounted
 from small_spaces import small_space
 
 from fqsweep import work
@@ -15,6 +16,7 @@ from fqsweep.faults import outcome_of
 from fqsweep.files import SweepPaths, write_json
 from fqsweep.gpus import GpuShares, share_of
 from fqsweep.results import read_result
+from fqsweep.search import shared_tasks
 from fqsweep.space import Cell, expand_cells
 from fqsweep.tasks import Task
 
@@ -98,6 +100,28 @@ def test_the_epochs_of_an_attempt_that_was_cut_off_count(
     recorder = work.TrialLog(paths, task)
     recorder.log_metrics({ACC: 0.1}, epoch=1)
     assert recorder.epochs(until=1) == [{ACC: 0.6}, {ACC: 0.1}]
+
+
+# --- full disks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["packs", "logs", "baselines"])
+def test_a_disk_that_is_full_is_no_failure_of_the_task(tmp_path: Path, folder: str) -> None:
+    """Memory mounted in place of one folder: too little for a pack of 1.5 MB, or no room at all."""
+    space = small_space(tmp_path)
+    (task,) = (
+        t for t in shared_tasks(expand_cells(space)).values() if t.kind == "baseline" and t.cell.seed == 0
+    )
+    paths = SweepPaths(tmp_path / "out")
+    with mounted(paths.out / folder, size_mib=1):
+        if folder != "packs":
+            fill_up(paths.out / folder / "filler")
+        outcome = work.perform(task, paths=paths, data_dir=None, device="cpu", num_threads=1)
+        assert outcome.ending == "no_space", outcome.reason
+        assert folder in outcome.reason or outcome.reason == "while writing"
+    again = work.perform(task, paths=paths, data_dir=None, device="cpu", num_threads=1)
+    assert again.ending == "done", again.reason
 
 
 # --- shares of GPUs ------------------------------------------------------------------------------

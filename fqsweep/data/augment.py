@@ -91,8 +91,8 @@ def move(pixels_bchw: torch.Tensor, moves: Moves, values: Values) -> torch.Tenso
     """Images moved, lit anew and normalised, in one resampling (bilinear).
 
     What enters an image is mirrored from inside, so that no black corners appear. On a CPU OpenCV resamples the
-    bytes, ten times as fast as torch, which needs floating-point images; it rounds to whole pixel values and places
-    to 1/32 of a pixel.
+    bytes and looks their new values up, ten times as fast as torch's passes over floating-point images; moved pixels
+    are rounded to whole values.
 
     Args:
         pixels_bchw: uint8, three channels.
@@ -102,33 +102,37 @@ def move(pixels_bchw: torch.Tensor, moves: Moves, values: Values) -> torch.Tenso
     """
     if pixels_bchw.device.type != "cpu":
         return move_by_torch(pixels_bchw, moves, values)
-    moved_bchw = _resample(pixels_bchw, moves.theta_b23)
-    return _lit(moved_bchw, pixels_bchw, moves.light_b2, values)
-
-
-def _resample(pixels_bchw: torch.Tensor, theta_b23: torch.Tensor) -> torch.Tensor:
-    """Images moved by OpenCV, float32 (b, c, h, w), still in pixel values; as many at a time as torch has threads."""
-    height, width = pixels_bchw.shape[2:]
+    batch, _, height, width = pixels_bchw.shape
     pixels_bhwc = pixels_bchw.permute(0, 2, 3, 1).contiguous().numpy()
-    map_b23 = _pixel_maps(theta_b23, height, width).numpy()
-    moved_bhwc = np.empty_like(pixels_bhwc)
+    mean_b = torch.tensor([sum(cv2.mean(pixels)) / 3 for pixels in pixels_bhwc])
+    table_bcv = _value_tables(mean_b, moves.light_b2, values).numpy()
+    map_b23 = _pixel_maps(moves.theta_b23, height, width).numpy()
+    image_bchw = np.empty((batch, 3, height, width), dtype=np.float32)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 
     def work(row: int) -> None:
-        out = moved_bhwc[row]
-        cv2.warpAffine(
-            pixels_bhwc[row], map_b23[row], (width, height), out, flags=flags, borderMode=cv2.BORDER_REFLECT
+        moved_hwc = cv2.warpAffine(
+            pixels_bhwc[row], map_b23[row], (width, height), flags=flags, borderMode=cv2.BORDER_REFLECT
         )
+        for channel, plane in enumerate(cv2.split(moved_hwc)):
+            cv2.LUT(plane, table_bcv[row, channel], image_bchw[row, channel])
 
-    num_threads = min(torch.get_num_threads(), len(pixels_bhwc))
+    num_threads = min(torch.get_num_threads(), batch)
     if num_threads == 1:
-        for row in range(len(pixels_bhwc)):
+        for row in range(batch):
             work(row)
     else:
         with ThreadPoolExecutor(num_threads) as pool:
-            list(pool.map(work, range(len(pixels_bhwc))))
-    moved_bchw = torch.from_numpy(moved_bhwc).permute(0, 3, 1, 2)
-    return moved_bchw.to(torch.float32, memory_format=torch.contiguous_format)
+            list(pool.map(work, range(batch)))
+    return torch.from_numpy(image_bchw)
+
+
+def _value_tables(mean_b: torch.Tensor, light_b2: torch.Tensor, values: Values) -> torch.Tensor:
+    """What each of the 256 pixel values v becomes: lit anew, normalised; float32 (b, c, v)."""
+    scale_c1, shift_c1 = values.scale_c.view(1, 3, 1), values.shift_c.view(1, 3, 1)
+    gain_b, keep_b = light_b2.T.reshape(2, -1, 1, 1)
+    lit_b1v = (gain_b * torch.arange(256) + mean_b.view(-1, 1, 1) * keep_b).clamp_(0, 255)
+    return (lit_b1v * scale_c1 + shift_c1).contiguous()
 
 
 def _pixel_maps(theta_b23: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -150,16 +154,9 @@ def move_by_torch(pixels_bchw: torch.Tensor, moves: Moves, values: Values) -> to
     moved_bchw = F.grid_sample(
         image_bchw, grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )
-    return _lit(moved_bchw, image_bchw, light_b2, values)
-
-
-def _lit(
-    moved_bchw: torch.Tensor, image_bchw: torch.Tensor, light_b2: torch.Tensor, values: Values
-) -> torch.Tensor:
-    """Moved images lit anew about their mean before the move, and normalised; in place."""
     scale_c, shift_c = values.scale_c, values.shift_c
     gain_b, keep_b = light_b2.T.reshape(2, -1, 1, 1, 1)
-    offset_b = image_bchw.mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float32) * keep_b
+    offset_b = image_bchw.mean(dim=(1, 2, 3), keepdim=True) * keep_b
     lit_bchw = torch.addcmul(offset_b * scale_c + shift_c, moved_bchw, gain_b * scale_c, out=moved_bchw)
     return lit_bchw.clamp_(min=shift_c, max=255 * scale_c + shift_c)
 

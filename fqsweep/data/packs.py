@@ -8,6 +8,7 @@ it for the first time.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -195,7 +196,9 @@ def _copy_whole(target: Path, source: Path) -> None:
 def _require_room(folder: Path, *, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise InputError(_no_room(folder, needed_bytes, free_bytes))
+        # Its cause makes it a full disk to a sweep, which then stops, and no failure of a cell.
+        full = OSError(errno.ENOSPC, "No space left on device", str(folder))
+        raise InputError(_no_room(folder, needed_bytes, free_bytes)) from full
 
 
 def _no_room(folder: Path, needed_bytes: int, free_bytes: int) -> str:

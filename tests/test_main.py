@@ -105,7 +105,7 @@ def test_plan_as_json_counts_cells_and_shared_work(capsys: pytest.CaptureFixture
 def test_an_unknown_search_space_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "papr"]) == 2
     said = capsys.readouterr().err
-    assert "with fqsweep come: " in said and "demo, isic2019_cpu" in said
+    assert "with fqsweep come: " in said and "demo, evidence_isic2019, isic2019_cpu" in said
 
 
 @pytest.mark.parametrize(

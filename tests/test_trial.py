@@ -157,10 +157,10 @@ def test_the_same_cell_gives_the_same_metrics_to_the_last_digit(tmp_path: Path) 
 
 def test_learned_bits_move_and_stay_under_the_budget(folder: Path) -> None:
     budget = 1.5
-    moved = cell_of("baq", finetune_epochs=4, batch_size=16, finetune_learning_rate=1e-3).model_copy(
+    moved = cell_of("baq", finetune_epochs=8, batch_size=16, finetune_learning_rate=1e-3).model_copy(
         update={"budget_bits": budget}
     )
-    settings = moved.point.settings.model_copy(update={"bit_learning_rate": 0.1, "bitrate_weight": 0.0})
+    settings = moved.point.settings.model_copy(update={"bit_learning_rate": 0.3, "bitrate_weight": 0.0})
     moved = moved.model_copy(update={"point": moved.point.model_copy(update={"settings": settings})})
     fixed_point = MethodPoint(
         method="static", variant="s", settings=StaticMethod(method="static", finetune_epochs=0)
@@ -248,7 +248,7 @@ def test_layer_options_that_cannot_hold_fail_the_trial(
 
 
 def test_learning_neither_revives_a_dropped_channel_nor_drops_one(folder: Path) -> None:
-    learning = with_settings(BaqMethod(method="baq", bit_learning_rate=0.3), budget_bits=0.5)
+    learning = with_settings(BaqMethod(method="baq", bit_learning_rate=0.3, finetune_epochs=8), budget_bits=0.5)
     fixed = with_settings(StaticMethod(method="static", finetune_epochs=0), budget_bits=0.5)
     rows = [trial(cell, folder, key).layers for cell, key in ((learning, "alive"), (fixed, "still"))]
     dropped = [[row["units_at_0"] for row in layers] for layers in rows]

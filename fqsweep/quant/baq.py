@@ -26,12 +26,12 @@ from fqsweep.quant.convert import LearnedBitsWeight, quantisers_of
 from fqsweep.quant.units import UnitTable
 
 # Gradients of so many training steps make one step of the bits: less noise, and less work for a GPU's host.
-STEPS_GATHERED = 4
+STEPS_GATHERED = 2
 MOMENTUM = 0.9
 # Share of a gradient's mean square that the running mean of pure noise has.
 NOISE_FRAC = (1 - MOMENTUM) / (1 + MOMENTUM)
-# A mean moves a unit when its square is above so many times what noise alone makes of it (1.7 standard deviations).
-TIMES_NOISE = 3.0
+# A mean moves a unit when its square is above so many times what noise alone makes of it (1.4 standard deviations).
+TIMES_NOISE = 2.0
 SCALE_MOMENTUM = 0.97
 LARGEST_MOVE_BITS = 0.25
 # 16 candidates in each of 8 rounds narrow the shift down to 2^-32 of its range.

@@ -30,8 +30,8 @@ from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.setting import Setting
 
 FORMS = ("fracbits", "lsq")
-WIDTHS = (2, 3, 4)
-CHANNELS_A_LAYER = 8
+WIDTHS = (2, 4)
+CHANNELS_A_LAYER = 4
 
 
 def quantised(model: nn.Module, units: UnitTable, step_ub: np.ndarray, *, bits: int, form: str) -> nn.Module:

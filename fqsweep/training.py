@@ -157,8 +157,8 @@ def train(
 
     Args:
         evaluate: metrics on the validation split after each epoch; ``val/loss`` is needed for patience.
-        checkpoint: where the state after each epoch but the last is kept. Training goes on from it where there is
-            one, with the same results to the last digit as without the break; the caller removes it.
+        checkpoint: where the state after each epoch is kept. Training goes on from it where there is one, with
+            the same results to the last digit as without the break; the caller removes it.
 
     Raises:
         TrialError: a loss that is not finite, naming epoch and step.
@@ -175,7 +175,7 @@ def train(
             metrics[LEARNED_BITS] = float(plan.learned_bits.mean_bits().detach())
         recorder.log_metrics(metrics, epoch=run.epoch)
         run.end_epoch(metrics)
-        if checkpoint is not None and run.epoch < plan.epochs:  # the result follows the last one
+        if checkpoint is not None:
             checkpoint.save(run.state_dict())
     if plan.learned_bits is not None and not plan.frozen:
         run.freeze_bits()

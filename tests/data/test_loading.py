@@ -312,8 +312,24 @@ def test_a_gpu_gives_the_same_batches(augment: str) -> None:
     for here, there in zip(
         loader(augment=augment).epoch(0), loader(augment=augment, device="cuda").epoch(0), strict=True
     ):
-        assert torch.allclose(here.image_bchw, there.image_bchw.cpu(), atol=2e-2)
+        difference = (here.image_bchw - there.image_bchw.cpu()).abs()
+        # Moved images of random pixels: OpenCV rounds places and values on the CPU, torch does not.
+        assert float(difference.mean()) < (1e-3 if augment in ("none", "flips") else 0.06)
         assert torch.equal(here.label_b, there.label_b.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_first_batch_on_a_gpu_waits_for_what_its_loader_has_put_on_the_stream() -> None:
+    batches = loader(augment="none", device="cuda")
+    right = batches._values.scale_c.clone()
+    batches._values.scale_c.zero_()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(500_000_000)  # what follows on this stream happens a while later
+    batches._values.scale_c.copy_(right)
+    found = next(batches.epoch(0)).image_bchw
+    expected = next(loader(augment="none").epoch(0)).image_bchw
+    assert torch.allclose(found.cpu(), expected, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fqsweep.models import quantisable_layers
 from fqsweep.quant.blocks import Blocks
-from fqsweep.quant.convert import LearnedBitsWeight, QuantisedWeight, quantisers_of
+from fqsweep.quant.convert import LearnedBitsWeight, QuantisedWeight, lower_width, quantisers_of
 from fqsweep.quant.levels import limits_of
 
 
@@ -88,7 +88,7 @@ class AtOnce:
         """The lower width, and start step, limit and offset at it and above it; kept until the widths change."""
         version = self.learned[0].free_bits_u._version
         if self._kept is None or self._kept[0] != version:
-            low_u = self._lower_width(bits_u)
+            low_u = lower_width(bits_u, self.known_ub, self.smallest_u, self.largest_u)
             self._kept = (version, (low_u, self._grid_at(low_u), self._grid_at(low_u + 1)))
         return self._kept[1]
 
@@ -96,14 +96,6 @@ class AtOnce:
         limit_u1, offset_u1 = limits_of(width_u)
         start_u1 = self.step_ub.gather(1, width_u[:, None])
         return start_u1[:, 0], limit_u1[:, 0].contiguous(), offset_u1[:, 0].contiguous()
-
-    def _lower_width(self, bits_u: torch.Tensor) -> torch.Tensor:
-        """See ``LearnedBitsWeight``; here for all layers."""
-        bits_u = torch.where(bits_u.isnan(), self.smallest_u, bits_u)
-        low_u = torch.minimum(torch.maximum(bits_u.floor(), self.smallest_u), self.largest_u - 1).long()
-        above = self.known_ub.gather(1, (low_u + 1)[:, None])[:, 0]
-        below = self.known_ub.gather(1, (low_u - 1).clamp(min=0)[:, None])[:, 0] & (low_u > self.smallest_u)
-        return torch.where(~above & below, low_u - 1, low_u)
 
 
 def _original(layer: nn.Module) -> nn.Parameter:

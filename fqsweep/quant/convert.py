@@ -92,7 +92,7 @@ class LearnedBitsWeight(QuantisedWeight):
 
     def _quantised(self, weight: torch.Tensor) -> torch.Tensor:
         weight_un = as_units(weight, len(self.bits_u))
-        low_u = self._lower_width()
+        low_u = lower_width(self.free_bits_u.detach(), self.known_ub, self.smallest, self.largest)
         share_u1 = (self.free_bits_u - low_u)[:, None]
         if self.bit_gradient == "fracbits":
             low_step, high_step = self.steps_at(low_u), self.steps_at(low_u + 1)
@@ -104,18 +104,30 @@ class LearnedBitsWeight(QuantisedWeight):
         moved = (self.free_bits_u - self.free_bits_u.detach())[:, None]
         return (nearest + moved * slope).view(weight.shape)
 
-    def _lower_width(self) -> torch.Tensor:
-        """The lower of the two neighbouring widths, int64 (u,); at a ceiling the pair below it."""
-        bits_u = self.free_bits_u.detach().nan_to_num(nan=float(self.smallest))
-        low_u = bits_u.floor().clamp(self.smallest, self.largest - 1).long()
-        above = self.known_ub.gather(1, (low_u + 1)[:, None])[:, 0]
-        below = self.known_ub.gather(1, (low_u - 1).clamp(min=0)[:, None])[:, 0] & (low_u > self.smallest)
-        return torch.where(~above & below, low_u - 1, low_u)
-
     def _step_slope(self, quantised_un: torch.Tensor, weight_un: torch.Tensor) -> torch.Tensor:
         """d quantised / d bits through the step: (wq - w) times -ln2 2^(b-1) / (2^(b-1) - 1)."""
         levels = torch.exp2(self.free_bits_u.detach().clamp(min=2.0) - 1)
         return (quantised_un - weight_un).detach() * (-LN2 * levels / (levels - 1))[:, None]
+
+
+def lower_width(
+    bits_u: torch.Tensor,
+    known_ub: torch.Tensor,
+    smallest: torch.Tensor | float,
+    largest: torch.Tensor | float,
+) -> torch.Tensor:
+    """The lower of the two whole widths that a learned one lies between, int64 (u,); at a ceiling the pair below it.
+
+    Args:
+        bits_u: float (u,); one that is not a number counts as the smallest.
+        known_ub: bool (u, 9), which widths have steps.
+        smallest, largest: limits, one for all units or float (u,).
+    """
+    bits_u = torch.where(bits_u.isnan(), smallest, bits_u)
+    low_u = bits_u.floor().clamp(smallest, largest - 1).long()  # type: ignore[arg-type]
+    above = known_ub.gather(1, (low_u + 1)[:, None])[:, 0]
+    below = known_ub.gather(1, (low_u - 1).clamp(min=0)[:, None])[:, 0] & (low_u > smallest)
+    return torch.where(~above & below, low_u - 1, low_u)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from fqsweep.files import write_whole
 
 CHECKPOINT_VERSION = 1
-# Saving takes at most this share of the time: of very short epochs not each is saved.
-MAX_TIME_FRAC = 0.05
+# Saving takes at most this share of the time: of short epochs not each is saved.
+MAX_TIME_FRAC = 0.02
+# What a first save is expected to reach; later ones go by what the last one took.
+EXPECTED_BYTES_A_SECOND = 4e8
 
 
 @dataclass
@@ -29,13 +32,14 @@ class Checkpoint:
 
     path: Path
     max_time_frac: float = MAX_TIME_FRAC
-    _last_save_s: float = 0.0
+    _last_save_s: float | None = None
     _last_end: float = field(default_factory=time.perf_counter)
 
     def save(self, state: dict[str, Any]) -> None:
         """Store ``state`` (tensors, numbers, text and containers of them), if it is time to."""
         start = time.perf_counter()
-        if self.max_time_frac * (start - self._last_end + self._last_save_s) < self._last_save_s:
+        save_s = _num_bytes(state) / EXPECTED_BYTES_A_SECOND if self._last_save_s is None else self._last_save_s
+        if self.max_time_frac * (start - self._last_end + save_s) < save_s:
             return
         # Not synced: after a loss of power a damaged file is as good as none, training starts anew.
         versioned = {"version": CHECKPOINT_VERSION, **state}
@@ -59,6 +63,15 @@ class Checkpoint:
     def remove(self) -> None:
         """Delete the file; its run has a result."""
         self.path.unlink(missing_ok=True)
+
+
+def _num_bytes(state: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, Mapping):
+        return sum(map(_num_bytes, state.values()))
+    return sum(map(_num_bytes, state)) if isinstance(state, list | tuple) else 0
 
 
 def random_state() -> dict[str, Any]:

@@ -7,11 +7,15 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 MAX_LABELLED_LAYERS = 30
 MAX_LABELLED_CLASSES = 12
+# Margins are set, in inches, rather than found by matplotlib's layout engine, which takes as long as the drawing.
+INCHES_A_LETTER = 0.075  # of a 7 point label, generously
+BAR_WIDTH, BAR_MARGIN = 0.12, 0.65
 
 
 def draw_bits(layers: Sequence[dict[str, Any]], *, title: str) -> bytes:
@@ -24,9 +28,9 @@ def draw_bits(layers: Sequence[dict[str, Any]], *, title: str) -> bytes:
     count_lb = np.array([[row[f"units_at_{b}"] for b in range(9)] for row in layers], dtype=float)
     share_lb = count_lb / np.maximum(count_lb.sum(axis=1, keepdims=True), 1)
     mean_l = np.array([row["mean_bits"] for row in layers])
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    names = [row["layer"] for row in layers]
+    below = 0.15 + INCHES_A_LETTER * _longest(names)
+    figure, (axes,), bar = _framed(1, width=7.5, height=2.6, left=0.5, below=below, above=0.3)
     image = axes.imshow(share_lb.T, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=1)
     axes.plot(mean_l, color="white", linewidth=3)
     axes.plot(mean_l, color="#d55e00", linewidth=1.5, label="mean of the layer")
@@ -35,10 +39,10 @@ def draw_bits(layers: Sequence[dict[str, Any]], *, title: str) -> bytes:
     axes.set_ylim(-0.5, 8.5)
     every = max(1, -(-len(layers) // MAX_LABELLED_LAYERS))
     places = range(0, len(layers), every)
-    axes.set_xticks(list(places), [layers[i]["layer"] for i in places], rotation=90, fontsize=7)
+    axes.set_xticks(list(places), [names[i] for i in places], rotation=90, fontsize=7)
     axes.set_title(title, fontsize=9, loc="left")
     axes.legend(fontsize=7, loc="upper right")
-    figure.colorbar(image, ax=axes, label="share of units")
+    figure.colorbar(image, cax=bar, label="share of units")
     return _as_png(figure)
 
 
@@ -53,18 +57,40 @@ def draw_confusion(
         title: what the picture is of.
     """
     share_gtp = confusion_gtp / np.maximum(confusion_gtp.sum(axis=2, keepdims=True), 1)
-    figure = Figure(figsize=(1.2 + 3.2 * len(groups), 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes_g = figure.subplots(1, len(groups), squeeze=False)[0]
+    named = len(classes) <= MAX_LABELLED_CLASSES
+    margin = 0.35 + (INCHES_A_LETTER * _longest(classes) if named else 0.0)
+    figure, axes_g, bar = _framed(len(groups), width=2.4, height=2.4, left=margin, below=margin, above=0.6)
     for axes, name, share_tp, count_tp in zip(axes_g, groups, share_gtp, confusion_gtp, strict=True):
         image = axes.imshow(share_tp, cmap="cividis", vmin=0, vmax=1)
         axes.set_title(f"{name}: {int(count_tp.sum())} images".replace("$", r"\$"), fontsize=8)
         axes.set_xlabel("predicted", fontsize=8)
         _name_classes(axes, share_tp, classes)
     axes_g[0].set_ylabel("true", fontsize=8)
-    figure.colorbar(image, ax=axes_g, label="share of the true class")
+    figure.colorbar(image, cax=bar, label="share of the true class")
     figure.suptitle(title.replace("$", r"\$"), fontsize=9, x=0.01, ha="left")
     return _as_png(figure)
+
+
+def _longest(names: Sequence[str]) -> int:
+    """Letters of the longest name."""
+    return max(map(len, names), default=0)
+
+
+def _framed(
+    num_plots: int, *, width: float, height: float, left: float, below: float, above: float
+) -> tuple[Figure, list[Axes], Axes]:
+    """A figure of plots side by side and a colour bar at the right; sizes and margins of one plot in inches."""
+    whole_width = num_plots * (left + width) + BAR_MARGIN + 0.1
+    whole_height = below + height + above
+    figure = Figure(figsize=(whole_width, whole_height))
+    FigureCanvasAgg(figure)
+
+    def place(from_left: float, wide: float) -> Axes:
+        shares = (from_left / whole_width, below / whole_height, wide / whole_width, height / whole_height)
+        return figure.add_axes(shares)
+
+    plots = [place(i * (left + width) + left, width) for i in range(num_plots)]
+    return figure, plots, place(num_plots * (left + width) + 0.1, BAR_WIDTH)
 
 
 def _name_classes(axes: Any, share_tp: np.ndarray, classes: Sequence[str]) -> None:

@@ -107,6 +107,14 @@ def kill_worker_of(driver: int) -> bool:
     return False
 
 
+def parent_of(pid: int) -> int:
+    """The process id of a process's parent; 0 where it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
 def _descendants(root: int) -> list[int]:
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():

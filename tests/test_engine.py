@@ -27,7 +27,7 @@ from engine import (
 )
 from ray_cluster import ClusterProcess
 from small_disk import fill_up, mounted
-from sweeps import done_trials, events, wait_for
+from sweeps import done_trials, events, parent_of, wait_for, write_tiny
 
 from fqsweep.control import ask_to_stop, clear_failures, look
 from fqsweep.files import SweepPaths
@@ -35,6 +35,18 @@ from fqsweep.files import SweepPaths
 pytestmark = pytest.mark.slow
 # Two seeds: fp32, uniform, two budgets of static (two trials each) and of baq.
 NUM_TRIALS = 2 * (1 + 1 + 4 + 2)
+ON_TWO_NODES = """
+name: nodes
+datasets:
+  - {kind: synthderm, group_attributes: [skin_tone], image_size: 32, num_images: 300, min_group_count: 5}
+architectures: [test_resnet]
+budgets_bits: [3]
+seeds: [0, 1, 2, 3, 4, 5]
+methods: [{method: fp32}, {method: static, finetune_epochs: 0}]
+recipe: {epochs: EPOCHS, batch_size: 32, calibration_images: 30}
+search: {trials_per_cell: 1}
+resources: {cpus_per_trial: 1}
+"""
 TITLE = "synthderm/skin_tone test_resnet uniform-4 seed 1"
 
 
@@ -172,6 +184,34 @@ def test_a_node_that_dies_gives_its_trials_to_the_others(tmp_path: Path, cluster
     assert wait_driver(driver) == 0, said(out)
     assert any("worker process died" in str(line["reason"]) for line in events(out, "lost"))
     assert_books_agree(space, out, trials=2 * NUM_TRIALS)
+
+
+def test_training_on_a_node_that_dies_goes_on_elsewhere_from_its_last_epoch(
+    tmp_path: Path, cluster: ClusterProcess
+) -> None:
+    """Real work on two nodes: packs, parents and results of one are found by the other."""
+    raylet = cluster.add_node()
+    space = write_tiny(tmp_path, epochs=30, text=ON_TWO_NODES)
+    out = tmp_path / "out"
+    driver = fork_driver(space, out, address=cluster.address, work="fqsweep.work")
+    found: dict[int, Path] = {}
+
+    def trains_on_the_second_node() -> bool:
+        for log in (out / "logs").glob("*.log"):
+            text = log.read_text()
+            pid = int(text.partition("] start: ")[0].rpartition("[")[2])
+            saved = SweepPaths(out).checkpoint(log.stem).exists()
+            if saved and "epoch 25:" not in text and parent_of(pid) == raylet:
+                found[pid] = log
+        return bool(found)
+
+    wait_for(trains_on_the_second_node, what="a parent that trains on the second node", timeout_s=240)
+    for pid in (raylet, *found):  # a machine takes its processes along
+        os.kill(pid, signal.SIGKILL)
+    assert wait_driver(driver) == 0, said(out)
+    assert any("worker process died" in str(line["reason"]) for line in events(out, "lost"))
+    assert all("training goes on after epoch" in log.read_text() for log in found.values())
+    assert_books_agree(space, out, trials=12)
 
 
 @pytest.fixture

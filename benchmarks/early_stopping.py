@@ -67,6 +67,8 @@ class Recorded:
 
     def give_up(self, *_given: Any) -> None: ...
 
+    def chosen(self, *_given: Any) -> None: ...
+
 
 def write_space(folder: Path, *, network: str, trials: int, epochs: int, images: int) -> Path:
     """The demo with nothing but its cells that have free weights, more trials in each, and no rule."""

@@ -89,6 +89,10 @@ def run_plain(_folder: Path, num_trials: int) -> dict[str, Any]:
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             return True
 
+        def save_checkpoint(self, checkpoint_dir: str) -> None: ...  # asked for at the end of a trial
+
+        def load_checkpoint(self, checkpoint: Any) -> None: ...
+
     ends: list[float] = []
 
     class Clock(tune.Callback):
@@ -147,6 +151,8 @@ def simulate(slots: int) -> tuple[int, float, float]:
         def prune(self, *_given: Any) -> None: ...
 
         def give_up(self, *_given: Any) -> None: ...
+
+        def chosen(self, *_given: Any) -> None: ...
 
     text = SPACE.replace("SEEDS", str(list(range(25)))).replace("[test_resnet]", "[test_resnet, resnet18]")
     text = text.replace("[1, 3]", "[0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 6]").replace(

@@ -42,6 +42,9 @@ class FixedWeights:
     def give_up(self, cell: Cell, number: int) -> None:
         """See ``tell``."""
 
+    def chosen(self, cell: Cell) -> dict[str, float] | None:
+        """Nothing is searched."""
+
 
 def start_pool(workers: int) -> ProcessPoolExecutor:
     """Fresh processes: a forked one could not use CUDA."""

@@ -527,12 +527,15 @@ class SearchConfig(Record):
         objectives: metrics to optimise, validation only; directions come from ``fqsweep.names``.
         sampler: ``tpe`` or ``nsga2``.
         early_stopping: which rule of ``fqsweep.stopping`` ends unpromising trials on validation data, or ``none``.
+        repeat_seeds: seeds beside ``seeds`` in which nothing is searched: a cell with free weights has one trial
+            there, with the weights that its first seed chose on validation data; other cells are as in any seed.
     """
 
     trials_per_cell: int = Field(default=4, ge=1)
     objectives: tuple[str, ...] = ("val/acc_worst", "bits/mean_weight")
     sampler: Literal["tpe", "nsga2"] = "tpe"
     early_stopping: EarlyStopping = "median"
+    repeat_seeds: tuple[int, ...] = ()
     seed: int = 0
 
     @model_validator(mode="after")

@@ -193,7 +193,7 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
         elif key in book.failed:
             driver.state.adopt_failure(task, str(book.failed[key].get("reason", "")))
     for cell in list(driver.state.cells):
-        for task in _tasks_asked_before(cell, studies):
+        for task in _tasks_asked_before(cell, driver.state, studies):
             if driver.paths.result(task.key).exists():
                 result = read_result(driver.paths.result(task.key))
                 driver.record(result)
@@ -208,9 +208,14 @@ def _whole(paths: SweepPaths, task: Task) -> Path:
     return paths.baseline(task.key) / "meta.json" if task.kind == "baseline" else paths.importance(task.key)
 
 
-def _tasks_asked_before(state: CellState, studies: OptunaStudies) -> list[Task]:
+def _tasks_asked_before(state: CellState, sweep: SweepState, studies: OptunaStudies) -> list[Task]:
+    """Trials that an earlier start may have handed out; a cell that repeats stands behind the one it repeats."""
     cell = state.cell
-    asked = studies.asked_before(cell) if cell.point.free_weights else [(0, {})]
+    weights_to_repeat = sweep.weights_to_repeat(state)
+    if weights_to_repeat is None:
+        return []
+    searches = cell.point.free_weights and state.repeats is None
+    asked = studies.asked_before(cell) if searches else [(0, weights_to_repeat)]
     return [
         Task(
             key=trial_key(cell, number=number, weights=weights),

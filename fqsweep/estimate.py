@@ -160,7 +160,11 @@ def describe_plan(space: SearchSpace, plan: Plan) -> str:
     lines.append(
         f"  budgets       {'; '.join(budgets) or 'none'} (bits: mean per weight; B: bytes of the file)"
     )
-    lines.append(f"  seeds         {', '.join(map(str, space.seeds))}")
+    repeated = ", ".join(map(str, space.search.repeat_seeds))
+    lines.append(
+        f"  seeds         {', '.join(map(str, space.seeds))}"
+        + (f"; with the weights chosen in {space.seeds[0]}: {repeated}" if repeated else "")
+    )
     lines += ["", *_method_rows(space), ""]
     lines.append(
         f"shared: {plan.num_baselines} full-precision parents and {plan.num_importance} cost tables, each made once"

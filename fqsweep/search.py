@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fqsweep.config import SearchConfig, SearchSpace
-from fqsweep.space import Cell, expand_cells, trial_key
+from fqsweep.space import Cell, expand_cells, searched_cell, trial_key
 from fqsweep.stopping import Curve, set_bars
 from fqsweep.tasks import Task
 
@@ -37,6 +37,10 @@ class Study(Protocol):
         """The trial failed for good."""
         ...
 
+    def chosen(self, cell: Cell) -> dict[str, float] | None:
+        """The weights of the cell's trial that is best on validation data, None where no trial ended whole."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
@@ -49,11 +53,16 @@ class Failure:
 
 @dataclass
 class CellState:
-    """How far a cell is: trials wanted, handed out, ended (``pruned`` ones are among ``done``)."""
+    """How far a cell is: trials wanted, handed out, ended (``pruned`` ones are among ``done``).
+
+    Attributes:
+        repeats: key of the cell whose chosen weights this one takes once its search is over; None for all others.
+    """
 
     cell: Cell
     wanted: int
     needs: tuple[str, ...]
+    repeats: str | None = None
     asked: int = 0
     done: int = 0
     failed: int = 0
@@ -63,6 +72,10 @@ class CellState:
     @property
     def open(self) -> bool:
         return self.asked < self.wanted
+
+    @property
+    def ended(self) -> bool:
+        return self.done + self.failed >= self.wanted
 
     @property
     def key(self) -> str:
@@ -119,6 +132,10 @@ class SweepState:
         for item in items:
             for key in item.needs:
                 self._waiters[key].append(item)
+        self._repeats: dict[str, list[CellState]] = defaultdict(list)
+        for state in self.cells:
+            if state.repeats is not None:
+                self._repeats[state.repeats].append(state)
         self._rank = dict(self._cost)
         for task in sorted(self.shared.values(), key=lambda task: -len(task.needs)):
             self._rank[task.key] += max((self._rank[w.key] for w in self._waiters[task.key]), default=0.0)
@@ -139,7 +156,8 @@ class SweepState:
         return item if isinstance(item, Task) else self._probe[item.key]
 
     def _queue_if_ready(self, item: Waiting) -> None:
-        if all(key in self.done for key in item.needs):
+        is_searched = not isinstance(item, CellState) or self.weights_to_repeat(item) is not None
+        if is_searched and all(key in self.done for key in item.needs):
             heap = self._ready.setdefault(self._shape(item), [])
             heapq.heappush(heap, (0, -self._rank[item.key], self._place[item.key], item))
 
@@ -196,9 +214,18 @@ class SweepState:
         state.asked += 1
         if not state.cell.point.free_weights:
             return self._probe[state.key]
+        if state.repeats is not None:
+            return _trial(state.cell, 0, self.weights_to_repeat(state) or {}, state.needs)
         number, weights = self.study.ask(state.cell)
         bars = set_bars(state.curves, rule=self.search.early_stopping, objectives=self.search.objectives)
         return _trial(state.cell, number, weights, state.needs).model_copy(update={"bars": bars})
+
+    def weights_to_repeat(self, state: CellState) -> dict[str, float] | None:
+        """What the search that this cell repeats has chosen: None before it is over, nothing where there is none."""
+        if state.repeats is None:
+            return {}
+        source = self._by_key[state.repeats]
+        return self.study.chosen(source.cell) if source.ended else None
 
     # --- telling ---
 
@@ -223,7 +250,7 @@ class SweepState:
         state.done += 1
         pruned = curve is not None and not curve.whole
         state.pruned += pruned
-        if not task.weights:
+        if not task.weights or state.repeats is not None:
             return
         if curve is not None:
             state.curves.append(curve)
@@ -231,6 +258,20 @@ class SweepState:
             self.study.prune(task.cell, task.number)
         elif metrics is not None:
             self.study.tell(task.cell, task.number, metrics)
+        self._start_repeats(state)
+
+    def _start_repeats(self, state: CellState) -> tuple[str, ...]:
+        """What waits for this cell's search comes next, if it is over; names what can never run instead."""
+        if not state.ended:
+            return ()
+        blocked = []
+        for repeat in self._repeats[state.key]:
+            if self.weights_to_repeat(repeat) is not None:
+                self._queue_if_ready(repeat)
+            elif repeat.open:
+                repeat.failed, repeat.asked = repeat.wanted, repeat.wanted
+                blocked.append(repeat.cell.title)
+        return tuple(blocked)
 
     def adopt(self, task: Task, metrics: Mapping[str, float], curve: Curve | None = None) -> None:
         """A trial that an earlier start finished: it counts as asked for and done."""
@@ -268,10 +309,11 @@ class SweepState:
     def _give_up(self, task: Task, reason: str) -> None:
         self.failed.add(task.key)
         if task.kind == "trial":
-            self._by_key[task.cell.key].failed += 1
-            if task.weights:
+            state = self._by_key[task.cell.key]
+            state.failed += 1
+            if task.weights and state.repeats is None:
                 self.study.give_up(task.cell, task.number)
-            self.failures.append(Failure(task=task, reason=reason, blocked=()))
+            self.failures.append(Failure(task=task, reason=reason, blocked=self._start_repeats(state)))
             return
         # Whatever needs a failed shared task, directly or through another, cannot run.
         self.failed |= {w.key for w in self._waiters[task.key] if isinstance(w, Task)}
@@ -279,7 +321,9 @@ class SweepState:
         for state in blocked:
             state.failed += state.wanted - state.asked
             state.asked = state.wanted
-        self.failures.append(Failure(task=task, reason=reason, blocked=tuple(s.cell.title for s in blocked)))
+        titles = [state.cell.title for state in blocked]
+        titles += [title for state in blocked for title in self._start_repeats(state)]
+        self.failures.append(Failure(task=task, reason=reason, blocked=tuple(titles)))
 
     # --- looking ---
 
@@ -341,21 +385,24 @@ def shared_tasks(cells: Iterable[Cell]) -> dict[str, Task]:
 
 
 def trials_wanted(cell: Cell, search: SearchConfig) -> int:
-    """Trials of a cell: one, or as many as the search has where weights are free."""
-    return search.trials_per_cell if cell.point.free_weights else 1
+    """Trials of a cell: one, or as many as the search has where weights are free and searched in its seed."""
+    return search.trials_per_cell if cell.point.free_weights and cell.seed not in search.repeat_seeds else 1
 
 
 def plan_sweep(space: SearchSpace, study: Study, cost: Callable[[Task], float]) -> SweepState:
     """The state of a sweep of which nothing is done."""
     cells = expand_cells(space)
-    states = [
-        CellState(
-            cell=cell,
-            wanted=trials_wanted(cell, space.search),
-            needs=tuple(key for key in (cell.baseline_key, cell.importance_key) if key is not None),
+    states = []
+    for cell in cells:
+        source = searched_cell(space, cell)
+        states.append(
+            CellState(
+                cell=cell,
+                wanted=trials_wanted(cell, space.search),
+                needs=tuple(key for key in (cell.baseline_key, cell.importance_key) if key is not None),
+                repeats=None if source is None else source.key,
+            )
         )
-        for cell in cells
-    ]
     return SweepState(
         cells=states,
         shared=shared_tasks(cells),

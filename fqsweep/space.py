@@ -28,6 +28,7 @@ from fqsweep.config import (
     Granularity,
     RecipeMethod,
     Record,
+    SearchConfig,
     SearchSpace,
     StaticMethod,
     TrainingRecipe,
@@ -363,6 +364,7 @@ def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
     yield from _check_unique(("datasets",), [d.name for d in space.datasets])
     yield from _check_unique(("architectures",), [a.name for a in space.architectures])
     yield from _check_unique(("seeds",), [str(s) for s in space.seeds])
+    yield from _check_repeat_seeds(space)
     yield from _check_unique(("budgets_bits",), [f"{b:g}" for b in space.budgets_bits])
     yield from _check_unique(("budgets_bytes",), [str(b) for b in space.budgets_bytes])
     yield from _check_unique(("methods",), [point.variant for point in method_points(space)])
@@ -386,6 +388,16 @@ def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
                     )
 
 
+def _check_repeat_seeds(space: SearchSpace) -> Iterator[tuple[Location, str]]:
+    """A seed is searched or repeated, not both."""
+    loc = ("search", "repeat_seeds")
+    repeated = space.search.repeat_seeds
+    yield from _check_unique(loc, [str(s) for s in repeated])
+    for index, seed in enumerate(repeated):
+        if seed in space.seeds:
+            yield (*loc, index), f"{seed} stands in seeds too, where weights are searched; leave it out of one"
+
+
 def _check_distinct_rows(space: SearchSpace) -> Iterator[tuple[Location, str]]:
     """Rows that differ in their label alone would be one cell under two names."""
     first: dict[str, str] = {}
@@ -394,6 +406,7 @@ def _check_distinct_rows(space: SearchSpace) -> Iterator[tuple[Location, str]]:
             "datasets": space.datasets[:1],
             "architectures": space.architectures[:1],
             "seeds": space.seeds[:1],
+            "search": SearchConfig(),
         }
     )
     clashes = set()
@@ -466,7 +479,7 @@ def expand_cells(space: SearchSpace) -> list[Cell]:
     for dataset in space.datasets:
         for attribute in dataset.group_attributes:
             for architecture in space.architectures:
-                for seed in space.seeds:
+                for seed in (*space.seeds, *space.search.repeat_seeds):
                     for point in method_points(space):
                         cells += [
                             Cell(
@@ -482,6 +495,13 @@ def expand_cells(space: SearchSpace) -> list[Cell]:
                             for budget_bits, budget_bytes in _budgets(space, point)
                         ]
     return cells
+
+
+def searched_cell(space: SearchSpace, cell: Cell) -> Cell | None:
+    """The cell whose chosen weights this one repeats under another seed, None where it does not."""
+    if not cell.point.free_weights or cell.seed not in space.search.repeat_seeds:
+        return None
+    return Cell(**{**dict(cell), "seed": space.seeds[0]})
 
 
 def trial_key(cell: Cell, *, number: int, weights: dict[str, float]) -> str:

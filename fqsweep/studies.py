@@ -77,6 +77,18 @@ class OptunaStudies:
         """See ``search.Study.give_up``."""
         self._study(cell).tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
+    def chosen(self, cell: Cell) -> dict[str, float] | None:
+        """See ``search.Study.chosen``."""
+        best = self._best(cell)
+        return None if best is None else dict(best.params)
+
+    def _best(self, cell: Cell) -> optuna.trial.FrozenTrial | None:
+        """Of the cell's trials that ended whole, the best by ``_worth``; the first of several."""
+        if self._find_study(cell) is None:
+            return None
+        ended = self._study(cell).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return max(ended, key=lambda trial: self._worth(trial.values), default=None)
+
     def asked_before(self, cell: Cell) -> list[tuple[int, dict[str, float]]]:
         """Numbers and values of the trials that an earlier start asked for, however they ended."""
         if self._find_study(cell) is None:
@@ -89,11 +101,8 @@ class OptunaStudies:
         if study.user_attrs.get(WARM_START):
             return
         for neighbour in self._neighbours(cell):
-            if self._find_study(neighbour) is None:
-                continue
-            ended = self._study(neighbour).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if ended:
-                best = max(ended, key=lambda trial: self._worth(trial.values))
+            best = self._best(neighbour)
+            if best is not None:
                 study.enqueue_trial(dict(best.params), skip_if_exists=True)
                 study.set_user_attr(WARM_START, f"{neighbour.title}, trial {best.number}")
                 return

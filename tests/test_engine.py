@@ -61,7 +61,12 @@ def cluster() -> Iterator[ClusterProcess]:
 def test_a_driver_killed_at_20_random_moments_does_every_cell_once(
     tmp_path: Path, cluster: ClusterProcess
 ) -> None:
-    space, out = write_cheap(tmp_path, ("seeds: [0, 1]", f"seeds: {list(range(10))}"), sleep_s=0.25)
+    space, out = write_cheap(
+        tmp_path,
+        ("seeds: [0, 1]", f"seeds: {list(range(10))}"),
+        ("trials_per_cell: 2}", "trials_per_cell: 2, repeat_seeds: [10, 11]}"),
+        sleep_s=0.25,
+    )
     generator = random.Random(0)
     kills = 0
     for turn in range(40):
@@ -77,7 +82,7 @@ def test_a_driver_killed_at_20_random_moments_does_every_cell_once(
             break
     assert kills == 20, said(out)
     assert run_driver(space, out, address=cluster.address) == 0, said(out)
-    assert_books_agree(space, out, trials=10 * 8)
+    assert_books_agree(space, out, trials=10 * 8 + 2 * 6)
 
 
 def test_each_fault_costs_what_it_must_and_retry_clears_what_failed(

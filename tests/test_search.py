@@ -46,6 +46,10 @@ class FakeStudy:
     def tell(self, cell: Cell, number: int, metrics: Mapping[str, float]) -> None:
         self.told.append((cell.key, number))
 
+    def chosen(self, cell: Cell) -> dict[str, float] | None:
+        told = [number for key, number in self.told if key == cell.key]
+        return {name: float(told[-1]) for name in cell.point.free_weights} if told else None
+
     def prune(self, cell: Cell, number: int) -> None:
         self.pruned.append((cell.key, number))
 
@@ -119,6 +123,62 @@ def test_every_task_runs_once_and_after_what_it_needs(tmp_path: Path, slots: int
     assert state.counts() == {"done": 12, "failed": 0, "running": 0, "waiting": 0}
     assert len(study.told) == 8
     assert state.failures == []
+
+
+REPEATED = ("{trials_per_cell: 2}", "{trials_per_cell: 2, repeat_seeds: [7, 8]}")
+
+
+@pytest.mark.parametrize("slots", [1, 3, 50])
+def test_other_seeds_repeat_what_the_first_seed_chose(tmp_path: Path, slots: int) -> None:
+    study = FakeStudy()
+    state = plan_sweep(small_space(tmp_path, REPEATED), study, one_each)
+    _, log = simulate(state, slots=slots, duration=one_each)
+    repeats = [(start, task) for start, _, task in log if task.kind == "trial" and task.cell.seed in (7, 8)]
+    # Each of the two seeds: fp32, uniform, two static cells of one trial, two of baq.
+    assert len(repeats) == 2 * 6
+    weighted = [(start, task) for start, task in repeats if task.weights]
+    assert len(weighted) == 4
+    for start, task in weighted:
+        searched = [
+            (end, other)
+            for _, end, other in log
+            if other.weights and other.cell.seed == 0 and other.cell.budget_bits == task.cell.budget_bits
+        ]
+        assert len(searched) == 2 and start >= max(end for end, _ in searched)
+        assert dict(task.weights) == study.chosen(searched[0][1].cell)
+    assert len(study.told) == 8, "the study of the first seeds alone is told"
+    assert state.finished and state.counts()["waiting"] == 0
+
+
+def test_a_search_without_a_single_result_blocks_its_repeats_by_name(tmp_path: Path) -> None:
+    state = plan_sweep(small_space(tmp_path, REPEATED), FakeStudy(), one_each)
+
+    def ends(task: Task, _attempt: int) -> str:
+        searches = task.weights and task.cell.seed == 0 and task.cell.budget_bits == 1
+        return "no good" if searches else "done"
+
+    _, log = simulate(state, slots=2, duration=one_each, ends=ends)
+    blocked = [title for failure in state.failures for title in failure.blocked]
+    assert sorted(blocked) == [f"synthderm/skin_tone test_resnet static@1 seed {seed}" for seed in (7, 8)]
+    assert {task.cell.budget_bits for _, _, task in log if task.weights and task.cell.seed == 7} == {3}
+    assert state.finished and state.counts()["failed"] == 3
+
+
+def test_a_repeat_that_an_earlier_start_did_is_adopted_with_its_weights(tmp_path: Path) -> None:
+    space = small_space(tmp_path, REPEATED)
+    study = FakeStudy()
+    first = plan_sweep(space, study, one_each)
+    _, log = simulate(first, slots=2, duration=one_each)
+    again = plan_sweep(space, study, one_each)
+    for task in again.shared.values():
+        again.complete(task)
+    for cell in again.cells:
+        weights = again.weights_to_repeat(cell)
+        assert weights is not None, "a cell that repeats stands behind the one it repeats"
+        for _, _, task in log:
+            if task.kind == "trial" and task.cell.key == cell.key:
+                again.adopt(task, METRICS)
+    assert again.finished and again.next_task() is None
 
 
 def thousand_cells(folder: Path) -> SearchSpace:

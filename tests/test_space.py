@@ -261,6 +261,8 @@ WRONG = [
     ("seeds: [0, 1]\n", "seed: [0, 1]\n", "seed: unknown key; did you mean 'seeds'?"),
     ("seeds: [0, 1]", "seeds: [0, 1, 0]", "9: seeds[2]: '0' stands here twice"),
     ("seeds: [0, 1]", "seeds: []", "9: seeds: "),
+    ("cell: 2}", "cell: 2, repeat_seeds: [1, 5]}", "search.repeat_seeds[0]: 1 stands in seeds too"),
+    ("cell: 2}", "cell: 2, repeat_seeds: [5, 5]}", "search.repeat_seeds[1]: '5' stands here twice"),
     ("method: baq", "method: bqa", "method 'bqa' is not known; did you mean 'baq'?"),
     ("  - method: fp32\n", "  - label: x\n", "methods[0]: method is required"),
     ("kind: synthderm", "kind: synthdrem", "kind 'synthdrem' is not known; did you mean 'synthderm'?"),

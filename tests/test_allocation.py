@@ -158,6 +158,26 @@ def test_the_groups_losses_turn_the_worst_increase_into_the_worst_resulting_loss
     assert allocation.objective == 10.0
 
 
+@pytest.mark.parametrize("objective", ["minimax", "gap"])
+def test_many_units_have_a_tight_bound_also_with_the_groups_losses(objective: Any) -> None:
+    generator = np.random.default_rng(0)
+    rate = generator.lognormal(0, 1.5, size=(3, 400, 1)) * generator.uniform(0.5, 1.5, size=(3, 400, 1))
+    cost = rate * 4.0 ** -np.arange(9.0)
+    weights = generator.integers(9, 400, size=400)
+    allocation = allocate_bits(
+        cost, weights, budget_bits=2, choices=range(9), objective=objective, group_offset=[0.0, 3.0, 9.0]
+    )
+    assert allocation.lower_bound <= allocation.objective * (1 + 1e-9)
+    assert allocation.objective - allocation.lower_bound <= 5e-3 * allocation.objective
+
+
+def test_what_is_left_does_not_buy_the_second_step_of_a_unit_without_the_first() -> None:
+    # 3 bits are left: a first step costs 4, a second one 1.
+    cost = np.tile(np.array([10.0, 1.0, 0.0]), (1, 300, 1))
+    allocation = allocate_bits(cost, np.ones(300, dtype=int), budget_bits=0.01, choices=[0, 4, 5])
+    assert allocation.bits_u.sum() == 0 and allocation.objective == 3000.0
+
+
 def test_gap_does_not_make_the_better_group_worse_only_to_be_level() -> None:
     # Unit 0 matters to group 1 alone: without the mean in the objective, dropping it would close the gap for free.
     cost = np.array([[[0.0, 0.0], [3.0, 0.0]], [[4.0, 0.0], [0.0, 0.0]]])

@@ -142,6 +142,14 @@ def test_the_gap_gives_no_gradient_where_one_of_its_groups_is_missing() -> None:
     assert loss_b.grad is not None and loss_b.grad.tolist() == [0.0, 0.0]
 
 
+def test_the_gap_gives_no_gradient_where_its_best_group_is_missing() -> None:
+    regulariser = GroupRegulariser("gap", 2)
+    regulariser(torch.tensor([1.0, 4.0]), torch.tensor([0, 1]))
+    loss_b = torch.tensor([4.0, 4.0], requires_grad=True)
+    regulariser(loss_b, torch.tensor([1, 1])).backward()
+    assert loss_b.grad is not None and loss_b.grad.tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("settle_epoch", [0.0, 0.5, 2.9, 3.0])
 def test_learned_bits_are_frozen_once_however_short_the_settling(settle_epoch: float) -> None:
     calls: list[int] = []

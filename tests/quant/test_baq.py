@@ -206,6 +206,19 @@ def test_a_unit_whose_gradient_is_noise_stays_while_one_with_a_steady_gradient_m
     assert np.sqrt(np.square(moved[100:]).mean()) < 0.1
 
 
+def test_units_move_by_their_gradient_a_weight() -> None:
+    """A unit of four times the weights needs four times the gradient for the same move."""
+    model = nn.Sequential(nn.Linear(40, 1, bias=False), nn.Linear(10, 1, bias=False))
+    learned, units = learner(model, bits=4, budget=8.0, rate=0.02)
+    assert units.num_weights_u.tolist() == [40, 10]
+    for _ in range(6 * STEPS_GATHERED):
+        for parameter, gradient in zip(learned.parameters, (4.0, 1.0), strict=True):
+            parameter.grad = torch.tensor([gradient]) + (0.0 if parameter.grad is None else parameter.grad)
+        learned.step(rate_frac=1.0)
+    wide, narrow = learned.values()
+    assert wide < 3.95 and wide == pytest.approx(narrow, abs=1e-5)
+
+
 def test_the_first_gradient_alone_moves_nothing() -> None:
     learned, _ = learner(nn.Sequential(nn.Linear(10, 3)), bits=4, budget=8.0)
     push(learned, torch.tensor([1.0, -1.0, 3.0]), moves=1)

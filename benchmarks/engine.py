@@ -18,10 +18,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.result_file import result_parser, write_result
 
@@ -53,8 +56,22 @@ def write_space(folder: Path, num_trials: int) -> Path:
 # --- parts that run in processes of their own ----------------------------------------------------
 
 
+class ProcessorClock:
+    """Samples this process's own seconds of processor time, once a second."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, float]] = []
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self.samples.append((time.time(), time.process_time()))
+            time.sleep(1.0)
+
+
 def run_engine(folder: Path, num_trials: int) -> dict[str, Any]:
     """One sweep of no-op trials: seconds between ends of tasks, from the ledger; the driver's memory."""
+    clock = ProcessorClock()
     from fqsweep.files import SweepPaths, read_lines
     from fqsweep.sweep import SweepOptions, run_sweep
 
@@ -71,6 +88,7 @@ def run_engine(folder: Path, num_trials: int) -> dict[str, Any]:
     return {
         "ends": sorted(line["time"] for line in lines if line["seconds"]),
         "whole_s": whole_s,
+        "cpu": clock.samples,
         "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
@@ -94,6 +112,7 @@ def run_plain(_folder: Path, num_trials: int) -> dict[str, Any]:
         def load_checkpoint(self, checkpoint: Any) -> None: ...
 
     ends: list[float] = []
+    clock = ProcessorClock()
 
     class Clock(tune.Callback):
         def on_trial_complete(self, *_given: Any, **_named: Any) -> None:
@@ -106,7 +125,11 @@ def run_plain(_folder: Path, num_trials: int) -> dict[str, Any]:
             tune_config=tune.TuneConfig(num_samples=num_trials, max_concurrent_trials=SLOTS, reuse_actors=True),
             run_config=tune.RunConfig(storage_path=storage, verbose=0, callbacks=[Clock()]),
         ).fit()
-    return {"ends": ends, "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "ends": ends,
+        "cpu": clock.samples,
+        "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 PARTS = {"engine": run_engine, "plain": run_plain}
@@ -195,6 +218,14 @@ def per_task_ms(ends: list[float]) -> float:
     return 1000 * statistics.median(steps)
 
 
+def cpu_ms(found: dict[str, Any], part: slice) -> float:
+    """Milliseconds of the driver's processor time per task, over a part of its tasks: other work on the machine
+    does not count."""
+    ends = found["ends"][part]
+    times, spent = np.array(found["cpu"]).T
+    return float(1000 * np.diff(np.interp([ends[0], ends[-1]], times, spent))[0] / len(ends))
+
+
 def report(num_trials: int, many: int) -> list[str]:
     """Measure everything; Markdown lines."""
     with tempfile.TemporaryDirectory() as name:
@@ -219,9 +250,12 @@ def report(num_trials: int, many: int) -> list[str]:
             large = measure("engine", Path(name), many)
             again = measure("engine", Path(name), many)
         tenth = max(100, len(large["ends"]) // 10)
-        first, last = per_task_ms(large["ends"][:tenth]), per_task_ms(large["ends"][-tenth:])
+        parts = (slice(tenth), slice(-tenth, None))
+        first, last = (cpu_ms(large, part) for part in parts)
+        first_s, last_s = (per_task_ms(large["ends"][part]) for part in parts)
         lines += [
-            f"{len(large['ends'])} tasks: the first tenth {first:.0f} ms a task, the last {last:.0f} ms; driver "
+            f"{len(large['ends'])} tasks: of the first tenth each took {first:.0f} ms of the driver's processor time "
+            f"({first_s:.0f} ms on the clock), of the last {last:.0f} ms ({last_s:.0f}); driver "
             f"{large['rss_mb']:.0f} MB; the same command again {again['whole_s']:.1f} s.",
         ]
         print(lines[-1], flush=True)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from runs_table import run_row, runs_of
 
-from analysis import effects, fronts, paper, ranks, report, rules, show
+from analysis import against, effects, fronts, paper, ranks, report, rules, show
 from analysis.effects import weight_effects
 from analysis.load import join_sweeps, load_csv, load_layers, load_run, load_runs
 from analysis.show import run_text
@@ -20,7 +20,7 @@ from fqsweep.main import main as fqsweep_main
 METRIC = "val/acc_worst"
 
 
-@pytest.mark.parametrize("module", [effects, fronts, paper, ranks, rules])
+@pytest.mark.parametrize("module", [against, effects, fronts, paper, ranks, rules])
 def test_every_script_has_help_runs_from_a_csv_and_refuses_bad_input(module, small_csv, tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         module.main(["--help"])

@@ -1,10 +1,12 @@
 import multiprocessing
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
 
 from fqsweep.config import SynthdermConfig
 from fqsweep.data import describe_samples, packs
@@ -127,6 +129,43 @@ def test_a_pack_is_decoded_by_one_machine_and_fetched_by_the_others(
     assert decoded == [6]
     assert np.array_equal(first, second)
     assert (Path(second.filename).parent.name == "near") == has_local_dir  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that speaks S3, with a bucket: the address of a folder in it."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT"), timeout=10)
+    yield f"s3://bucket/some/packs?scheme=http&endpoint_override={host}:{port}"
+    server.stop()
+
+
+def test_packs_lie_on_s3(tmp_path: Path, s3: str) -> None:
+    decoded: list[int] = []
+    images = [
+        np.array(
+            open_pack(
+                few(),
+                size=16,
+                pack_dir=tmp_path / machine,
+                store=s3,
+                on_progress=lambda n, _: decoded.append(n),
+            )
+        )
+        for machine in ("one", "two")
+    ]
+    assert decoded == [6], "the second machine fetches what the first one decoded"
+    assert np.array_equal(*images)
+
+
+def test_a_bucket_that_does_not_exist_is_named(tmp_path: Path, s3: str) -> None:
+    with pytest.raises(InputError, match="unset it to decode here"):
+        open_pack(few(), size=16, pack_dir=tmp_path, store=s3.replace("bucket", "other"))
 
 
 def test_a_damaged_pack_in_the_store_is_decoded_again_and_replaced(tmp_path: Path) -> None:

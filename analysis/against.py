@@ -1,0 +1,173 @@
+"""Every point against one reference, whatever their budgets: what does a smaller model cost the worst-served group?
+
+    python -m analysis.against --tracking-uri URI --sweep NAME [--reference fp32 | uniform-8] [--margin 1]
+
+Differences are paired by seed, on test data, with their 95 % interval (Student's t), which is not adjusted for the
+number of rows: a row is an answer to one question that was asked before, not the best of many.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from analysis.columns import (
+    ABSENT,
+    BITS,
+    BYTES,
+    CELL,
+    PANEL,
+    REFERENCE_VARIANT,
+    budget_order,
+    check_selection_metric,
+    is_maximized,
+    on_test,
+    panel_title,
+    panels,
+)
+from analysis.stats import MIN_SEEDS, PairedTest, paired_test
+from analysis.tables import markdown_safe
+from fqsweep.errors import InputError
+
+DEFAULT_METRICS = ("balanced_acc_worst", "auc_worst")
+MARGIN_POINTS = 1.0
+
+
+def against_reference(cells: pd.DataFrame, *, metric: str, reference: str, margin_frac: float) -> pd.DataFrame:
+    """Compare every variant and budget with the reference variant, paired by seed.
+
+    Args:
+        cells: one row a cell (``pareto.select_cells``).
+        metric: full metric key, on ``test/``.
+        reference: a variant; of several budgets of it the largest.
+        margin_frac: what is still "as good", in units of the metric.
+
+    Returns:
+        One row a point: panel, ``variant, budget``, mean ``bits`` and ``bytes``, ``value`` and ``reference`` (means),
+        ``times_smaller``, ``num_pairs, difference, low, high, p_value, verdict``.
+
+    Raises:
+        InputError: no run has the reference variant.
+    """
+    if reference not in set(cells["variant"]):
+        known = ", ".join(sorted(set(cells["variant"].astype(str))))
+        raise InputError(f"There is no run of the reference {reference!r}: use one of {known}.")
+    rows = []
+    for panel, part in panels(cells):
+        own = part[part["variant"] == reference]
+        largest = max(own["budget"], key=budget_order, default=None)
+        by_seed = own[own["budget"] == largest].set_index("seed")
+        for (variant, budget), point in part.groupby(["variant", "budget"], sort=False):
+            if variant == reference and budget == largest:
+                continue
+            value = point.set_index("seed")[metric]
+            result = paired_test((value - by_seed[metric]).dropna())
+            rows.append(
+                {
+                    **dict(zip(PANEL, panel, strict=True)),
+                    "variant": variant,
+                    "budget": budget,
+                    "bits": point[BITS].mean(),
+                    "bytes": point[BYTES].mean(),
+                    "value": value.mean(),
+                    "reference": by_seed[metric].mean(),
+                    "times_smaller": by_seed[BYTES].mean() / point[BYTES].mean(),
+                    "num_pairs": result.num_pairs,
+                    "difference": result.mean,
+                    "low": result.low,
+                    "high": result.high,
+                    "p_value": result.p_value,
+                    "verdict": verdict(result, margin_frac=margin_frac, maximize=is_maximized(metric)),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def verdict(result: PairedTest, *, margin_frac: float, maximize: bool) -> str:
+    """What the interval of the difference says.
+
+    >>> as_good = PairedTest(num_pairs=5, mean=-0.002, low=-0.006, high=0.002, p_value=0.3)
+    >>> verdict(as_good, margin_frac=0.01, maximize=True)
+    'as good'
+    """
+    if result.num_pairs < MIN_SEEDS or not math.isfinite(result.low):
+        return "cannot be told"
+    low, high = (result.low, result.high) if maximize else (-result.high, -result.low)
+    if low > 0:
+        return "better"
+    if high < -margin_frac:
+        return "worse by more than the margin"
+    if low >= -margin_frac:
+        return "as good" if high >= 0 else "worse, within the margin"
+    return "worse" if high < 0 else "cannot be told"
+
+
+def as_markdown(compared: dict[str, pd.DataFrame], *, reference: str, margin_points: float) -> str:
+    """One pipe table a panel, the metrics side by side; differences in points (hundredths)."""
+    first, *others = compared.values()
+    keys = [*PANEL, "variant", "budget"]
+    parts = [
+        f"Test data, means over seeds in %; differences from {markdown_safe(reference)} in points, paired by seed, "
+        f"with their 95 % interval. As good: the interval lies above -{margin_points:g} point and holds 0."
+    ]
+    for panel, part in panels(first):
+        lines = [f"### {markdown_safe(panel_title(panel))}", ""]
+        heads = ["variant", "bits", "times smaller"]
+        heads += [head for key in compared for head in (key, f"difference ({reference})", "verdict")]
+        lines += [f"| {' | '.join(heads)} |", "|:--" + "|--:" * (len(heads) - 1) + "|"]
+        for _, row in part.iterrows():
+            texts = [str(row["variant"]), f"{row['bits']:.2f}", f"{row['times_smaller']:.1f}", *_texts(row)]
+            for other in others:
+                match = (other[keys] == row[keys]).all(axis=1)
+                texts += _texts(other[match].iloc[0])
+            lines.append(f"| {' | '.join(map(markdown_safe, texts))} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _texts(row: pd.Series) -> list[str]:
+    interval = f" ({100 * row['low']:+.2f} to {100 * row['high']:+.2f})" if math.isfinite(row["low"]) else ""
+    difference = f"{100 * row['difference']:+.2f}{interval}" if row["num_pairs"] else ABSENT
+    return [f"{100 * row['value']:.1f}", difference, row["verdict"]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print every point against the reference, as Markdown."""
+    from analysis import cli
+    from analysis.pareto import select_cells
+
+    parser = cli.source_parser("analysis.against", "Compare every point with one reference, paired by seed.")
+    cli.add_metric(parser)
+    parser.add_argument(
+        "--reference", default=REFERENCE_VARIANT, help="variant to compare with (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--margin", type=float, default=MARGIN_POINTS, help="points that count as equal (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--show",
+        action="append",
+        help=f"group metric to compare; again for more (default: {', '.join(DEFAULT_METRICS)})",
+    )
+
+    def act(arguments: Any) -> None:
+        cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
+        assert not cells.duplicated(list(CELL)).any()
+        compared = {
+            name: against_reference(
+                cells,
+                metric=on_test(check_selection_metric(f"val/{name}")),
+                reference=arguments.reference,
+                margin_frac=arguments.margin / 100,
+            )
+            for name in arguments.show or DEFAULT_METRICS
+        }
+        print(as_markdown(compared, reference=arguments.reference, margin_points=arguments.margin))
+
+    return cli.run(parser, act, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -30,6 +30,7 @@ from analysis.columns import (
 from analysis.stats import MIN_SEEDS, PairedTest, paired_test
 from analysis.tables import markdown_safe
 from fqsweep.errors import InputError
+from fqsweep.names import NO_VALUE
 
 DEFAULT_METRICS = ("balanced_acc_worst", "auc_worst")
 MARGIN_POINTS = 1.0
@@ -46,6 +47,7 @@ def against_reference(cells: pd.DataFrame, *, metric: str, reference: str, margi
 
     Returns:
         One row a point: panel, ``variant, budget``, mean ``bits`` and ``bytes``, ``value`` and ``reference`` (means),
+        ``reference_budget``,
         ``times_smaller``, ``num_pairs, difference, low, high, p_value, verdict``.
 
     Raises:
@@ -73,6 +75,7 @@ def against_reference(cells: pd.DataFrame, *, metric: str, reference: str, margi
                     "bytes": point[BYTES].mean(),
                     "value": value.mean(),
                     "reference": by_seed[metric].mean(),
+                    "reference_budget": largest,
                     "times_smaller": by_seed[BYTES].mean() / point[BYTES].mean(),
                     "num_pairs": result.num_pairs,
                     "difference": result.mean,
@@ -113,9 +116,11 @@ def as_markdown(compared: dict[str, pd.DataFrame], *, reference: str, margin_poi
         f"with their 95 % interval. As good: the interval lies above -{margin_points:g} point and holds 0."
     ]
     for panel, part in panels(first):
+        budget = part["reference_budget"].iloc[0]
+        against = reference if budget == NO_VALUE else f"{reference} at {budget}"
         lines = [f"### {markdown_safe(panel_title(panel))}", ""]
         heads = ["variant", "bits", "times smaller"]
-        heads += [head for key in compared for head in (key, f"difference ({reference})", "verdict")]
+        heads += [head for key in compared for head in (key, f"difference ({against})", "verdict")]
         lines += [f"| {' | '.join(heads)} |", "|:--" + "|--:" * (len(heads) - 1) + "|"]
         for _, row in part.iterrows():
             texts = [str(row["variant"]), f"{row['bits']:.2f}", f"{row['times_smaller']:.1f}", *_texts(row)]

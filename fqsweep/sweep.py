@@ -31,7 +31,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 from ray import tune
-from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from fqsweep import __version__
@@ -57,7 +56,6 @@ from fqsweep.tracking import Tracker, default_uri, open_tracker
 
 TICK_S = 1.0
 GRACE_S = 10.0
-MOST_ENDED_KEPT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,25 +131,6 @@ class TaskSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """See ``save``."""
-
-
-class ForgettingScheduler(FIFOScheduler):
-    """First in, first out; ended trials leave the lists of Tune, which keeps them for its own way of going on.
-
-    They are what makes a driver of thousands of trials large: 50 kB each, with what Tune writes down of them.
-    """
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """See ``FIFOScheduler``; it is asked once in every step of Tune's loop."""
-        trials = tune_controller.get_trials()
-        if len(trials) > MOST_ENDED_KEPT:
-            ended = {trial for trial in trials if trial.is_finished()}
-            trials[:] = [trial for trial in trials if trial not in ended]
-            for name in ("_stopped_trials", "_failed_trials", "_trials_to_cache"):
-                getattr(tune_controller, name, set()).difference_update(ended)
-            for trial in ended:
-                getattr(tune_controller, "_trial_metadata", {}).pop(trial.trial_id, None)
-        return super().choose_trial_to_run(tune_controller)
 
 
 def run_sweep(options: SweepOptions) -> SweepSummary:
@@ -254,7 +233,6 @@ def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=TaskSearcher(driver, request),
-                scheduler=ForgettingScheduler(),
                 num_samples=-1,
                 max_concurrent_trials=driver.num_slots,
                 reuse_actors=True,

@@ -76,7 +76,9 @@ def test_the_page_has_each_metric_beside_each_point(small_csv, capsys) -> None:
     options = ["--csv", str(small_csv), "--reference", "static", "--show", "acc_worst", "--show", "eodd"]
     assert against.main(options) == 0
     page = capsys.readouterr().out
-    assert "| acc_worst | difference (static at 2) | verdict | eodd | difference (static at 2) | verdict |" in page
+    assert (
+        "| acc_worst | difference (static at 2) | verdict | eodd | difference (static at 2) | verdict |" in page
+    )
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len({line.replace(r"\|", "").count("|") for line in rows}) == 1
     assert against.main(["--csv", str(small_csv), "--show", "accuracy"]) == 2

@@ -255,8 +255,8 @@ def report(num_trials: int, many: int) -> list[str]:
         first, last = (cpu_ms(large, part) for part in parts)
         first_s, last_s = (per_task_ms(large["ends"][part]) for part in parts)
         lines += [
-            f"{len(large['ends'])} tasks: of the fourth tenth each took {first:.0f} ms of the driver's processor time "
-            f"({first_s:.0f} ms on the clock), of the last {last:.0f} ms ({last_s:.0f}); driver "
+            f"{len(large['ends'])} tasks: of the fourth tenth each took {first:.0f} ms of the driver's processor "
+            f"time ({first_s:.0f} ms on the clock), of the last {last:.0f} ms ({last_s:.0f}); driver "
             f"{large['rss_mb']:.0f} MB; the same command again {again['whole_s']:.1f} s.",
         ]
         print(lines[-1], flush=True)

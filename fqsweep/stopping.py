@@ -14,9 +14,9 @@ A trial stops where the best that it has shown is below the bar in *every* objec
 Measured on one cell (synthderm 32 px, 1,600 images, ResNet18, baq at 0.5 bits, 8 trials of 6 epochs, one seed; rules
 replayed on whole curves, the best trial was kept each time): ``median`` saves 19 % of the epochs with two trials at a
 time and 40 % with one, ``halving`` 19 % and 46 %. Trials that run side by side set no bars for each other.
-On the demo's four searched cells with a tiny network (benchmarks/results/early_stopping.md) ``median`` saves 40 % where
-cells take turns and keeps .964 of the front's hypervolume: curves of few validation images are noisy, and two of four
-cells lose their best trial to a weak start.
+On the demo's four searched cells with a tiny network (benchmarks/results/early_stopping.md) ``median`` saves 40 %
+where cells take turns and keeps .964 of the front's hypervolume: curves of few validation images are noisy, and two of
+four cells lose their best trial to a weak start.
 """
 
 from __future__ import annotations

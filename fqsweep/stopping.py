@@ -15,8 +15,8 @@ Measured on one cell (synthderm 32 px, 1,600 images, ResNet18, baq at 0.5 bits, 
 replayed on whole curves, the best trial was kept each time): ``median`` saves 19 % of the epochs with two trials at a
 time and 40 % with one, ``halving`` 19 % and 46 %. Trials that run side by side set no bars for each other.
 On the demo's four searched cells with a tiny network (benchmarks/results/early_stopping.md) ``median`` saves 40 %
-where cells take turns and keeps .964 of the front's hypervolume: curves of few validation images are noisy, and two of
-four cells lose their best trial to a weak start.
+where cells take turns and keeps .964 of the front's hypervolume: curves of few validation images are noisy, and two
+of four cells lose their best trial to a weak start.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from fqsweep.tasks import Task
 PROJECT = Path(__file__).resolve().parents[1]
 SLOTS = 2
 RULES = ("none", "median", "halving")
+PACINGS = ("take turns with other cells", "side by side")
 OBJECTIVES = ("val/acc_worst", "bits/mean_weight")
 REFERENCE = (0.0, 8.0)  # no accuracy and the widest budget: the corner of the hypervolume
 
@@ -174,10 +175,10 @@ def report(out: Path, space_file: Path) -> list[str]:
         "| trials of a cell | slots | rule | epochs | saved | stopped | best of its cell kept | hypervolume |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for pacing in ("take turns with other cells", "side by side"):
+    for pacing in PACINGS:
         for slots in (1, SLOTS, 2 * SLOTS):
             rows = {
-                rule: replay_all(space, asked, results, rule, slots=slots, apart=pacing[0] == "t")
+                rule: replay_all(space, asked, results, rule, slots=slots, together=pacing == PACINGS[0])
                 for rule in RULES
             }
             full = rows["none"]
@@ -191,10 +192,12 @@ def report(out: Path, space_file: Path) -> list[str]:
     return [*lines, "", "Hypervolume: of the front over all cells, as a share of that without a rule."]
 
 
-def replay_all(space: SearchSpace, asked: Any, results: Any, rule: Any, *, slots: int, apart: bool) -> Replayed:
+def replay_all(
+    space: SearchSpace, asked: Any, results: Any, rule: Any, *, slots: int, together: bool
+) -> Replayed:
     """One replay of all cells together, or of each alone, where its trials cannot but run side by side."""
     ruled = space.model_copy(update={"search": space.search.model_copy(update={"early_stopping": rule})})
-    if apart:
+    if together:
         return replay(ruled, asked, results, slots=slots)
     alone = [replay(ruled, asked, results, slots=slots, only=key) for key in asked]
     return Replayed(

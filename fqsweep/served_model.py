@@ -1,7 +1,7 @@
 """A packed file as an MLflow model: ``mlflow.pyfunc.load_model("runs:/RUN/model").predict(images)``.
 
-MLflow stores this very file beside ``model.fqs`` and runs it when the model is loaded (models from code); it
-needs fqsweep to be installed there.
+MLflow stores the name of this module beside ``model.fqs`` and calls ``_load_pyfunc`` when the model is loaded
+(https://mlflow.org/docs/latest/python_api/mlflow.pyfunc.html, second workflow); fqsweep has to be installed there.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel
 
 from fqsweep.errors import InputError
 from fqsweep.quant.packed_model import load_model, read_notes
@@ -22,16 +20,14 @@ from fqsweep.quant.packing import read_metadata
 BATCH = 64
 
 
-class PackedClassifier(PythonModel):
+class PackedClassifier:
     """Classifies images with the network of a packed file, on the CPU."""
 
-    def load_context(self, context: Any) -> None:
-        blob = Path(context.artifacts["packed"]).read_bytes()
+    def __init__(self, blob: bytes) -> None:
         self.notes = read_notes(read_metadata(blob))
         self.network = load_model(blob)
 
-    # MLflow takes a type hint here for the type of one image and warns; the signature says what comes in.
-    def predict(self, context, model_input, params=None):
+    def predict(self, model_input: np.ndarray, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Probability of each class.
 
         Args:
@@ -66,4 +62,6 @@ class PackedClassifier(PythonModel):
         return probability_nc
 
 
-set_model(PackedClassifier())
+def _load_pyfunc(path: str) -> PackedClassifier:
+    """What MLflow calls, by this name, with the path of the stored file."""
+    return PackedClassifier(Path(path).read_bytes())

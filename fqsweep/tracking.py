@@ -348,9 +348,8 @@ def _add_model(client: MlflowClient, run_id: str) -> None:
 
 
 def _save_model(packed: Path, target: Path) -> None:
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        # It asks for type hints and an example, of its own classes too, and past any filter; the signature says what
+        # It asks for an example, and for type hints in its own classes, past any filter; the signature says what
         # comes in.
         warnings.simplefilter("ignore")
         from mlflow.models import ModelSignature
@@ -359,8 +358,8 @@ def _save_model(packed: Path, target: Path) -> None:
 
         save_model(
             target,
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"packed": str(packed)},
+            loader_module="fqsweep.served_model",  # by name: code that is given is run, and loads torch
+            data_path=str(packed),
             signature=ModelSignature(inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])),
             pip_requirements=[f"fqsweep=={__version__}"],  # named here, because finding out loads the model
         )

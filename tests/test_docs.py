@@ -16,7 +16,7 @@ import fqsweep
 PROJECT = Path(__file__).resolve().parents[1]
 MODULES = sorted(info.name for info in pkgutil.walk_packages(fqsweep.__path__, "fqsweep."))
 # The entry script and those that start Ray or MLflow hold no examples and cost seconds to import.
-HEAVY = {"fqsweep.main", "fqsweep.served_model", "fqsweep.sweep", "fqsweep.tracking"}
+HEAVY = {"fqsweep.main", "fqsweep.sweep", "fqsweep.tracking"}
 PUBLIC_WITH_EXAMPLE = (
     ("fqsweep.allocation", "allocate_bits"),
     ("fqsweep.fairness", "fairness_report"),

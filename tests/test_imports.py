@@ -42,7 +42,7 @@ ORDER = (
 ONLY_IN = {
     "ray": {"fqsweep.sweep", "fqsweep.actor", "fqsweep.handover"},
     "optuna": {"fqsweep.studies"},
-    "mlflow": {"fqsweep.tracking", "fqsweep.served_model", "analysis.load"},
+    "mlflow": {"fqsweep.tracking", "analysis.load"},
     "timm": {"fqsweep.models"},
     "onnx": {"fqsweep.quant.onnx_export", "fqsweep.quant.onnx_decoding"},
     "onnxruntime": {"fqsweep.quant.onnx_export"},

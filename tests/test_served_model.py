@@ -51,7 +51,7 @@ def served(stored: tuple[str, str, bytes]) -> mlflow.pyfunc.PyFuncModel:
     mlflow.set_tracking_uri(uri)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow's hints on type hints
+            warnings.simplefilter("ignore")  # MLflow's hints on the type hints of its own classes
             return mlflow.pyfunc.load_model(f"runs:/{run_id}/model")
     finally:
         mlflow.set_tracking_uri(before)

@@ -164,7 +164,7 @@ def test_a_server_is_asked_by_few_threads_and_left_alone_when_it_does_not_answer
 ) -> None:
     path = photo_table / "fitzpatrick17k" / "fitzpatrick17k.csv"
     table = pd.read_csv(path, keep_default_na=False)
-    away = table["url"].str.contains(r"/[6-9]\.jpg|10", regex=True)
+    away = table["url"].str.contains(r"/(?:[6-9]|10)\.jpg$", regex=True)
     table.loc[away, "url"] = [f"http://127.0.0.1:9/{number}.jpg" for number in range(away.sum())]
     table.to_csv(path, index=False)
     site.pause_s = 0.05

@@ -35,6 +35,7 @@ from torchvision import transforms as tv
 
 from benchmarks.result_file import result_parser, write_result
 from fqsweep.baseline import ensure_baseline, ensure_importance
+from fqsweep.cells import expand_cells
 from fqsweep.config import ArchitectureConfig
 from fqsweep.data.folder import FolderSource
 from fqsweep.data.loading import BatchLoader
@@ -43,7 +44,7 @@ from fqsweep.data.records import Groups, Samples
 from fqsweep.files import SweepPaths
 from fqsweep.models import build_model
 from fqsweep.setting import Setting, open_setting
-from fqsweep.space import expand_cells, load_space
+from fqsweep.space import load_space
 from fqsweep.trial import run_trial
 from fqsweep.work import LogFile
 

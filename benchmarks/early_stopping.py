@@ -25,11 +25,12 @@ import numpy as np
 import yaml
 
 from benchmarks.result_file import result_parser, write_result
+from fqsweep.cells import expand_cells, trial_key
 from fqsweep.config import SearchSpace
 from fqsweep.files import SweepPaths
 from fqsweep.results import TrialResult, read_result
 from fqsweep.search import plan_sweep
-from fqsweep.space import expand_cells, load_space, trial_key
+from fqsweep.space import load_space
 from fqsweep.stopping import Curve, is_unpromising
 from fqsweep.studies import OptunaStudies
 from fqsweep.tasks import Task

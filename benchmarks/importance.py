@@ -26,13 +26,14 @@ from torch import nn
 from benchmarks.result_file import result_parser, write_result
 from fqsweep.allocation import allocate_bits
 from fqsweep.baseline import ensure_baseline
+from fqsweep.cells import expand_cells
 from fqsweep.config import Predictor, SearchSpace
+from fqsweep.cost_table import Importance
 from fqsweep.files import SweepPaths
-from fqsweep.importance import Importance, measure_importance
+from fqsweep.importance import measure_importance
 from fqsweep.quant.convert import attach_quantisers
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.setting import Setting, open_setting
-from fqsweep.space import expand_cells
 from fqsweep.training import predict
 from fqsweep.work import LogFile
 

@@ -7,10 +7,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from fqsweep.cells import run_params
 from fqsweep.files import AttemptPaths, SweepPaths, publish, write_bytes, write_json
 from fqsweep.names import metric_keys
 from fqsweep.results import TrialResult
-from fqsweep.space import run_params
 from fqsweep.tasks import Outcome, Task
 
 

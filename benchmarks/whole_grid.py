@@ -26,11 +26,12 @@ import pandas as pd
 from PIL import Image
 
 from benchmarks.result_file import result_parser, write_result
+from fqsweep.cells import expand_cells
 from fqsweep.config import SynthdermConfig
 from fqsweep.data import describe_samples
 from fqsweep.files import SweepPaths, read_lines
 from fqsweep.results import read_result
-from fqsweep.space import expand_cells, load_space
+from fqsweep.space import load_space
 
 PROJECT = Path(__file__).resolve().parents[1]
 SLOTS = 2

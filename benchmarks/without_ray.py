@@ -17,9 +17,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 
 from fqsweep import work
+from fqsweep.cells import Cell
 from fqsweep.files import SweepPaths
 from fqsweep.search import plan_sweep
-from fqsweep.space import Cell, load_space
+from fqsweep.space import load_space
 from fqsweep.tasks import Outcome, Task
 
 COSTS = {"baseline": 20.0, "importance": 4.0, "trial": 2.0}

@@ -12,8 +12,8 @@ import numpy as np
 
 from fqsweep.allocation import Allocation, Objective, allocate_bits, allocate_by_quantile
 from fqsweep.config import Allocating
+from fqsweep.cost_table import Importance, reduce_groups
 from fqsweep.errors import TrialError
-from fqsweep.importance import Importance, reduce_groups
 from fqsweep.quant.units import LayerUnits, UnitTable, matching_names
 
 OBJECTIVES: dict[str, Objective] = {

@@ -16,8 +16,9 @@ from torch import nn
 
 from fqsweep.checkpoints import Checkpoint
 from fqsweep.config import Allocating
+from fqsweep.cost_table import Importance, load_importance, save_importance
 from fqsweep.files import SweepPaths, locked, write_bytes, write_json
-from fqsweep.importance import Importance, load_importance, measure_importance, save_importance
+from fqsweep.importance import measure_importance
 from fqsweep.models import build_model
 from fqsweep.quant.units import list_units
 from fqsweep.setting import Setting, seed_everything

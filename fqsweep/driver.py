@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fqsweep.cells import budget_order, budget_text, finetune_epochs, trial_key
 from fqsweep.estimate import CostModel
 from fqsweep.faults import is_full, no_space
 from fqsweep.files import SweepPaths
@@ -20,7 +21,6 @@ from fqsweep.ledger import note, read_ledger
 from fqsweep.progress import Snapshot
 from fqsweep.results import TrialResult, read_result
 from fqsweep.search import CellState, SweepState
-from fqsweep.space import budget_order, budget_text, finetune_epochs, trial_key
 from fqsweep.spool import Spool
 from fqsweep.stopping import Curve
 from fqsweep.studies import OptunaStudies

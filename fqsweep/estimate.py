@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from fqsweep.cells import Cell, budget_text, expand_cells, finetune_epochs, run_params
 from fqsweep.config import Allocating, ArchitectureConfig, BaqMethod, DatasetConfig, Resources, SearchSpace
 from fqsweep.progress import format_duration
 from fqsweep.search import shared_tasks, trials_wanted
-from fqsweep.space import Cell, budget_text, expand_cells, finetune_epochs, run_params
 from fqsweep.tasks import Task
 
 # Multiply-accumulates a second that training reaches: measured on one core of a 2-core cloud CPU (ResNet18 and

@@ -314,8 +314,8 @@ def _retry(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from fqsweep.cells import expand_cells
     from fqsweep.estimate import describe_plan, estimate
-    from fqsweep.space import expand_cells
 
     space = load_space(find_space(options.space))
     plan = estimate(space, data_dir=options.data_dir, num_cores=os.cpu_count() or 1)

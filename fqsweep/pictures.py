@@ -64,7 +64,7 @@ def draw_confusion(
         image = axes.imshow(share_tp, cmap="cividis", vmin=0, vmax=1)
         axes.set_title(f"{name}: {int(count_tp.sum())} images".replace("$", r"\$"), fontsize=8)
         axes.set_xlabel("predicted", fontsize=8)
-        _name_classes(axes, share_tp, classes)
+        _name_classes(axes, share_tp, classes if named else ())
     axes_g[0].set_ylabel("true", fontsize=8)
     figure.colorbar(image, cax=bar, label="share of the true class")
     figure.suptitle(title.replace("$", r"\$"), fontsize=9, x=0.01, ha="left")
@@ -94,15 +94,11 @@ def _framed(
 
 
 def _name_classes(axes: Any, share_tp: np.ndarray, classes: Sequence[str]) -> None:
-    """Names along both sides and percentages in the squares; with many classes neither could be read."""
-    if len(classes) > MAX_LABELLED_CLASSES:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        return
+    """Names along both sides and percentages in the squares; neither where no class is named."""
     labels = [name.replace("$", r"\$") for name in classes]
     axes.set_xticks(range(len(classes)), labels, rotation=90, fontsize=7)
     axes.set_yticks(range(len(classes)), labels, fontsize=7)
-    for (t, p), share in np.ndenumerate(share_tp):
+    for (t, p), share in np.ndenumerate(share_tp) if labels else ():
         color = "black" if share > 0.6 else "white"
         axes.text(p, t, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=color)
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from fqsweep.cells import Cell, expand_cells, searched_cell, trial_key
 from fqsweep.config import SearchConfig, SearchSpace
-from fqsweep.space import Cell, expand_cells, searched_cell, trial_key
 from fqsweep.stopping import Curve, set_bars
 from fqsweep.tasks import Task
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fqsweep.cells import Cell
 from fqsweep.data import open_dataset
 from fqsweep.data.loading import BatchLoader
 from fqsweep.data.records import Dataset, Groups
@@ -18,7 +19,6 @@ from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport, score_probabilities
 from fqsweep.files import SweepPaths
 from fqsweep.models import Normalisation, build_model, normalisation_of
-from fqsweep.space import Cell
 from fqsweep.training import predict
 
 EVALUATION_BATCH = 128

@@ -1,4 +1,4 @@
-"""A search-space YAML becomes a checked record, and the record becomes ordered cells.
+"""A search-space YAML becomes a checked record.
 
 All problems of a file are reported at once, each with its path in the file and its line; an
 unknown key names the nearest known one. Nothing is started here.
@@ -9,164 +9,32 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fqsweep.cells import budgets_of, expand_cells, method_points, points_of
 from fqsweep.config import (
-    RECIPES,
     Allocating,
-    ArchitectureConfig,
-    BaqMethod,
-    DatasetConfig,
-    Finetuning,
     Fp32Method,
-    Granularity,
-    RecipeMethod,
-    Record,
     SearchConfig,
     SearchSpace,
-    StaticMethod,
-    TrainingRecipe,
     UniformMethod,
-    WeightRange,
-    content_hash,
 )
 from fqsweep.errors import InputError
-from fqsweep.names import METHODS, NO_VALUE
+from fqsweep.names import METHODS
 
-# Raised when a change of the code changes results, so that finished trials of older code are not reused.
-RESULT_VERSION = 3
 SHIPPED_SPACES = (
     Path(__file__).resolve().parents[1] / "search_spaces",
     Path(__file__).resolve().parent / "search_spaces",
-)
-BASELINE_FIELDS = (
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "weight_decay",
-    "warmup_frac",
-    "patience",
-    "class_balance",
-    "group_balance",
-    "augment",
-    "gradient_clip",
-    "schedule",
-    "ema_decay",
-    "precision",
-    "channels_last",
 )
 # How pydantic names the branches of a weight, which is a number or a range.
 NUMBER_BRANCHES = ("float", "constrained-float")
 RANGE_BRANCHES = ("WeightRange", "WeightRange]")
 Location = tuple[str | int, ...]
-
-
-class MethodPoint(Record):
-    """One row of the results: a method with every option fixed but the weights that Optuna searches.
-
-    Attributes:
-        method: its name, as recorded; ``variant`` tells rows of one method apart (``uniform-4-ft``).
-        bits: the one width of ``uniform``, None for the others.
-    """
-
-    method: str
-    variant: str
-    settings: Fp32Method | UniformMethod | StaticMethod | BaqMethod
-    bits: int | None = None
-
-    @property
-    def spends_budget(self) -> bool:
-        return isinstance(self.settings, Allocating)
-
-    @property
-    def free_weights(self) -> dict[str, WeightRange]:
-        """The weights that Optuna searches."""
-        found = {}
-        for name in ("fairness_weight", "bitrate_weight"):
-            value = getattr(self.settings, name, None)
-            if isinstance(value, WeightRange):
-                found[name] = value
-        return found
-
-
-class Cell(Record):
-    """A point of the grid; with values for its free weights it is a trial."""
-
-    dataset: DatasetConfig
-    group_attribute: str
-    architecture: ArchitectureConfig
-    point: MethodPoint
-    budget_bits: float | None
-    budget_bytes: int | None = None
-    seed: int
-    recipe: TrainingRecipe
-
-    @property
-    def title(self) -> str:
-        """Short name for people: dataset/group, architecture, row, budget, seed."""
-        budget = "" if self.budget_bits is None or self.point.bits else f"@{self.budget_bits:g}"
-        if self.budget_bytes is not None:
-            budget = f"@{self.budget_bytes}B"
-        parts = (
-            f"{self.dataset.name}/{self.group_attribute}",
-            self.architecture.name,
-            self.point.variant + budget,
-        )
-        return " ".join((*parts, f"seed {self.seed}"))
-
-    @cached_property
-    def key(self) -> str:
-        """Hash of what determines the result; names shown to people are left out."""
-        data = self.dataset.model_dump(mode="json", exclude={"name"})
-        point = self.point.model_dump(
-            mode="json", exclude={"variant": True, "settings": {"label", "budgets_bits", "budgets_bytes"}}
-        )
-        return content_hash(
-            [
-                RESULT_VERSION,
-                data,
-                self.group_attribute,
-                self.architecture,
-                point,
-                self.budget_bits,
-                self.budget_bytes,
-                self.seed,
-                self.recipe,
-            ]
-        )
-
-    @cached_property
-    def baseline_key(self) -> str:
-        """Hash of what determines the full-precision parent, shared by every method, budget and group attribute.
-
-        Only a parent that is trained on balanced groups depends on what the groups are.
-        """
-        data = self.dataset.model_dump(mode="json", exclude={"name"})
-        recipe = self.recipe.model_dump(mode="json", include=set(BASELINE_FIELDS))
-        groups = self.group_attribute if self.recipe.group_balance == "sampler" else None
-        return content_hash([RESULT_VERSION, data, self.architecture, self.seed, recipe, groups])
-
-    @cached_property
-    def importance_key(self) -> str | None:
-        """Hash of what determines the cost table, None where the method needs none."""
-        settings = self.point.settings
-        if not isinstance(settings, Allocating):
-            return None
-        options: list[Any] = [
-            settings.importance,
-            settings.granularity,
-            settings.measured_choices,
-            settings.scale,
-        ]
-        if settings.exempt:
-            options.append(settings.exempt)
-        return content_hash([self.baseline_key, self.group_attribute, options, self.recipe.calibration_images])
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -372,14 +240,14 @@ def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
     for index, method in enumerate(space.methods):
         if isinstance(method, Fp32Method | UniformMethod):
             continue
-        for point in _points_of(method):
+        for point in points_of(method):
             settings = point.settings
             assert isinstance(settings, Allocating)
-            if not _budgets(space, point):
+            if not budgets_of(space, point):
                 yield ("methods", index), f"{point.method} spends a budget: give budgets_bits or budgets_bytes"
             smallest = min(settings.choices)
             own: Location = ("methods", index, "budgets_bits") if settings.budgets_bits else ("budgets_bits",)
-            for place, (budget, _) in enumerate(_budgets(space, point)):
+            for place, (budget, _) in enumerate(budgets_of(space, point)):
                 if budget is not None and budget < smallest:
                     text = f"budget {budget:g} is below the smallest bit choice of {point.variant} ({smallest})"
                     yield (
@@ -427,158 +295,3 @@ def _check_unique(loc: Location, names: list[str]) -> Iterator[tuple[Location, s
             place = (*loc, index) if loc != ("methods",) else loc
             hint = "give one of them another label" if loc == ("methods",) else "names must differ"
             yield place, f"{name!r} stands here twice; {hint}"
-
-
-# --- cells ---------------------------------------------------------------------------------------
-
-
-def _points_of(
-    method: Fp32Method | UniformMethod | StaticMethod | BaqMethod | RecipeMethod,
-) -> list[MethodPoint]:
-    if isinstance(method, UniformMethod):
-        return [
-            MethodPoint(
-                method="uniform",
-                variant=f"{method.label or 'uniform'}-{bits}{'-ft' if finetune else ''}",
-                settings=method.model_copy(update={"bits": (bits,), "finetune": (finetune,)}),
-                bits=bits,
-            )
-            for bits in method.bits
-            for finetune in method.finetune
-        ]
-    if isinstance(method, RecipeMethod):
-        given = method.model_dump(exclude={"method", "label"})
-        settings = StaticMethod(method="static", **{**given, **RECIPES[method.method]})
-        return [MethodPoint(method=method.method, variant=method.label or method.method, settings=settings)]
-    return [MethodPoint(method=method.method, variant=method.label, settings=method)]
-
-
-def method_points(space: SearchSpace) -> list[MethodPoint]:
-    """Every row that the space asks for, in its order."""
-    return [point for method in space.methods for point in _points_of(method)]
-
-
-def _budgets(space: SearchSpace, point: MethodPoint) -> list[tuple[float | None, int | None]]:
-    """The budgets of a row, in mean bits or in bytes: its own, its one width, the space's, or none at all."""
-    if point.bits is not None:
-        return [(float(point.bits), None)]
-    settings = point.settings
-    if not isinstance(settings, Allocating):
-        return [(None, None)]
-    own = settings.budgets_bits is not None or settings.budgets_bytes is not None
-    source: Allocating | SearchSpace = settings if own else space
-    return [
-        *((bits, None) for bits in source.budgets_bits or ()),
-        *((None, num_bytes) for num_bytes in source.budgets_bytes or ()),
-    ]
-
-
-def expand_cells(space: SearchSpace) -> list[Cell]:
-    """The grid: dataset x group attribute x architecture x seed x row x budget, in that order."""
-    cells = []
-    for dataset in space.datasets:
-        for attribute in dataset.group_attributes:
-            for architecture in space.architectures:
-                for seed in (*space.seeds, *space.search.repeat_seeds):
-                    for point in method_points(space):
-                        cells += [
-                            Cell(
-                                dataset=dataset,
-                                group_attribute=attribute,
-                                architecture=architecture,
-                                point=point,
-                                budget_bits=budget_bits,
-                                budget_bytes=budget_bytes,
-                                seed=seed,
-                                recipe=space.recipe,
-                            )
-                            for budget_bits, budget_bytes in _budgets(space, point)
-                        ]
-    return cells
-
-
-def searched_cell(space: SearchSpace, cell: Cell) -> Cell | None:
-    """The cell whose chosen weights this one repeats under another seed, None where it does not."""
-    if not cell.point.free_weights or cell.seed not in space.search.repeat_seeds:
-        return None
-    return Cell(**{**dict(cell), "seed": space.seeds[0]})
-
-
-def trial_key(cell: Cell, *, number: int, weights: dict[str, float]) -> str:
-    """Hash of one trial: its cell, its number in the cell's study, its values of the free weights."""
-    return content_hash([cell.key, number, weights])
-
-
-def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
-    """The parameters recorded for a trial: the same keys for every method."""
-    settings = cell.point.settings
-    finetunes = not isinstance(settings, Fp32Method) and not (
-        isinstance(settings, UniformMethod) and not settings.finetune[0]
-    )
-
-    def option(name: str) -> str:
-        if name in weights:
-            return f"{weights[name]:.6g}"
-        value = getattr(settings, name, None)
-        if value is None or (
-            not finetunes and name in ("fairness_weight", "regulariser", "distillation_weight")
-        ):
-            return NO_VALUE
-        return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
-
-    epochs = finetune_epochs(cell)
-    return {
-        "dataset": cell.dataset.name,
-        "architecture": cell.architecture.name,
-        "method": cell.point.method,
-        "variant": cell.point.variant,
-        "budget_bits": NO_VALUE if cell.budget_bits is None else f"{cell.budget_bits:g}",
-        "budget_bytes": NO_VALUE if cell.budget_bytes is None else str(cell.budget_bytes),
-        "seed": str(cell.seed),
-        "group_attribute": cell.group_attribute,
-        **{name: option(name) for name in ("fairness_weight", "bitrate_weight", "importance", "reducer")},
-        **{name: option(name) for name in ("allocator", "granularity", "choices", "scale")},
-        "finetune_epochs": str(epochs),
-        **{name: option(name) for name in ("regulariser", "distillation_weight")},
-    }
-
-
-def budget_text(params: Mapping[str, str]) -> str:
-    """The budget in a run's parameters as people write it: ``0.5 bit``, ``500,000 B``, or ``fp32``."""
-    if params.get("budget_bytes", NO_VALUE) != NO_VALUE:
-        return f"{int(params['budget_bytes']):,} B"
-    return "fp32" if params["budget_bits"] == NO_VALUE else f"{float(params['budget_bits']):g} bit"
-
-
-def budget_order(text: str) -> tuple[int, float]:
-    """Sorts what ``budget_text`` gives: mean bits, then bytes, then full precision.
-
-    Example:
-        >>> sorted(["fp32", "1,500 B", "2 bit", "900 B", "0.5 bit"], key=budget_order)
-        ['0.5 bit', '2 bit', '900 B', '1,500 B', 'fp32']
-    """
-    if text == "fp32":
-        return 2, 0.0
-    number, unit = text.split()
-    return int(unit == "B"), float(number.replace(",", ""))
-
-
-def granularity_of(cell: Cell) -> Granularity:
-    """Whether the cell's units are channels or tensors."""
-    settings = cell.point.settings
-    return settings.granularity if isinstance(settings, Allocating) else "channel"
-
-
-def exempt_of(cell: Cell) -> tuple[str, ...]:
-    """Name patterns of the layers that the cell leaves in full precision."""
-    settings = cell.point.settings
-    return settings.exempt if isinstance(settings, Finetuning) else ()
-
-
-def finetune_epochs(cell: Cell) -> int:
-    """Epochs of fine-tuning in this cell: the method's own, else the recipe's, 0 where it does none."""
-    settings = cell.point.settings
-    if isinstance(settings, Fp32Method) or (isinstance(settings, UniformMethod) and not settings.finetune[0]):
-        return 0
-    own = settings.finetune_epochs
-    return cell.recipe.finetune_epochs if own is None else own

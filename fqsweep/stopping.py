@@ -5,7 +5,8 @@ trial needs no talk with the driver, and a task that is tried again meets the sa
 
 Rules (``search.early_stopping``):
 
-- ``median`` (Golovin et al. 2017, Google Vizier): at each epoch, the median of the siblings that ran to their end;
+- ``median`` (Golovin et al. 2017, Google Vizier, section 3.2.2): at each epoch, the median of what the siblings that
+  ran to their end showed on average up to there; the average keeps a lucky epoch of few images from setting the bar;
 - ``halving`` (after Li et al. 2020, ASHA): at epochs 1, 2, 4, 8 ..., what the best third of all siblings reached.
 
 A trial stops where the best that it has shown is below the bar in *every* objective that epochs measure
@@ -64,7 +65,7 @@ def set_bars(
             continue
         reached = [curve.epochs[: epoch + 1] for curve in known if len(curve.epochs) > epoch]
         if len(reached) >= MIN_SIBLINGS and measured:
-            bars[epoch] = {key: _bar([best(part, key) for part in reached], key, rule) for key in measured}
+            bars[epoch] = {key: _bar(reached, key, rule) for key in measured}
     return bars
 
 
@@ -76,11 +77,17 @@ def best(epochs: Epochs, key: str) -> float:
     return max(values, default=-math.inf)
 
 
-def _bar(values: list[float], key: str, rule: EarlyStopping) -> float:
+def _bar(reached: Sequence[Epochs], key: str, rule: EarlyStopping) -> float:
     if rule == "median":
-        return statistics.median(values)
-    ranked = sorted(values, reverse=metric_of(key).direction != "minimize")
+        return statistics.median(_average(epochs, key) for epochs in reached)
+    ranked = sorted((best(epochs, key) for epochs in reached), reverse=metric_of(key).direction != "minimize")
     return ranked[max(1, math.ceil(KEPT_FRAC * len(ranked))) - 1]
+
+
+def _average(epochs: Epochs, key: str) -> float:
+    """Of the epochs that measured it; the worst there is where none did."""
+    values = [epoch[key] for epoch in epochs if key in epoch]
+    return statistics.fmean(values) if values else best(epochs, key)
 
 
 def is_unpromising(epochs: Epochs, bars: Mapping[int, Mapping[str, float]]) -> bool:

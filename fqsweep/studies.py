@@ -14,10 +14,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from fqsweep.cells import Cell
 from fqsweep.config import SearchConfig, WeightRange, content_hash
 from fqsweep.files import write_bytes
 from fqsweep.names import metric_of
-from fqsweep.space import Cell
 
 WARM_START = "fqsweep:warm_start"
 

@@ -35,6 +35,7 @@ from ray.tune.search import Searcher
 
 from fqsweep import __version__
 from fqsweep.actor import TaskActor
+from fqsweep.cells import expand_cells
 from fqsweep.checks import check_in_own_process
 from fqsweep.config import SearchSpace
 from fqsweep.control import is_asked_to_stop, only_driver, write_plan
@@ -48,7 +49,7 @@ from fqsweep.ledger import note_driver
 from fqsweep.machine import MachineWatch
 from fqsweep.progress import Display
 from fqsweep.search import plan_sweep
-from fqsweep.space import expand_cells, load_space
+from fqsweep.space import load_space
 from fqsweep.spool import Spool
 from fqsweep.studies import OptunaStudies
 from fqsweep.tasks import Outcome, Task

@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from fqsweep.cells import Cell
 from fqsweep.config import Record
-from fqsweep.space import Cell
 
 TaskKind = Literal["baseline", "importance", "trial"]
 # How an attempt ends. ``failed``: again would fail again; ``broken``: another attempt may do better.

@@ -20,6 +20,7 @@ from torch import nn
 
 from fqsweep.assignment import Budget, allowed_choices, assign_bits
 from fqsweep.baseline import baseline_log, ensure_baseline, ensure_importance
+from fqsweep.cells import Cell, exempt_of, finetune_epochs, granularity_of, run_params
 from fqsweep.checkpoints import Checkpoint
 from fqsweep.config import BaqMethod, Finetuning, Fp32Method, UniformMethod
 from fqsweep.errors import TrialError
@@ -40,7 +41,6 @@ from fqsweep.quant.removal import RemovalError
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.results import TrialResult
 from fqsweep.setting import Setting, open_setting, seed_everything
-from fqsweep.space import Cell, exempt_of, finetune_epochs, granularity_of, run_params
 from fqsweep.training import Recorder, TrainingLog, TrainingPlan, train
 
 BITS_COLUMNS = ("layer", "units", "weights_per_unit", "mean_bits", *(f"units_at_{b}" for b in range(9)))

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from fqsweep.baseline import ensure_baseline, ensure_importance
+from fqsweep.cells import finetune_epochs, run_params
 from fqsweep.faults import limit_time, outcome_of
 from fqsweep.files import AttemptPaths, SweepPaths, append_line, publish, read_lines, write_json
 from fqsweep.results import TrialResult
 from fqsweep.setting import open_setting
-from fqsweep.space import finetune_epochs, run_params
 from fqsweep.stopping import is_unpromising
 from fqsweep.tasks import Ending, Outcome, Task
 from fqsweep.trial import run_trial

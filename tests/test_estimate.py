@@ -9,11 +9,12 @@ import pytest
 from small_spaces import small_space
 
 from fqsweep import estimate as estimate_module
+from fqsweep.cells import expand_cells
 from fqsweep.config import Isic2019Config, Predictor, Resources, SynthdermConfig, TableConfig
 from fqsweep.errors import InputError
 from fqsweep.estimate import PASSES_OF_IMPORTANCE, CostModel, describe_plan, estimate, num_images
 from fqsweep.search import plan_sweep, shared_tasks
-from fqsweep.space import expand_cells, find_space, load_space
+from fqsweep.space import find_space, load_space
 from fqsweep.tasks import Task
 
 

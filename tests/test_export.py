@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fqsweep import export
+from fqsweep.cells import expand_cells
 from fqsweep.files import SweepPaths
 from fqsweep.main import main
 from fqsweep.quant.packed_model import load_model
 from fqsweep.quant.packing import read_metadata
-from fqsweep.space import expand_cells, load_space
+from fqsweep.space import load_space
 from fqsweep.tracking import default_uri, open_tracker
 from fqsweep.trial import run_trial
 from fqsweep.work import LogFile

@@ -17,15 +17,9 @@ from torch import nn
 
 from fqsweep import importance as importance_module
 from fqsweep.config import ArchitectureConfig
+from fqsweep.cost_table import Importance, load_importance, reduce_groups, save_importance
 from fqsweep.errors import TrialError
-from fqsweep.importance import (
-    Importance,
-    load_importance,
-    measure_importance,
-    reduce_groups,
-    save_importance,
-    start_steps,
-)
+from fqsweep.importance import measure_importance, start_steps
 from fqsweep.models import build_model, quantisable_layers
 from fqsweep.quant.grid import quantise_units
 from fqsweep.quant.units import UnitTable, list_units

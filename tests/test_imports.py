@@ -15,9 +15,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 # A module imports from its own line and the lines before it; packages count as one.
 ORDER = (
     ("fqsweep", "errors", "names", "config"),
-    ("space", "files", "stores"),
+    ("cells", "space", "files", "stores"),
     ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus", "faults"),
-    ("data", "models", "allocation", "fairness", "progress", "pictures", "checkpoints"),
+    ("data", "models", "allocation", "cost_table", "fairness", "progress", "pictures", "checkpoints"),
     ("quant",),
     ("importance", "training"),
     ("setting", "assignment", "baseline"),
@@ -51,9 +51,11 @@ WITHOUT_TORCH = (
     "errors",
     "names",
     "config",
+    "cells",
     "space",
     "files",
     "allocation",
+    "cost_table",
     "fairness",
     "progress",
     "pictures",

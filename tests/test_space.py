@@ -10,20 +10,11 @@ import pytest
 from pydantic import ValidationError
 from small_spaces import SMALL, small_space, write_space
 
+from fqsweep.cells import Cell, expand_cells, finetune_epochs, method_points, run_params, trial_key
 from fqsweep.config import RECIPES, Allocating, SearchSpace, content_hash
 from fqsweep.errors import InputError
 from fqsweep.names import METHODS, RUN_PARAMS
-from fqsweep.space import (
-    SHIPPED_SPACES,
-    Cell,
-    expand_cells,
-    find_space,
-    finetune_epochs,
-    load_space,
-    method_points,
-    run_params,
-    trial_key,
-)
+from fqsweep.space import SHIPPED_SPACES, find_space, load_space
 
 SHIPPED = sorted(path for folder in SHIPPED_SPACES for path in folder.glob("*.yaml"))
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from fqsweep.baseline import ensure_baseline
+from fqsweep.cells import Cell, MethodPoint, expand_cells
 from fqsweep.config import (
     ArchitectureConfig,
     BaqMethod,
@@ -30,7 +31,6 @@ from fqsweep.names import group_metric_key, metric_keys
 from fqsweep.quant.packing import read_metadata, unpack_weights
 from fqsweep.results import TrialResult, read_result
 from fqsweep.setting import open_setting
-from fqsweep.space import Cell, MethodPoint, expand_cells
 from fqsweep.trial import load_packed, run_trial
 from fqsweep.work import LogFile
 

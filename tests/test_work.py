@@ -11,13 +11,13 @@ from small_disk import fill_up, mounted
 from small_spaces import small_space
 
 from fqsweep import work
+from fqsweep.cells import Cell, expand_cells
 from fqsweep.errors import InputError, TrialError
 from fqsweep.faults import outcome_of
 from fqsweep.files import SweepPaths, write_json
 from fqsweep.gpus import GpuShares, share_of
 from fqsweep.results import read_result
 from fqsweep.search import shared_tasks
-from fqsweep.space import Cell, expand_cells
 from fqsweep.tasks import Task
 
 ACC = "val/acc_worst"

@@ -1,0 +1,246 @@
+"""The networks and methods that a search space can name, with all their options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from fqsweep.config.records import Record
+
+Choices = tuple[int, ...]
+Predictor = Literal["taylor", "gradient", "grape", "fisher", "hawq"]
+Reducer = Literal["max", "mean", "cvar", "balanced", "subtractive", "none"]
+Allocator = Literal["mean", "minimax", "minimax_loss", "gap", "quantile"]
+Granularity = Literal["channel", "tensor"]
+ScaleRule = Literal["absmax", "mse", "curvature"]
+Regulariser = Literal["none", "gap", "group_dro"]
+
+
+class ArchitectureConfig(Record):
+    """A timm classifier. ``pretrained``: true (hub weights), false, or a local file of weights."""
+
+    name: str = Field(min_length=1)
+    pretrained: bool | str = False
+
+
+class WeightRange(Record):
+    """A weight that Optuna searches between ``low`` and ``high``; ``start`` is its first trial."""
+
+    low: float = Field(ge=0)
+    high: float = Field(gt=0)
+    start: float | None = None
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WeightRange:
+        if self.high <= self.low:
+            raise ValueError(f"high ({self.high:g}) must be above low ({self.low:g})")
+        if self.log and self.low <= 0:
+            raise ValueError("a log range must start above 0")
+        if self.start is not None and not self.low <= self.start <= self.high:
+            raise ValueError(f"start ({self.start:g}) must lie between low and high")
+        return self
+
+
+Weight = Annotated[float, Field(ge=0)] | WeightRange
+
+
+Budget = Annotated[float, Field(gt=0, le=8)]
+BudgetBytes = Annotated[int, Field(gt=0)]
+Width = Annotated[int, Field(ge=0, le=8)]
+
+
+def _check_choices(choices: Choices) -> Choices:
+    if not choices or any(b < 0 or b > 8 for b in choices):
+        raise ValueError("bit choices must be whole numbers from 0 to 8")
+    return tuple(sorted(set(choices)))
+
+
+BitChoices = Annotated[
+    Choices, BeforeValidator(lambda v: _check_choices(tuple(v)) if isinstance(v, (list, tuple)) else v)
+]
+
+
+class Finetuning(Record):
+    """What fine-tuned methods share.
+
+    Attributes:
+        finetune_epochs: None takes the recipe's, 0 does none.
+        fairness_weight: weight of the group regulariser in the fine-tuning loss.
+        regulariser: ``gap`` (worst minus best running group loss) or ``group_dro``.
+        distillation_weight: share of the loss that follows the full-precision parent's output, 0 to 1.
+        exempt: name patterns of layers that stay in full precision; their weights are not in the mean bits, but
+            in the packed size.
+        budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's.
+    """
+
+    finetune_epochs: int | None = Field(default=None, ge=0)
+    fairness_weight: Weight = 0.0
+    regulariser: Regulariser = "gap"
+    distillation_weight: float = Field(default=0.0, ge=0, le=1)
+    exempt: tuple[str, ...] = ()
+    budgets_bits: tuple[Budget, ...] | None = None
+    budgets_bytes: tuple[BudgetBytes, ...] | None = None
+
+
+class Fp32Method(Record):
+    """The full-precision parent itself."""
+
+    method: Literal["fp32"]
+    label: str = "fp32"
+
+
+class UniformMethod(Finetuning):
+    """One bit-width for every weight. Each of ``bits`` and ``finetune`` gives cells of its own."""
+
+    method: Literal["uniform"]
+    label: str | None = None
+    bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (4, 8)
+    finetune: tuple[bool, ...] = (False,)
+    scale: ScaleRule = "absmax"
+
+
+class BitLimits(Record):
+    """The smallest and largest width that the units of a layer may have."""
+
+    min: Width = 0
+    max: Width = 8
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BitLimits:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) must not be below min ({self.min})")
+        return self
+
+
+class Allocating(Finetuning):
+    """What methods share that spend a bit budget over units.
+
+    Attributes:
+        importance: which predictor of the loss rise fills the cost table.
+        reducer: how group costs become one; ``none`` keeps them apart (allocator ``minimax``).
+        allocator: ``mean`` (hull and sort), ``minimax`` (the largest rise of any group's loss), ``minimax_loss``
+            (the largest resulting loss), ``gap`` (the largest difference of resulting losses, plus their mean rise)
+            or ``quantile`` (the paper's).
+        granularity: bits per output ``channel`` or per ``tensor``.
+        choices: bit-widths a unit may have; 0 drops it.
+        scale: how the range of a unit's levels is chosen before fine-tuning.
+        pin: layer-name pattern -> fixed bits, for example ``{first: 8, last: 8}`` or ``{"layer1.*": 4}``.
+        limits: layer-name pattern -> smallest and largest bits, for example ``{"layer4.*": {min: 1, max: 4}}``.
+    """
+
+    importance: Predictor = "taylor"
+    reducer: Reducer = "none"
+    allocator: Allocator = "minimax"
+    granularity: Granularity = "channel"
+    choices: BitChoices = tuple(range(9))
+    scale: ScaleRule = "curvature"
+    pin: dict[str, Width] = Field(default_factory=dict)
+    limits: dict[str, BitLimits] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _reducer_fits_allocator(self) -> Allocating:
+        apart = self.allocator in ("minimax", "minimax_loss", "gap")
+        if apart and self.reducer != "none":
+            raise ValueError(f"allocator {self.allocator} works on the groups' own costs: set reducer to none")
+        if not apart and self.reducer == "none":
+            raise ValueError(
+                f"allocator {self.allocator} needs a reducer (max, mean, cvar, balanced, subtractive)"
+            )
+        if (self.pin or self.limits) and self.allocator == "quantile":
+            raise ValueError("allocator quantile gives bits by rank alone: it cannot pin or limit layers")
+        return self
+
+    @property
+    def measured_choices(self) -> tuple[int, ...]:
+        """Every width that some unit may have: the choices and the pinned widths."""
+        return tuple(sorted({*self.choices, *self.pin.values()}))
+
+
+class StaticMethod(Allocating):
+    """Importance, allocation under the budget, fine-tuning with the bits fixed."""
+
+    method: Literal["static"]
+    label: str = "static"
+
+
+class BaqMethod(Allocating):
+    """Bit-aware quantisation: weights and bits learned together, started from the allocation.
+
+    Attributes:
+        bit_gradient: ``fracbits`` (difference between the two neighbouring widths) or ``lsq``.
+        bit_learning_rate: step of the bits' optimiser, in bits.
+        settle_frac: share of fine-tuning after the bits are rounded and frozen.
+        bitrate_weight: pull on the mean bits, as a share of the budget, within the loss.
+    """
+
+    method: Literal["baq"]
+    label: str = "baq"
+    bit_gradient: Literal["fracbits", "lsq"] = "fracbits"
+    bit_learning_rate: float = Field(default=0.02, gt=0)
+    settle_frac: float = Field(default=0.34, ge=0, lt=1)
+    bitrate_weight: Weight = 0.0
+
+    @model_validator(mode="after")
+    def _choices_without_holes(self) -> BaqMethod:
+        if self.choices != tuple(range(self.choices[0], self.choices[-1] + 1)) or len(self.choices) < 2:
+            raise ValueError(
+                "learned bits move between neighbouring widths: choices must be two or more without a hole"
+            )
+        return self
+
+
+class RecipeMethod(Finetuning):
+    """A published comparator at the same exact budget; what it fixes is in ``RECIPES``."""
+
+    method: Literal["fairgrape", "fairquantize", "hawq", "fairquant", "reference"]
+    label: str | None = None
+
+
+# Comparators as settings of ``static``. Sources: FairGRAPE (Lin, Kim, Joo 2022), FairQuantize (Guo et al.
+# 2024), HAWQ-V2 (Dong et al. 2020), FairQuant (Woergaard and Selvan 2026). All spend the same exact budget.
+# ``reference`` is FairQuant as published, its allocation by rank; ``fairquant`` takes its importance and choices, but
+# allocates them at the lowest cost.
+RECIPES: dict[str, dict[str, Any]] = {
+    "fairgrape": {
+        "importance": "grape",
+        "reducer": "balanced",
+        "allocator": "mean",
+        "choices": tuple(range(2, 9)),
+        "scale": "absmax",
+    },
+    "fairquantize": {
+        "importance": "gradient",
+        "reducer": "subtractive",
+        "allocator": "quantile",
+        "choices": (2, 4, 8),
+        "scale": "absmax",
+    },
+    "hawq": {
+        "importance": "hawq",
+        "reducer": "mean",
+        "allocator": "mean",
+        "granularity": "tensor",
+        "choices": tuple(range(2, 9)),
+        "scale": "absmax",
+    },
+    "fairquant": {
+        "importance": "grape",
+        "reducer": "balanced",
+        "allocator": "mean",
+        "choices": (2, 4, 8),
+        "scale": "absmax",
+    },
+    "reference": {
+        "importance": "grape",
+        "reducer": "balanced",
+        "allocator": "quantile",
+        "choices": (2, 4, 8),
+        "scale": "absmax",
+    },
+}
+
+MethodConfig = Annotated[
+    Fp32Method | UniformMethod | StaticMethod | BaqMethod | RecipeMethod, Field(discriminator="method")
+]

@@ -1,7 +1,9 @@
 """Every point against one reference, whatever their budgets: what does a smaller model cost the worst-served group?
 
     python -m analysis.against --tracking-uri URI --sweep NAME [--reference fp32 | uniform-8] [--margin 1]
+    python -m analysis.against --tracking-uri URI --sweep NAME --reference static --same-budget
 
+With ``--same-budget`` a point is compared with the reference at its own budget: what an ablation asks.
 Differences are paired by seed, on test data, with their 95 % interval (Student's t), which is not adjusted for the
 number of rows: a row is an answer to one question that was asked before, not the best of many.
 """
@@ -36,7 +38,9 @@ DEFAULT_METRICS = ("balanced_acc_worst", "auc_worst")
 MARGIN_POINTS = 1.0
 
 
-def against_reference(cells: pd.DataFrame, *, metric: str, reference: str, margin_frac: float) -> pd.DataFrame:
+def against_reference(
+    cells: pd.DataFrame, *, metric: str, reference: str, margin_frac: float, same_budget: bool = False
+) -> pd.DataFrame:
     """Compare every variant and budget with the reference variant, paired by seed.
 
     Args:
@@ -44,14 +48,14 @@ def against_reference(cells: pd.DataFrame, *, metric: str, reference: str, margi
         metric: full metric key, on ``test/``.
         reference: a variant; of several budgets of it the largest.
         margin_frac: what is still "as good", in units of the metric.
+        same_budget: compare with the reference at the point's own budget, and leave out points at other budgets.
 
     Returns:
         One row a point: panel, ``variant, budget``, mean ``bits`` and ``bytes``, ``value`` and ``reference`` (means),
-        ``reference_budget``,
-        ``times_smaller``, ``num_pairs, difference, low, high, p_value, verdict``.
+        ``reference_budget, times_smaller, num_pairs, difference, low, high, p_value, verdict``.
 
     Raises:
-        InputError: no run has the reference variant.
+        InputError: no run has the reference variant, or none has its budget.
     """
     if reference not in set(cells["variant"]):
         known = ", ".join(sorted(set(cells["variant"].astype(str))))
@@ -60,9 +64,10 @@ def against_reference(cells: pd.DataFrame, *, metric: str, reference: str, margi
     for panel, part in panels(cells):
         own = part[part["variant"] == reference]
         largest = max(own["budget"], key=budget_order, default=None)
-        by_seed = own[own["budget"] == largest].set_index("seed")
         for (variant, budget), point in part.groupby(["variant", "budget"], sort=False):
-            if variant == reference and budget == largest:
+            against = budget if same_budget else largest
+            by_seed = own[own["budget"] == against].set_index("seed")
+            if (by_seed.empty and same_budget) or (variant, budget) == (reference, against):
                 continue
             value = point.set_index("seed")[metric]
             result = paired_test((value - by_seed[metric]).dropna())
@@ -75,7 +80,7 @@ def against_reference(cells: pd.DataFrame, *, metric: str, reference: str, margi
                     "bytes": point[BYTES].mean(),
                     "value": value.mean(),
                     "reference": by_seed[metric].mean(),
-                    "reference_budget": largest,
+                    "reference_budget": against,
                     "times_smaller": by_seed[BYTES].mean() / point[BYTES].mean(),
                     "num_pairs": result.num_pairs,
                     "difference": result.mean,
@@ -85,6 +90,8 @@ def against_reference(cells: pd.DataFrame, *, metric: str, reference: str, margi
                     "verdict": verdict(result, margin_frac=margin_frac, maximize=is_maximized(metric)),
                 }
             )
+    if not rows:
+        raise InputError(f"No other run has a budget of the reference {reference!r}.")
     return pd.DataFrame(rows)
 
 
@@ -116,8 +123,8 @@ def as_markdown(compared: dict[str, pd.DataFrame], *, reference: str, margin_poi
         f"with their 95 % interval. As good: the interval lies above -{margin_points:g} point and holds 0."
     ]
     for panel, part in panels(first):
-        budget = part["reference_budget"].iloc[0]
-        against = reference if budget == NO_VALUE else f"{reference} at {budget}"
+        budgets = set(part["reference_budget"]) - {NO_VALUE}
+        against = f"{reference} at {budgets.pop()}" if len(budgets) == 1 else reference
         lines = [f"### {markdown_safe(panel_title(panel))}", ""]
         heads = ["variant", "bits", "times smaller"]
         heads += [head for key in compared for head in (key, f"difference ({against})", "verdict")]
@@ -149,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         "--reference", default=REFERENCE_VARIANT, help="variant to compare with (default: %(default)s)"
     )
     parser.add_argument(
+        "--same-budget", action="store_true", help="compare with the reference at each point's own budget"
+    )
+    parser.add_argument(
         "--margin", type=float, default=MARGIN_POINTS, help="points that count as equal (default: %(default)s)"
     )
     parser.add_argument(
@@ -166,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
                 metric=on_test(check_selection_metric(f"val/{name}")),
                 reference=arguments.reference,
                 margin_frac=arguments.margin / 100,
+                same_budget=arguments.same_budget,
             )
             for name in arguments.show or DEFAULT_METRICS
         }

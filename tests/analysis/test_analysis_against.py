@@ -50,6 +50,18 @@ def test_any_variant_can_be_the_reference() -> None:
         against_reference(cells(), metric=METRIC, reference="uniform-9", margin_frac=0.01)
 
 
+def test_an_ablation_compares_within_each_budget() -> None:
+    rows = [run_row("a", b, s, FULL[s] + b / 100, method="static") for s in SEEDS for b in (1.0, 2.0)]
+    rows += [run_row("b", b, s, FULL[s] + b / 50, method="static") for s in SEEDS for b in (1.0, 2.0, 3.0)]
+    options = {"metric": METRIC, "reference": "a", "margin_frac": 0.01, "same_budget": True}
+    found = against_reference(select_cells(runs_of(*rows), metric="val/acc_worst"), **options)
+    assert found["budget"].tolist() == found["reference_budget"].tolist() == ["1", "2"]
+    assert found["difference"].tolist() == pytest.approx([0.01, 0.02])
+    alone = [row for row in rows if row["variant"] == "a"]
+    with pytest.raises(InputError, match="No other run has a budget of the reference 'a'"):
+        against_reference(select_cells(runs_of(*alone), metric="val/acc_worst"), **options)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [

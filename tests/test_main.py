@@ -13,11 +13,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from fqsweep.cells import expand_cells
 from fqsweep.checks import Checked, check_inputs
 from fqsweep.config import SearchConfig
 from fqsweep.files import SweepPaths, append_line, write_json
 from fqsweep.main import main, selection_metric
 from fqsweep.space import load_space
+from fqsweep.tasks import Task
+from fqsweep.work import perform
 
 PROJECT = Path(__file__).resolve().parents[1]
 SPACE = """
@@ -105,7 +108,7 @@ def test_plan_as_json_counts_cells_and_shared_work(capsys: pytest.CaptureFixture
 def test_an_unknown_search_space_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "papr"]) == 2
     said = capsys.readouterr().err
-    assert "with fqsweep come: " in said and "demo, evidence_isic2019, isic2019_cpu" in said
+    assert "with fqsweep come: " in said and "demo, evidence_deit, evidence_isic2019, " in said
 
 
 @pytest.mark.parametrize(
@@ -148,6 +151,7 @@ def test_a_missing_image_is_named_before_anything_starts(
     assert_nothing_started(photos)
 
 
+@pytest.mark.usefixtures("checks_here")
 def test_a_data_folder_that_was_not_given_is_asked_for(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +159,7 @@ def test_a_data_folder_that_was_not_given_is_asked_for(
     assert "--data-dir" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("checks_here")
 def test_a_tracking_server_that_is_away_is_said_before_anything_starts(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +170,7 @@ def test_a_tracking_server_that_is_away_is_said_before_anything_starts(
     assert_nothing_started(photos)
 
 
+@pytest.mark.usefixtures("checks_here")
 def test_an_output_folder_that_cannot_be_written_is_named(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +179,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(
     assert "give another --out" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("checks_here")
 def test_data_that_changed_since_the_sweep_began_is_refused(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +196,7 @@ def test_data_that_changed_since_the_sweep_began_is_refused(
     check_inputs(load_space(photos / "bad.yaml"), paths, photos)
 
 
+@pytest.mark.usefixtures("checks_here")
 def test_a_second_driver_is_told_who_holds_the_folder(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from filelock import FileLock
 
@@ -199,15 +207,13 @@ def test_a_second_driver_is_told_who_holds_the_folder(photos: Path, capsys: pyte
     assert "is in use by process 12 on ward3 (since 19" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_broken_photo_fails_its_cells_and_names_the_file(photos: Path) -> None:
+def test_a_broken_photo_fails_its_task_for_good_and_names_the_file(photos: Path) -> None:
     (photos / "photos" / "7.png").write_bytes((photos / "photos" / "8.png").read_bytes()[:100])
-    command = [sys.executable, str(PROJECT / "fqsweep" / "main.py"), "run", str(photos / "bad.yaml")]
-    command += ["--out", str(photos / "out"), "--data-dir", str(photos)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert ended.returncode == 1, ended.stderr
-    assert "7.png" in ended.stderr
-    assert "0 of 2 cells done, 2 failed" in ended.stdout
+    cell = expand_cells(load_space(photos / "bad.yaml"))[0]
+    task = Task(key=cell.baseline_key, kind="baseline", cell=cell)
+    outcome = perform(task, paths=SweepPaths(photos / "out"), data_dir=photos, device="cpu", num_threads=1)
+    assert outcome.ending == "failed"
+    assert "7.png" in outcome.reason
 
 
 @pytest.mark.parametrize(

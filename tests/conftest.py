@@ -15,13 +15,16 @@ PROJECT = Path(__file__).resolve().parents[1]
 SHARED_DATA = PROJECT.parent / "shared" / "data"
 
 
-# One after the other on one worker of pytest-xdist, and first: they start Ray, share clusters, or look at the clock.
-SERIAL = ("test_engine.py", "test_sweep.py", "test_clusters.py")
+# One after the other on one worker of pytest-xdist: they start Ray on this machine, or look at the clock.
+SERIAL = ("test_engine.py", "test_sweep.py")
+# What takes longest begins before all else; the cluster over ssh has namespaces of its own and may run beside it.
+FIRST = (*SERIAL, "test_clusters.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts Ray takes longest, and begins before all else."""
-    items.sort(key=lambda item: item.path.name not in SERIAL)
+    """``FIRST``, in its order, before all else."""
+    names = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: names.get(item.path.name, len(FIRST)))
 
 
 @pytest.hookimpl(optionalhook=True)

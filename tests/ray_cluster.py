@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 
 class ClusterProcess:
@@ -57,11 +59,15 @@ class ClusterProcess:
 
 
 def main() -> None:
-    from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2})
-    Path(get_ray_address_file(None)).unlink()  # other sweeps on this machine must not find this cluster
+    # A folder of its own, because in the usual one other sweeps on this machine would find this cluster; a short path,
+    # because sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        _serve(Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, "temp_dir": folder}))
+
+
+def _serve(cluster: Any) -> None:
     print(f"> {cluster.address}", flush=True)
     for _line in sys.stdin:
         node = cluster.add_node(num_cpus=2, num_gpus=2)

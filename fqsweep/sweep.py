@@ -265,7 +265,11 @@ def _scratch() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[None]:
-    """A connection to the cluster at ``address``, or Ray on this machine for as long as the sweep runs."""
+    """A connection to the cluster at ``address``, or Ray on this machine for as long as the sweep runs.
+
+    Without an address Ray would join any cluster whose traces it finds on this machine, or wait for a dead one.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Tune prints a traceback for each worker that dies; the ledger has the reason, and what Tune cannot do it raises.
@@ -274,7 +278,7 @@ def _ray(address: str | None) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             ray.init(
-                address=address,
+                address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 **({} if address else {"include_dashboard": False}),

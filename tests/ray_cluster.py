@@ -61,10 +61,11 @@ class ClusterProcess:
 def main() -> None:
     from ray.cluster_utils import Cluster
 
-    # A folder of its own, because in the usual one other sweeps on this machine would find this cluster; a short path,
+    # A folder of its own, because in the usual one every ray.init on this machine would find this cluster; a short path,
     # because sockets lie below it.
     with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        _serve(Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, "temp_dir": folder}))
+        os.environ["RAY_TMPDIR"] = folder
+        _serve(Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2}))
 
 
 def _serve(cluster: Any) -> None:

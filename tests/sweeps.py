@@ -53,7 +53,9 @@ def _empty_database() -> bytes:
         return file.read_bytes()
 
 
-def start(space: Path, out: Path, *more: str, new_database: bool = False) -> subprocess.Popen[str]:
+def start(
+    space: Path, out: Path, *more: str, new_database: bool = False, **environment: str
+) -> subprocess.Popen[str]:
     """``fqsweep run`` in a process of its own, with a copied database unless a new one is part of the test."""
     database = SweepPaths(out).tracking_db
     if not (new_database or database.exists()):
@@ -71,6 +73,7 @@ def start(space: Path, out: Path, *more: str, new_database: bool = False) -> sub
     return subprocess.Popen(
         command,
         cwd=space.parent,
+        env={**os.environ, **environment},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

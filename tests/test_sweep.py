@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -137,9 +139,20 @@ def test_a_killed_driver_goes_on_and_does_every_trial_once(tmp_path: Path) -> No
     assert child_keys(out) == keys
 
 
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+@pytest.fixture
+def rays_folder() -> Iterator[str]:
+    """Ray's temporary folder with the address of a cluster that is gone; a short path, because sockets lie below it."""
+    with tempfile.TemporaryDirectory(prefix="rs", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+        yield folder
+
+
+def test_a_killed_worker_costs_nothing_but_time_and_a_dead_cluster_is_not_joined(
+    tmp_path: Path, rays_folder: str
+) -> None:
     space, out = write_tiny(tmp_path, epochs=12, text=ONE_SEED), tmp_path / "out"
-    process = start(space, out)
+    process = start(space, out, RAY_TMPDIR=rays_folder)
     wait_for(lambda: kill_worker_of(process.pid), what="a worker with a task")
     code, output = finish(process)
     assert code == 0, output

@@ -104,7 +104,8 @@ class Cell(Record):
         """Hash of what determines the result; names shown to people are left out."""
         data = self.dataset.model_dump(mode="json", exclude={"name"})
         point = self.point.model_dump(
-            mode="json", exclude={"variant": True, "settings": {"label", "budgets_bits", "budgets_bytes"}}
+            mode="json",
+            exclude={"variant": True, "settings": {"label", "budgets_bits", "budgets_bytes", "match_moments"}},
         )
         return content_hash(
             [
@@ -117,6 +118,7 @@ class Cell(Record):
                 self.budget_bytes,
                 self.seed,
                 self.recipe,
+                *(["match_moments"] if matches_moments(self) else []),
             ]
         )
 
@@ -165,6 +167,7 @@ def points_of(
         ]
     if isinstance(method, RecipeMethod):
         given = method.model_dump(exclude={"method", "label"})
+        given["match_moments"] = bool(method.match_moments)  # a comparator is as it was published unless asked
         settings = StaticMethod(method="static", **{**given, **RECIPES[method.method]})
         return [MethodPoint(method=method.method, variant=method.label or method.method, settings=settings)]
     return [MethodPoint(method=method.method, variant=method.label, settings=method)]
@@ -255,6 +258,7 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
         "group_attribute": cell.group_attribute,
         **{name: option(name) for name in ("fairness_weight", "bitrate_weight", "importance", "reducer")},
         **{name: option(name) for name in ("allocator", "granularity", "choices", "scale")},
+        "match_moments": str(matches_moments(cell)).lower(),
         "finetune_epochs": str(epochs),
         **{name: option(name) for name in ("regulariser", "distillation_weight")},
     }
@@ -290,6 +294,14 @@ def exempt_of(cell: Cell) -> tuple[str, ...]:
     """Name patterns of the layers that the cell leaves in full precision."""
     settings = cell.point.settings
     return settings.exempt if isinstance(settings, Finetuning) else ()
+
+
+def matches_moments(cell: Cell) -> bool:
+    """Whether the cell's quantised layers are brought back to full precision's mean and spread."""
+    settings = cell.point.settings
+    if not isinstance(settings, Finetuning):
+        return False
+    return isinstance(settings, Allocating) if settings.match_moments is None else settings.match_moments
 
 
 def finetune_epochs(cell: Cell) -> int:

@@ -91,6 +91,7 @@ RUN_PARAMS: tuple[str, ...] = (
     "granularity",
     "choices",
     "scale",
+    "match_moments",
     "finetune_epochs",
     "regulariser",
     "distillation_weight",

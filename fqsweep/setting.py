@@ -72,10 +72,14 @@ class Setting:
         """A whole split as it is, in a fixed order."""
         return self._loader(getattr(self.dataset.splits, split), batch_size=EVALUATION_BATCH, shuffle=False)
 
-    def calibration_batches(self) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-        """The calibration images that importance uses: the same ones at each call."""
+    def calibration_batches(
+        self, most: int | None = None
+    ) -> Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+        """The calibration images that importance uses, or at most so many of them: the same ones at each call."""
         indices = self.dataset.splits.calibration
         wanted = self.cell.recipe.calibration_images
+        if most is not None:
+            wanted = most if wanted is None else min(most, wanted)
         if wanted is not None and wanted < len(indices):
             indices = _spread_over_groups(indices, self.group.code_n, wanted, seed=self.cell.seed)
         loader = self._loader(indices, batch_size=CALIBRATION_BATCH, shuffle=False)

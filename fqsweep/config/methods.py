@@ -72,6 +72,8 @@ class Finetuning(Record):
         distillation_weight: share of the loss that follows the full-precision parent's output, 0 to 1.
         exempt: name patterns of layers that stay in full precision; their weights are not in the mean bits, but
             in the packed size.
+        match_moments: bring each quantised layer's outputs back to full precision's mean and spread on calibration
+            images, before anything is trained (``quant.moments``); None does so for ``static`` and ``baq`` alone.
         budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's.
     """
 
@@ -80,6 +82,7 @@ class Finetuning(Record):
     regulariser: Regulariser = "gap"
     distillation_weight: float = Field(default=0.0, ge=0, le=1)
     exempt: tuple[str, ...] = ()
+    match_moments: bool | None = None
     budgets_bits: tuple[Budget, ...] | None = None
     budgets_bytes: tuple[BudgetBytes, ...] | None = None
 

@@ -146,12 +146,17 @@ def _into_norm(norm: _BatchNorm, stretch_c: torch.Tensor, shift_c: torch.Tensor)
 def _into_layer(
     layer: nn.Module, quantiser: QuantisedWeight, output: torch.Tensor, wanted: Moments
 ) -> torch.Tensor | None:
-    """Stretch a layer's steps and shift its bias; returns its output as it now is, None where it has no bias."""
+    """Stretch a layer's steps and shift its bias; returns its output as it now is, None where it has no bias.
+
+    The weights behind the steps are stretched too, so that their codes stay.
+    """
     if not isinstance(layer.bias, torch.Tensor):
         return None
     stretch_c, shift_c = _line(_moments(layer, output), wanted)
     if len(quantiser.log_gain_u) == len(stretch_c):
         quantiser.log_gain_u.add_(stretch_c.log())
+        chain: Any = layer.parametrizations
+        chain.weight.original.mul_(stretch_c.view(-1, *[1] * (chain.weight.original.ndim - 1)))
     else:  # one step for the whole tensor: the mean alone can be corrected
         stretch_c = torch.ones_like(stretch_c)
         shift_c = wanted.mean_c - _moments(layer, output).mean_c

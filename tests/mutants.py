@@ -24,6 +24,7 @@ TRAINING = ("tests/test_training.py",)
 PACKING = ("tests/quant/test_packing.py",)
 QUANTISER = ("tests/quant/test_grid.py", "tests/quant/test_convert.py", "tests/quant/test_baq.py")
 IMPORTANCE = ("tests/test_importance.py",)
+MOMENTS = ("tests/quant/test_moments.py",)
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ MUTANTS = (
     Mutant("fqsweep/importance.py", "/ (2 * count_g[:, None, None])", "/ (2 * count_g.sum())", IMPORTANCE),
     Mutant("fqsweep/importance.py", '"ng,nu->gu", group_ng, along_nu.double().square()', '"ng,nu->gu", group_ng, along_nu.double()', IMPORTANCE),
     Mutant("fqsweep/importance.py", ".double().cpu().numpy() / 2)", ".double().cpu().numpy())", IMPORTANCE),
+    Mutant("fqsweep/quant/moments.py", "torch.where(moves_c, now.variance_c, 1.0)).sqrt()", "torch.where(moves_c, now.variance_c, 1.0))", MOMENTS),
+    Mutant("fqsweep/quant/moments.py", "wanted.mean_c - stretch_c * now.mean_c", "wanted.mean_c - now.mean_c", MOMENTS),
+    Mutant("fqsweep/quant/moments.py", "(norm.running_mean - shift_c) / stretch_c", "norm.running_mean - shift_c", MOMENTS),
+    Mutant("fqsweep/quant/moments.py", "(norm.running_var + norm.eps) / stretch_c.square()", "(norm.running_var + norm.eps) / stretch_c", MOMENTS),
+    Mutant("fqsweep/quant/moments.py", "layer.bias * stretch_c + shift_c", "layer.bias + shift_c", MOMENTS),
 )  # fmt: skip
 
 

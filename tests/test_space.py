@@ -10,7 +10,15 @@ import pytest
 from pydantic import ValidationError
 from small_spaces import SMALL, small_space, write_space
 
-from fqsweep.cells import Cell, expand_cells, finetune_epochs, method_points, run_params, trial_key
+from fqsweep.cells import (
+    Cell,
+    expand_cells,
+    finetune_epochs,
+    matches_moments,
+    method_points,
+    run_params,
+    trial_key,
+)
 from fqsweep.config import RECIPES, Allocating, SearchSpace, content_hash
 from fqsweep.errors import InputError
 from fqsweep.names import METHODS, RUN_PARAMS
@@ -378,3 +386,20 @@ def test_pinned_widths_are_measured_beside_the_choices(tmp_path: Path) -> None:
     settings = cell_of(small_space(tmp_path, change), "baq").point.settings
     assert isinstance(settings, Allocating)
     assert settings.measured_choices == (1, 2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("method", "by_default"), [("uniform", False), ("static", True), ("baq", True), ("hawq", False)]
+)
+def test_outputs_are_matched_by_default_where_bits_are_allocated_by_our_methods(
+    method: str, by_default: bool
+) -> None:
+    def cell(match_moments: bool | None) -> Cell:
+        row = {"method": method, "match_moments": match_moments}
+        space = load_space(find_space("demo")).model_dump(mode="json") | {"methods": [row]}
+        return expand_cells(SearchSpace.model_validate(space))[0]
+
+    assert matches_moments(cell(None)) is by_default
+    assert cell(None).key == cell(by_default).key != cell(not by_default).key
+    assert run_params(cell(True), weights={})["match_moments"] == "true"
+    assert cell(True).baseline_key == cell(False).baseline_key

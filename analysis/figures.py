@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.columns import BITS, is_full_precision, is_maximized, on_test, variants
@@ -36,6 +37,8 @@ STYLE = {
 PANEL_INCHES = (3.6, 2.9)
 LEAST_WIDTH_INCHES = 6.4
 TITLE_LETTERS_PER_INCH = 12.5
+LEGEND_KEY_INCHES = 0.6  # a key with the gaps around it
+POINTS_AN_INCH = 72
 
 
 def front_figure(points: pd.DataFrame, *, metric: str) -> Figure:
@@ -122,10 +125,11 @@ def _add_legend(figure: Figure, look: dict[str, Look], *, has_reference: bool) -
     handles.append(Line2D([], [], color=FRONT_COLOR, linewidth=4, alpha=0.5, label="front on validation"))
     if has_reference:
         handles.append(Line2D([], [], color=REFERENCE_COLOR, linestyle="--", label="full precision"))
-    width = figure.get_size_inches()[0]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=max(2, math.floor(width / 1.5)), frameon=False
-    )
+    size = mpl.rcParams["font.size"]
+    names = [TextPath((0, 0), str(handle.get_label()), size=size) for handle in handles]
+    widest = max(name.get_extents().width for name in names) / POINTS_AN_INCH
+    columns = math.floor(figure.get_size_inches()[0] / (LEGEND_KEY_INCHES + widest))
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, columns), frameon=False)
 
 
 def _plain(text: str) -> str:

@@ -207,6 +207,16 @@ def test_names_with_dollars_are_text_in_figures(small):
     assert figures.figure_bytes(figures.front_figure(points, metric=METRIC), "svg")
 
 
+@pytest.mark.parametrize("name", ["a", "static, importance gradient", "W" * 30])
+def test_the_legend_lies_within_the_figure(small, name: str):
+    points = find(small.assign(variant=name + small["variant"]), sweep="s", metric=METRIC).points
+    figure = figures.front_figure(points, metric=METRIC)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1
+
+
 def test_up_to_fifty_six_variants_look_different():
     found = looks(f"v{i}" for i in range(56))
     assert len({(look.color, look.marker) for look in found.values()}) == 56

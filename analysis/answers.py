@@ -149,7 +149,7 @@ def _verdict_sentence(pairs: pd.DataFrame, word: str) -> str:
         )
     test = f"over {num} seeds, p < 0.05 after Holm"
     if word == "no evidence":
-        return f"No evidence of a difference to {others}: within the noise over {num} seeds."
+        return f"Not settled against {others}: over {num} seeds no p < 0.05 after Holm."
     return f"{word.capitalize()} than {others} {test}."
 
 

@@ -65,7 +65,11 @@ def main() -> None:
     # because sockets lie below it.
     with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.environ["RAY_TMPDIR"] = folder
-        _serve(Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2}))
+        _serve(
+            Cluster(
+                initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, "include_dashboard": False}
+            )
+        )
 
 
 def _serve(cluster: Any) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -155,22 +155,18 @@ def _input_moments(model: nn.Module, batches: Callable[[], Iterator[Image]]) -> 
     Averages over images and positions; at image borders of convolutions the padding is ignored.
     """
     total: dict[str, torch.Tensor] = {}
-    handles = []
-    for name, module in quantisable_layers(model).items():
+    with ExitStack() as hooks:
+        for name, module in quantisable_layers(model).items():
 
-        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
-            value = inputs[0].detach()
-            axes = (0, 2, 3) if isinstance(_module, nn.Conv2d) else tuple(range(value.ndim - 1))
-            square = value.float().square().mean(dim=axes) * len(value)
-            total[name] = total.get(name, torch.zeros_like(square)) + square
+            def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
+                value = inputs[0].detach()
+                axes = (0, 2, 3) if isinstance(_module, nn.Conv2d) else tuple(range(value.ndim - 1))
+                square = value.float().square().mean(dim=axes) * len(value)
+                total[name] = total.get(name, torch.zeros_like(square)) + square
 
-        handles.append(module.register_forward_pre_hook(hook))
-    try:
+            hooks.enter_context(module.register_forward_pre_hook(hook))
         for image, _label, _group in batches():
             model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {
         name: _spread(total[name], module)
         for name, module in quantisable_layers(model).items()
@@ -246,7 +242,6 @@ def _taylor(
     cost_gub = torch.zeros(len(count_g), units.num_units, num_choices, dtype=torch.float64, device=device)
     cached = {layer.name: list(changes(layer.name)) for layer in units.layers}
     group_ng = torch.zeros(0)
-    handles = []
 
     def watch(unit_layer, module):
         def on_forward(_module, inputs, output):
@@ -265,20 +260,16 @@ def _taylor(
 
         return on_forward
 
-    handles += [
-        layers[layer.name].register_forward_hook(watch(layer, layers[layer.name])) for layer in units.layers
-    ]
     done, total = 0, int(count_g.sum())
-    try:
+    with ExitStack() as hooks:
+        for layer in units.layers:
+            hooks.enter_context(layers[layer.name].register_forward_hook(watch(layer, layers[layer.name])))
         for image, label, group in batches():
             group_ng = F.one_hot(group, len(count_g)).double()
             loss = F.cross_entropy(model(image.detach().requires_grad_()), label, reduction="sum")
             loss.backward()
             done += len(image)
             progress("taylor", done / total)
-    finally:
-        for handle in handles:
-            handle.remove()
     return cost_gub.cpu().numpy() / (2 * count_g[:, None, None])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,7 +145,6 @@ def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], in
     from torch.utils.flop_counter import FlopCounterMode
 
     layer_macs: dict[str, int] = {}
-    handles = []
 
     def note(name: str, weight: torch.Tensor) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
@@ -153,18 +153,15 @@ def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], in
 
         return hook
 
-    for name, module in quantisable_layers(model).items():
-        handles.append(module.register_forward_hook(note(name, module.weight)))
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     counter = FlopCounterMode(display=False)
-    try:
+    with ExitStack() as after:
+        after.callback(model.train, was_training)
+        for name, module in quantisable_layers(model).items():
+            after.enter_context(module.register_forward_hook(note(name, module.weight)))
         with torch.no_grad(), counter:
             model(torch.zeros(1, 3, image_size, image_size, device=device))
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
     total = counter.get_total_flops() // 2
     return layer_macs, max(0, total - sum(layer_macs.values()))

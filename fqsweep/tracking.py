@@ -348,6 +348,7 @@ def _add_model(client: MlflowClient, run_id: str) -> None:
 
 
 def _save_model(packed: Path, target: Path) -> None:
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         # It asks for an example, and for type hints in its own classes, past any filter; the signature says what
         # comes in.

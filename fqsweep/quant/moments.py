@@ -15,6 +15,7 @@ Axes: b images, c output channels of a layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,17 +47,17 @@ def output_moments(model: nn.Module, image_bchw: torch.Tensor) -> dict[str, Mome
         image_bchw: normalised images, all in one batch.
     """
     found: dict[str, Moments] = {}
-    handles = [
-        layer.register_forward_hook(
-            lambda layer, _inputs, output, name=name: found.setdefault(name, _moments(layer, output)) and None
-        )
-        for name, layer in quantisable_layers(model).items()
-    ]
-    try:
+
+    def note(name: str) -> Any:
+        def hook(layer: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+            found.setdefault(name, _moments(layer, output))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, layer in quantisable_layers(model).items():
+            hooks.enter_context(layer.register_forward_hook(note(name)))
         model(image_bchw)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
@@ -85,15 +86,10 @@ def match_moments(model: nn.Module, target: Mapping[str, Moments], image_bchw: t
 
         return correct
 
-    handles = [
-        layers[name].register_forward_hook(hook(name, quantiser))
-        for name, quantiser in quantisers_of(model).items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, quantiser in quantisers_of(model).items():
+            hooks.enter_context(layers[name].register_forward_hook(hook(name, quantiser)))
         model(image_bchw)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _moments(layer: nn.Module, output: torch.Tensor) -> Moments:
@@ -124,15 +120,13 @@ def _norms_behind(model: nn.Module, image_bchw: torch.Tensor) -> dict[str, _Batc
         if norm.running_mean is not None:
             found.update({name: norm for name, output in last if output is inputs[0]})
 
-    handles = [layer.register_forward_hook(note(name)) for name, layer in quantisable_layers(model).items()]
-    handles += [
-        module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, _BatchNorm)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in quantisable_layers(model).items():
+            hooks.enter_context(layer.register_forward_hook(note(name)))
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                hooks.enter_context(module.register_forward_pre_hook(look))
         model(image_bchw)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
@@ -152,14 +146,15 @@ def _into_layer(
     """
     if not isinstance(layer.bias, torch.Tensor):
         return None
-    stretch_c, shift_c = _line(_moments(layer, output), wanted)
+    now = _moments(layer, output)
+    stretch_c, shift_c = _line(now, wanted)
     if len(quantiser.log_gain_u) == len(stretch_c):
         quantiser.log_gain_u.add_(stretch_c.log())
         chain: Any = layer.parametrizations
         chain.weight.original.mul_(stretch_c.view(-1, *[1] * (chain.weight.original.ndim - 1)))
     else:  # one step for the whole tensor: the mean alone can be corrected
         stretch_c = torch.ones_like(stretch_c)
-        shift_c = wanted.mean_c - _moments(layer, output).mean_c
+        shift_c = wanted.mean_c - now.mean_c
     layer.bias.copy_(layer.bias * stretch_c + shift_c)
     shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
     return output * stretch_c.view(shape) + shift_c.view(shape)

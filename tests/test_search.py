@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from small_spaces import small_space
+from small_spaces import METRICS, small_space
 
 from fqsweep.cells import Cell, expand_cells
 from fqsweep.config import Resources, SearchSpace
@@ -17,7 +17,6 @@ from fqsweep.search import SweepState, plan_sweep, shared_tasks
 from fqsweep.stopping import Curve
 from fqsweep.tasks import Task
 
-METRICS = {"val/acc_worst": 0.5, "bits/mean_weight": 1.0}
 MANY = (
     ("seeds: [0, 1]", "seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]"),
     ("architectures: [test_resnet]", "architectures: [test_resnet, resnet18]"),

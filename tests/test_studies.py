@@ -6,14 +6,12 @@ from pathlib import Path
 
 import optuna
 import pytest
-from small_spaces import small_space
+from small_spaces import METRICS, small_space
 
 from fqsweep.cells import Cell, expand_cells
 from fqsweep.config import SearchConfig, SearchSpace
 from fqsweep.search import trials_wanted
 from fqsweep.studies import OptunaStudies
-
-METRICS = {"val/acc_worst": 0.5, "bits/mean_weight": 1.0}
 
 
 def searched_cell(space: SearchSpace) -> Cell:

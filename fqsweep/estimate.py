@@ -22,7 +22,15 @@ FIXED_TASK_S = 3.0
 # Images where the set is not at hand: of the official releases.
 OFFICIAL_IMAGES = {"isic2019": 25_331, "fitzpatrick17k": 16_012}
 FORWARD_AND_BACKWARD = 3.0
-PASSES_OF_IMPORTANCE = {"taylor": 5.0, "gradient": 4.0, "grape": 4.0, "fisher": 4.0, "hawq": 50.0}
+# Passes over the calibration images that a predictor makes whatever the choices, and for each choice.
+PASSES_OF_IMPORTANCE = {
+    "taylor_matched": (7.0, 2.0),
+    "taylor": (5.0, 1.0),
+    "gradient": (4.0, 0.0),
+    "grape": (4.0, 0.0),
+    "fisher": (4.0, 0.0),
+    "hawq": (50.0, 0.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +77,8 @@ class CostModel:
             settings = cell.point.settings
             assert isinstance(settings, Allocating)
             calibration = min(images * splits.calibration, cell.recipe.calibration_images or float("inf"))
-            per_choice = len(settings.choices) if settings.importance == "taylor" else 0
-            passes = calibration * (PASSES_OF_IMPORTANCE[settings.importance] + per_choice)
+            fixed, per_choice = PASSES_OF_IMPORTANCE[settings.importance]
+            passes = calibration * (fixed + per_choice * len(settings.choices))
         else:
             passes = finetune_epochs(cell) * training + images * (splits.validation + splits.test)
         return passes * per_image

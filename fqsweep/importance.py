@@ -7,6 +7,8 @@ Axes: g groups, u units, b bit choices, n images of a batch.
 - ``taylor``: 1/2 E_g[(g_i . dW_u(b))^2] over per-sample gradients g_i, the empirical Fisher along the
   rounding error. g_i . dW_u is the layer's output for the weights dW_u times the gradient at its output,
   so no per-sample weight gradient is built.
+- ``taylor_matched``: the same of what remains of the rounding error once the layer's outputs have full precision's
+  mean and spread again (``quant.moments``), so that no bits are spent on what comes back without any.
 - ``fisher``: 1/2 sum E_g[g_i^2] dW^2, its diagonal; one image at a time.
 - ``gradient``: sum |E_g[g]| times 4^-b; ``grape``: sum (E_g[g] w)^2 times 4^-b (Lin, Kim, Joo 2022).
 - ``hawq``: 1/2 (trace of the Hessian / weights) ||dW||^2, by Hutchinson's probes (Dong et al. 2020).
@@ -29,9 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fqsweep.config import Predictor, ScaleRule
 from fqsweep.cost_table import Importance
 from fqsweep.errors import TrialError
-from fqsweep.models import quantisable_layers
+from fqsweep.models import output_change, quantisable_layers
 from fqsweep.quant.grid import quantise_units
 from fqsweep.quant.levels import MAX_BITS
+from fqsweep.quant.moments import Lines, expected_lines
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import UnitTable, as_units
 
@@ -76,8 +79,14 @@ def measure_importance(
         steps = _all_steps(model, units, choices, scale, curvature)
         changes = _rounding_errors(model, units, choices, steps)
         progress(predictor, 0.0)
-        if predictor == "taylor":
-            cost_gub = _taylor(model, units, batches, changes, count_g, progress)
+        if predictor in ("taylor", "taylor_matched"):
+            held = {layer.name: list(changes(layer.name)) for layer in units.layers}
+            lines: dict[str, Lines] = {}
+            if predictor == "taylor_matched":
+                progress("output moments", 0.0)
+                lines = expected_lines(model, units, (image for image, _, _ in batches()), held)
+                passes += 2.0 + len(choices)
+            cost_gub = _taylor(model, units, batches, held, lines, count_g, progress)
             passes += 3.0 + len(choices)
         elif predictor == "fisher":
             cost_gub = _fisher(model, units, batches, changes, count_g)
@@ -232,30 +241,42 @@ def _taylor(
     model: nn.Module,
     units: UnitTable,
     batches: Callable[[], Iterator[Image]],
-    changes: Callable[[str], Iterator[torch.Tensor]],
+    changes: Mapping[str, Sequence[torch.Tensor]],
+    lines: Mapping[str, Lines],
     count_g: np.ndarray,
     progress: Progress,
 ) -> np.ndarray:
     layers = quantisable_layers(model)
     device = next(model.parameters()).device
-    num_choices = sum(1 for _ in changes(units.layers[0].name))
+    num_choices = len(changes[units.layers[0].name])
     cost_gub = torch.zeros(len(count_g), units.num_units, num_choices, dtype=torch.float64, device=device)
-    cached = {layer.name: list(changes(layer.name)) for layer in units.layers}
     group_ng = torch.zeros(0)
 
     def watch(unit_layer, module):
         def on_forward(_module, inputs, output):
             value = inputs[0].detach()
 
+            @torch.no_grad()
             def on_gradient(gradient):
-                for choice, change in enumerate(cached[unit_layer.name]):
-                    along_nu = _inner_products(module, value, change, gradient, unit_layer.num_units)
+                line = lines.get(unit_layer.name)
+                if line is not None:
+                    along_own_nc = _over_places(module, module.forward(value) * gradient)
+                    along_one_nc = _over_places(module, gradient)
+                for choice, change in enumerate(changes[unit_layer.name]):
+                    along_nu = _over_places(module, output_change(module, value, change) * gradient)
+                    if line is not None:
+                        stretch_c, shift_c = line.stretch_kc[choice], line.shift_kc[choice]
+                        along_nu = (
+                            stretch_c * along_nu + (stretch_c - 1) * along_own_nc + shift_c * along_one_nc
+                        )
+                    if along_nu.shape[1] != unit_layer.num_units:
+                        along_nu = along_nu.sum(dim=1, keepdim=True)
                     # Windowed attention stacks the windows of an image along the first axis.
                     along_nu = along_nu.unflatten(0, (len(group_ng), -1)).sum(dim=1)
                     rows = slice(unit_layer.start, unit_layer.stop)
                     cost_gub[:, rows, choice] += torch.einsum("ng,nu->gu", group_ng, along_nu.double().square())
 
-            if output.requires_grad:  # not where ``_response`` calls the layer again
+            if output.requires_grad:  # not where ``output_change`` calls the layer again
                 output.register_hook(on_gradient)
 
         return on_forward
@@ -273,31 +294,11 @@ def _taylor(
     return cost_gub.cpu().numpy() / (2 * count_g[:, None, None])
 
 
-@torch.no_grad()
-def _inner_products(
-    layer: nn.Conv2d | nn.Linear,
-    value: torch.Tensor,
-    change: torch.Tensor,
-    gradient: torch.Tensor,
-    num_units: int,
-) -> torch.Tensor:
-    """g_i . dW_u for every image and unit, (n, u): the layer's answer to dW times the output's gradient."""
-    product = _response(layer, value, change) * gradient
-    if isinstance(layer, nn.Linear):
-        along_nc = product.flatten(1, -2).sum(dim=1) if product.ndim > 2 else product
-    else:
-        along_nc = product.flatten(2).sum(dim=2)
-    return along_nc if num_units == along_nc.shape[1] else along_nc.sum(dim=1, keepdim=True)
-
-
-def _response(layer: nn.Conv2d | nn.Linear, value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """Change of the layer's output for a change of its weight."""
-    if type(layer) is nn.Linear:
-        return F.linear(value, change)
-    if type(layer) is nn.Conv2d:
-        return layer._conv_forward(value, change, None)
-    moved = torch.func.functional_call(layer, {"weight": layer.weight + change}, (value,))
-    return moved - layer(value)
+def _over_places(layer: nn.Conv2d | nn.Linear, value: torch.Tensor) -> torch.Tensor:
+    """Sum over pixels or tokens, (n, c)."""
+    if isinstance(layer, nn.Conv2d):
+        return value.flatten(2).sum(dim=2)
+    return value.flatten(1, -2).sum(dim=1) if value.ndim > 2 else value
 
 
 def _first_order(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fqsweep.config import ArchitectureConfig
@@ -130,6 +131,19 @@ def normalisation_of(config: ArchitectureConfig) -> Normalisation:
 def quantisable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     """Every Conv2d and Linear by name, in the model's order; their weights' first axis is the output channel."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+
+
+def output_change(layer: nn.Conv2d | nn.Linear, value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Change of a layer's output for these inputs when ``change`` is added to its weight.
+
+    A layer that does more than convolve with its weight is called for it, hooks and all.
+    """
+    if type(layer) is nn.Linear:
+        return F.linear(value, change)
+    if type(layer) is nn.Conv2d:
+        return layer._conv_forward(value, change, None)
+    moved = torch.func.functional_call(layer, {"weight": layer.weight + change}, (value,))
+    return moved - layer(value)
 
 
 def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], int]:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from fqsweep.config.records import Record
 
 Choices = tuple[int, ...]
-Predictor = Literal["taylor", "gradient", "grape", "fisher", "hawq"]
+Predictor = Literal["taylor_matched", "taylor", "gradient", "grape", "fisher", "hawq"]
 Reducer = Literal["max", "mean", "cvar", "balanced", "subtractive", "none"]
 Allocator = Literal["mean", "minimax", "minimax_loss", "gap", "quantile"]
 Granularity = Literal["channel", "tensor"]
@@ -121,7 +121,8 @@ class Allocating(Finetuning):
     """What methods share that spend a bit budget over units.
 
     Attributes:
-        importance: which predictor of the loss rise fills the cost table.
+        importance: which predictor of the loss rise fills the cost table; where none is named, ``taylor_matched``,
+            and ``taylor`` where ``match_moments`` is off.
         reducer: how group costs become one; ``none`` keeps them apart (allocator ``minimax``).
         allocator: ``mean`` (hull and sort), ``minimax`` (the largest rise of any group's loss), ``minimax_loss``
             (the largest resulting loss), ``gap`` (the largest difference of resulting losses, plus their mean rise)
@@ -133,7 +134,7 @@ class Allocating(Finetuning):
         limits: layer-name pattern -> smallest and largest bits, for example ``{"layer4.*": {min: 1, max: 4}}``.
     """
 
-    importance: Predictor = "taylor"
+    importance: Predictor = "taylor_matched"
     reducer: Reducer = "none"
     allocator: Allocator = "minimax"
     granularity: Granularity = "channel"
@@ -141,6 +142,17 @@ class Allocating(Finetuning):
     scale: ScaleRule = "curvature"
     pin: dict[str, Width] = Field(default_factory=dict)
     limits: dict[str, BitLimits] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _importance_fits_matching(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("match_moments") is not False:
+            return given
+        if given.get("importance") == "taylor_matched":
+            raise ValueError(
+                "importance taylor_matched prices what matching leaves: it needs match_moments, or set it to taylor"
+            )
+        return {"importance": "taylor", **given}
 
     @model_validator(mode="after")
     def _reducer_fits_allocator(self) -> Allocating:

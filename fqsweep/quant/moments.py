@@ -9,12 +9,14 @@ norm statistics re-estimated, Sun et al. 2019). The same images on both sides ke
 Nothing is added to the network: what corrects a channel goes into the statistics of the batch norm behind it, else
 into its quantiser's step and the layer's bias. A layer with neither is left as it is.
 
-Axes: b images, c output channels of a layer.
+``expected_lines`` says beforehand what that will do to each layer, so that importance can price what will be left.
+
+Axes: b images, c output channels of a layer, k bit choices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +25,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fqsweep.models import quantisable_layers
+from fqsweep.models import output_change, quantisable_layers
 from fqsweep.quant.convert import QuantisedWeight, quantisers_of
+from fqsweep.quant.units import UnitTable
 
 # A channel that rounding made nearly constant says nothing: to stretch it further would only make noise louder.
 MAX_STRETCH = 4.0
@@ -36,6 +39,14 @@ class Moments:
 
     mean_c: torch.Tensor
     variance_c: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """What matching makes of a layer's outputs y at each bit choice, stretch * y + shift; float32 (k, c) each."""
+
+    stretch_kc: torch.Tensor
+    shift_kc: torch.Tensor
 
 
 @torch.no_grad()
@@ -80,7 +91,7 @@ def match_moments(model: nn.Module, target: Mapping[str, Moments], image_bchw: t
                 return None
             done.add(name)
             if name in norms:
-                _into_norm(norms[name], *_line(_moments(layer, output), target[name]))
+                _into_norm(norms[name], *_line(_moments(layer, output), target[name], stretches=True))
                 return None
             return _into_layer(layer, quantiser, output, target[name])
 
@@ -92,6 +103,66 @@ def match_moments(model: nn.Module, target: Mapping[str, Moments], image_bchw: t
         model(image_bchw)
 
 
+@torch.no_grad()
+def expected_lines(
+    model: nn.Module,
+    units: UnitTable,
+    batches: Iterable[torch.Tensor],
+    changes: Mapping[str, Sequence[torch.Tensor]],
+) -> dict[str, Lines]:
+    """How ``match_moments`` would correct each layer if it alone were rounded, to each bit choice, by its name.
+
+    Args:
+        model: in full precision and eval mode, which it stays in.
+        batches: normalised images (b, c, h, w), each batch once.
+        changes: layer name -> rounding errors of its weight, one a bit choice.
+    """
+    layers = quantisable_layers(model)
+    mean_kc: dict[str, torch.Tensor] = {}
+    square_kc: dict[str, torch.Tensor] = {}
+    images: dict[str, int] = {}
+    norms: dict[str, _BatchNorm] = {}
+
+    def note(name: str) -> Any:
+        def hook(layer: nn.Conv2d | nn.Linear, inputs: Any, output: torch.Tensor) -> None:
+            if name in busy:  # not where ``output_change`` calls the layer again
+                return
+            busy.add(name)
+            rounded = (output + output_change(layer, inputs[0], change) for change in changes[name])
+            seen = [_moments(layer, output), *(_moments(layer, answer) for answer in rounded)]
+            busy.discard(name)
+            mean, variance = (
+                torch.stack([getattr(m, part) for m in seen]).double() for part in ("mean_c", "variance_c")
+            )
+            mean_kc[name] = mean_kc.get(name, 0) + mean * len(output)
+            square_kc[name] = square_kc.get(name, 0) + (variance + mean.square()) * len(output)
+            images[name] = images.get(name, 0) + len(output)
+
+        return hook
+
+    busy: set[str] = set()
+    for image_bchw in batches:
+        norms = norms or _norms_behind(model, image_bchw[:1])
+        with ExitStack() as hooks:
+            for part in units.layers:
+                hooks.enter_context(layers[part.name].register_forward_hook(note(part.name)))
+            model(image_bchw)
+    lines = {}
+    for part in units.layers:
+        if part.name not in images:  # the network does not use it
+            continue
+        mean = mean_kc[part.name] / images[part.name]
+        variance = (square_kc[part.name] / images[part.name] - mean.square()).clamp_(min=0)
+        now = Moments(mean_c=mean[1:].float(), variance_c=variance[1:].float())
+        wanted = Moments(mean_c=mean[:1].float(), variance_c=variance[:1].float())
+        in_norm = part.name in norms
+        stretch_kc, shift_kc = _line(now, wanted, stretches=in_norm or part.num_units == part.shape[0])
+        if not in_norm and layers[part.name].bias is None:
+            stretch_kc, shift_kc = torch.ones_like(stretch_kc), torch.zeros_like(shift_kc)
+        lines[part.name] = Lines(stretch_kc=stretch_kc, shift_kc=shift_kc)
+    return lines
+
+
 def _moments(layer: nn.Module, output: torch.Tensor) -> Moments:
     channel = 1 if isinstance(layer, nn.Conv2d) else output.ndim - 1
     others = [axis for axis in range(output.ndim) if axis != channel]
@@ -99,8 +170,13 @@ def _moments(layer: nn.Module, output: torch.Tensor) -> Moments:
     return Moments(mean_c=mean_c, variance_c=variance_c)
 
 
-def _line(now: Moments, wanted: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stretch and shift (c,) each that take the one's moments to the other's; a constant channel is only shifted."""
+def _line(now: Moments, wanted: Moments, *, stretches: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stretch and shift that take the one's moments to the other's; a constant channel is only shifted.
+
+    Without ``stretches`` every channel is.
+    """
+    if not stretches:
+        return torch.ones_like(now.mean_c), wanted.mean_c - now.mean_c
     moves_c = now.variance_c > 0
     stretch_c = (wanted.variance_c / torch.where(moves_c, now.variance_c, 1.0)).sqrt()
     stretch_c = torch.where(moves_c, stretch_c.clamp(1 / MAX_STRETCH, MAX_STRETCH), 1.0)
@@ -147,14 +223,13 @@ def _into_layer(
     if not isinstance(layer.bias, torch.Tensor):
         return None
     now = _moments(layer, output)
-    stretch_c, shift_c = _line(now, wanted)
-    if len(quantiser.log_gain_u) == len(stretch_c):
+    # With one step for the whole tensor the mean alone can be corrected.
+    stretches = len(quantiser.log_gain_u) == len(now.mean_c)
+    stretch_c, shift_c = _line(now, wanted, stretches=stretches)
+    if stretches:
         quantiser.log_gain_u.add_(stretch_c.log())
         chain: Any = layer.parametrizations
         chain.weight.original.mul_(stretch_c.view(-1, *[1] * (chain.weight.original.ndim - 1)))
-    else:  # one step for the whole tensor: the mean alone can be corrected
-        stretch_c = torch.ones_like(stretch_c)
-        shift_c = wanted.mean_c - now.mean_c
     layer.bias.copy_(layer.bias * stretch_c + shift_c)
     shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
     return output * stretch_c.view(shape) + shift_c.view(shape)

@@ -97,6 +97,10 @@ MUTANTS = (
     Mutant("fqsweep/quant/moments.py", "(norm.running_mean - shift_c) / stretch_c", "norm.running_mean - shift_c", MOMENTS),
     Mutant("fqsweep/quant/moments.py", "(norm.running_var + norm.eps) / stretch_c.square()", "(norm.running_var + norm.eps) / stretch_c", MOMENTS),
     Mutant("fqsweep/quant/moments.py", "layer.bias * stretch_c + shift_c", "layer.bias + shift_c", MOMENTS),
+    Mutant("fqsweep/quant/moments.py", "variance + mean.square()) * images", "variance) * images", IMPORTANCE),
+    Mutant("fqsweep/quant/moments.py", "if not in_norm and layers[part.name].bias is None", "if False", IMPORTANCE),
+    Mutant("fqsweep/importance.py", "(stretch_c - 1) * along_own_nc", "stretch_c * along_own_nc", IMPORTANCE),
+    Mutant("fqsweep/importance.py", "+ shift_c * along_one_nc", "- shift_c * along_one_nc", IMPORTANCE),
 )  # fmt: skip
 
 

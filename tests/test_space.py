@@ -388,6 +388,24 @@ def test_pinned_widths_are_measured_beside_the_choices(tmp_path: Path) -> None:
     assert settings.measured_choices == (1, 2, 3, 8)
 
 
+@pytest.mark.parametrize("method", ["static", "baq"])
+def test_importance_prices_what_matching_leaves_where_outputs_are_matched(method: str) -> None:
+    def cell(**options: object) -> Cell:
+        space = load_space(find_space("demo")).model_dump(mode="json") | {
+            "methods": [{"method": method, **options}]
+        }
+        return expand_cells(SearchSpace.model_validate(space))[0]
+
+    assert run_params(cell(), weights={})["importance"] == "taylor_matched"
+    assert run_params(cell(match_moments=False), weights={})["importance"] == "taylor"
+    assert run_params(cell(importance="taylor"), weights={})["importance"] == "taylor"
+    assert run_params(cell(importance="hawq", match_moments=False), weights={})["importance"] == "hawq"
+    assert cell(importance="taylor").importance_key == cell(match_moments=False).importance_key
+    assert cell().importance_key != cell(importance="taylor").importance_key
+    with pytest.raises(ValidationError, match="importance taylor_matched prices what matching leaves"):
+        cell(importance="taylor_matched", match_moments=False)
+
+
 @pytest.mark.parametrize(
     ("method", "by_default"), [("uniform", False), ("static", True), ("baq", True), ("hawq", False)]
 )

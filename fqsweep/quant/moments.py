@@ -31,6 +31,7 @@ from fqsweep.quant.units import UnitTable
 
 # A channel that rounding made nearly constant says nothing: to stretch it further would only make noise louder.
 MAX_STRETCH = 4.0
+FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,49 +119,68 @@ def expected_lines(
         changes: layer name -> rounding errors of its weight, one a bit choice.
     """
     layers = quantisable_layers(model)
-    mean_kc: dict[str, torch.Tensor] = {}
-    square_kc: dict[str, torch.Tensor] = {}
-    images: dict[str, int] = {}
+    seen = {part.name: _Seen() for part in units.layers}
     norms: dict[str, _BatchNorm] = {}
+    busy: set[str] = set()
 
     def note(name: str) -> Any:
         def hook(layer: nn.Conv2d | nn.Linear, inputs: Any, output: torch.Tensor) -> None:
-            if name in busy:  # not where ``output_change`` calls the layer again
+            if name in busy:  # ``output_change`` calls the layer again
                 return
             busy.add(name)
-            rounded = (output + output_change(layer, inputs[0], change) for change in changes[name])
-            seen = [_moments(layer, output), *(_moments(layer, answer) for answer in rounded)]
+            answers = (output + output_change(layer, inputs[0], change) for change in changes[name])
+            seen[name].add([_moments(layer, answer) for answer in (output, *answers)], len(output))
             busy.discard(name)
-            mean, variance = (
-                torch.stack([getattr(m, part) for m in seen]).double() for part in ("mean_c", "variance_c")
-            )
-            mean_kc[name] = mean_kc.get(name, 0) + mean * len(output)
-            square_kc[name] = square_kc.get(name, 0) + (variance + mean.square()) * len(output)
-            images[name] = images.get(name, 0) + len(output)
 
         return hook
 
-    busy: set[str] = set()
     for image_bchw in batches:
         norms = norms or _norms_behind(model, image_bchw[:1])
         with ExitStack() as hooks:
-            for part in units.layers:
-                hooks.enter_context(layers[part.name].register_forward_hook(note(part.name)))
+            for name in seen:
+                hooks.enter_context(layers[name].register_forward_hook(note(name)))
             model(image_bchw)
     lines = {}
     for part in units.layers:
-        if part.name not in images:  # the network does not use it
+        if not seen[part.name].images:  # the network does not use it
             continue
-        mean = mean_kc[part.name] / images[part.name]
-        variance = (square_kc[part.name] / images[part.name] - mean.square()).clamp_(min=0)
-        now = Moments(mean_c=mean[1:].float(), variance_c=variance[1:].float())
-        wanted = Moments(mean_c=mean[:1].float(), variance_c=variance[:1].float())
+        wanted, now = seen[part.name].moments()
         in_norm = part.name in norms
         stretch_kc, shift_kc = _line(now, wanted, stretches=in_norm or part.num_units == part.shape[0])
         if not in_norm and layers[part.name].bias is None:
             stretch_kc, shift_kc = torch.ones_like(stretch_kc), torch.zeros_like(shift_kc)
         lines[part.name] = Lines(stretch_kc=stretch_kc, shift_kc=shift_kc)
     return lines
+
+
+class _Seen:
+    """Moments over several batches: of a layer's outputs as they are, and at each bit choice."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.mean_sum: torch.Tensor | float = 0.0
+        self.square_sum: torch.Tensor | float = 0.0
+
+    def add(self, moments: Sequence[Moments], images: int) -> None:
+        mean, variance = (
+            torch.stack([getattr(each, part) for each in moments]).double() for part in ("mean_c", "variance_c")
+        )
+        self.mean_sum = self.mean_sum + mean * images
+        self.square_sum = self.square_sum + (variance + mean.square()) * images
+        self.images += images
+
+    def moments(self) -> tuple[Moments, Moments]:
+        """As they are (1, c), and at each bit choice (k, c)."""
+        mean = torch.as_tensor(self.mean_sum / self.images)
+        square = torch.as_tensor(self.square_sum / self.images)
+        variance = square - mean.square()
+        # A dropped channel is constant, but for what float32 loses where its change is added to its output.
+        variance = torch.where(variance > (4 * FLOAT32_EPS) ** 2 * square[:1], variance, 0.0)
+        mean, variance = mean.float(), variance.float()
+        return (
+            Moments(mean_c=mean[:1], variance_c=variance[:1]),
+            Moments(mean_c=mean[1:], variance_c=variance[1:]),
+        )
 
 
 def _moments(layer: nn.Module, output: torch.Tensor) -> Moments:

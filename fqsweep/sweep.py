@@ -57,6 +57,7 @@ from fqsweep.tracking import Tracker, default_uri, open_tracker
 
 TICK_S = 1.0
 GRACE_S = 10.0
+NEEDED_OF_A_RESULT = {"outcome", "done", "trial_id", "training_iteration", "node_ip", "pid"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,24 @@ class TaskSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """See ``save``."""
+
+
+class Forgetting(tune.Callback):
+    """Tune keeps every trial to the end, with all it was given and all it said; the ledger and the results do."""
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_named: Any
+    ) -> None:
+        """Of a result only what is read from here on."""
+        for name in result.keys() - NEEDED_OF_A_RESULT:
+            del result[name]
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_named: Any) -> None:
+        """Of a trial that ended, its name."""
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
+        trial.run_metadata.last_result = {"done": True}
+        trial.config, trial.evaluated_params, trial.experiment_tag = {}, {}, ""
 
 
 def run_sweep(options: SweepOptions) -> SweepSummary:
@@ -243,6 +262,7 @@ def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions
                 storage_path=scratch,
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                callbacks=[Forgetting()],
             ),
         )
         with Display(driver.snapshot) as display, _ticking(display, driver):

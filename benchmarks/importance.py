@@ -5,10 +5,11 @@
 A ResNet18 is trained on synthderm; then no weight is trained any more. Two questions per predictor:
 
 - ranking: 24 random allocations of the whole network (1 to 8 bits, each layer with a mean of its own) and every layer
-  alone at 1, 2 and 3 bits are applied, each group's loss on validation images is measured, and Spearman's rank
-  correlation with the summed predicted costs is taken, per group, then averaged;
-- use: bits are allocated from its costs at three budgets (hull and sort over the groups' mean), and the worst
-  group's loss rise and accuracy are measured on the same images. No test image is read.
+  alone at 1, 2 and 3 bits are applied, each group's loss on validation images is measured, rounded alone and with
+  outputs matched (`fqsweep.quant.moments`), and Spearman's rank correlation with the summed predicted costs is taken,
+  per group, then averaged;
+- use: bits are allocated from its costs at three budgets (hull and sort over the groups' mean), outputs are matched,
+  and the worst group's loss rise and accuracy are measured on the same images. No test image is read.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from fqsweep.cost_table import Importance
 from fqsweep.files import SweepPaths
 from fqsweep.importance import measure_importance
 from fqsweep.quant.convert import attach_quantisers
+from fqsweep.quant.moments import match_moments, output_moments
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.setting import Setting, open_setting
 from fqsweep.training import predict
+from fqsweep.trial import MOST_MATCHED_IMAGES
 from fqsweep.work import LogFile
 
-PREDICTORS: tuple[Predictor, ...] = ("taylor", "fisher", "gradient", "grape", "hawq")
+PREDICTORS: tuple[Predictor, ...] = ("taylor_matched", "taylor", "fisher", "gradient", "grape", "hawq")
 CHOICES = tuple(range(9))
 BUDGETS_BITS = (0.5, 1.0, 2.0)
 LAYER_BITS = (1, 2, 3)
@@ -81,8 +84,19 @@ def group_outcome(setting: Setting, model: nn.Module) -> tuple[np.ndarray, np.nd
     )
 
 
-def with_bits(model: nn.Module, units: UnitTable, step_ub: np.ndarray, bits_u: np.ndarray) -> nn.Module:
-    """A copy with quantised weights; 32 bits leave a unit as it is."""
+def with_bits(
+    model: nn.Module,
+    units: UnitTable,
+    step_ub: np.ndarray,
+    bits_u: np.ndarray,
+    *,
+    match_on: torch.Tensor | None = None,
+) -> nn.Module:
+    """A copy with quantised weights; 32 bits leave a unit as it is.
+
+    Args:
+        match_on: images on which outputs are matched; None leaves them as rounding made them.
+    """
     quantised = copy.deepcopy(model)
     steps = {name: torch.from_numpy(part) for name, part in units.split(step_ub).items()}
     attach_quantisers(quantised, units, steps, np.minimum(bits_u, 8))
@@ -91,6 +105,8 @@ def with_bits(model: nn.Module, units: UnitTable, step_ub: np.ndarray, bits_u: n
             torch.nn.utils.parametrize.remove_parametrizations(
                 quantised.get_submodule(name), "weight", leave_parametrized=False
             )
+    if match_on is not None:
+        match_moments(quantised.eval(), output_moments(model, match_on), match_on)
     return quantised.eval()
 
 
@@ -134,28 +150,39 @@ def measure(setting: Setting, model: nn.Module) -> list[str]:
     step_ub = tables["taylor"].step_ub
     loss_g, accuracy_g = group_outcome(setting, model)
     tried = changes_to_try(units, np.random.default_rng(0))
-    rise_tg = np.array([group_outcome(setting, with_bits(model, units, step_ub, b))[0] - loss_g for b in tried])
-    header = [f"worst group at {b:g} bit: loss rise, accuracy" for b in BUDGETS_BITS]
+    matched = torch.cat([image for image, _, _ in setting.calibration_batches(MOST_MATCHED_IMAGES)()])
+    rise_tg, matched_tg = (
+        np.array(
+            [
+                group_outcome(setting, with_bits(model, units, step_ub, b, match_on=on))[0] - loss_g
+                for b in tried
+            ]
+        )
+        for on in (None, matched)
+    )
+    header = [f"worst group at {b:g} bit, matched: loss rise, accuracy" for b in BUDGETS_BITS]
     rows = [
         f"Full precision: worst group's loss {loss_g.max():.3f}, accuracy {accuracy_g.min():.3f}.",
         "",
-        "| predictor | rank correlation, whole network | layers | passes | time (s) | "
+        "| predictor | rank correlation, whole network | the same, matched | layers | matched | passes | time (s) | "
         + " | ".join(header)
         + " |",
-        "|" + "---|" * (5 + len(BUDGETS_BITS)),
+        "|" + "---|" * (7 + len(BUDGETS_BITS)),
     ]
     for predictor, importance in tables.items():
         predicted_tg = np.array([predicted_rise(importance, bits_u) for bits_u in tried])
-        whole, layers = (
-            np.mean([spearmanr(predicted_tg[part, g], rise_tg[part, g])[0] for g in range(num_groups)])
+        agreement = [
+            np.mean([spearmanr(predicted_tg[part, g], found_tg[part, g])[0] for g in range(num_groups)])
             for part in (slice(0, NUM_RANDOM), slice(NUM_RANDOM, None))
-        )
-        cells = [_use(setting, model, units, importance, step_ub, loss_g, budget) for budget in BUDGETS_BITS]
-        rows.append(
-            f"| {predictor} | {whole:.2f} | {layers:.2f} | {importance.passes:.0f} | {importance.seconds:.0f} | "
-            + " | ".join(cells)
-            + " |"
-        )
+            for found_tg in (rise_tg, matched_tg)
+        ]
+        cells = [
+            *(f"{correlation:.2f}" for correlation in agreement),
+            f"{importance.passes:.0f}",
+            f"{importance.seconds:.0f}",
+            *(_use(setting, model, units, importance, matched, loss_g, budget) for budget in BUDGETS_BITS),
+        ]
+        rows.append(f"| {predictor} | " + " | ".join(cells) + " |")
         print(rows[-1], flush=True)
     return rows
 
@@ -165,14 +192,15 @@ def _use(
     model: nn.Module,
     units: UnitTable,
     importance: Importance,
-    step_ub: np.ndarray,
+    matched: torch.Tensor,
     loss_g: np.ndarray,
     budget_bits: float,
 ) -> str:
     allocation = allocate_bits(
         importance.cost_gub, units.num_weights_u, budget_bits=budget_bits, choices=CHOICES
     )
-    found_g, accuracy_g = group_outcome(setting, with_bits(model, units, step_ub, allocation.bits_u))
+    used = with_bits(model, units, importance.step_ub, allocation.bits_u, match_on=matched)
+    found_g, accuracy_g = group_outcome(setting, used)
     return f"{(found_g - loss_g).max():+.3f}, {accuracy_g.min():.3f}"
 
 

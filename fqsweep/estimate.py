@@ -78,7 +78,7 @@ class CostModel:
             assert isinstance(settings, Allocating)
             calibration = min(images * splits.calibration, cell.recipe.calibration_images or float("inf"))
             fixed, per_choice = PASSES_OF_IMPORTANCE[settings.importance]
-            passes = calibration * (fixed + per_choice * len(settings.choices))
+            passes = calibration * (fixed + per_choice * len(settings.measured_choices))
         else:
             passes = finetune_epochs(cell) * training + images * (splits.validation + splits.test)
         return passes * per_image

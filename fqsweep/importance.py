@@ -36,7 +36,7 @@ from fqsweep.quant.grid import quantise_units
 from fqsweep.quant.levels import MAX_BITS
 from fqsweep.quant.moments import Lines, expected_lines
 from fqsweep.quant.steps import choose_steps
-from fqsweep.quant.units import UnitTable, as_units
+from fqsweep.quant.units import LayerUnits, UnitTable, as_units
 
 HUTCHINSON_PROBES = 8
 Image = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -80,14 +80,9 @@ def measure_importance(
         changes = _rounding_errors(model, units, choices, steps)
         progress(predictor, 0.0)
         if predictor in ("taylor", "taylor_matched"):
-            held = {layer.name: list(changes(layer.name)) for layer in units.layers}
-            lines: dict[str, Lines] = {}
-            if predictor == "taylor_matched":
-                progress("output moments", 0.0)
-                lines = expected_lines(model, units, (image for image, _, _ in batches()), held)
-                passes += 2.0 + len(choices)
-            cost_gub = _taylor(model, units, batches, held, lines, count_g, progress)
-            passes += 3.0 + len(choices)
+            matched = predictor == "taylor_matched"
+            cost_gub = _taylor(model, units, batches, changes, count_g, progress, matched=matched)
+            passes += 5.0 + 2 * len(choices) if matched else 3.0 + len(choices)
         elif predictor == "fisher":
             cost_gub = _fisher(model, units, batches, changes, count_g)
             passes += 3.0
@@ -241,40 +236,35 @@ def _taylor(
     model: nn.Module,
     units: UnitTable,
     batches: Callable[[], Iterator[Image]],
-    changes: Mapping[str, Sequence[torch.Tensor]],
-    lines: Mapping[str, Lines],
+    changes: Callable[[str], Iterator[torch.Tensor]],
     count_g: np.ndarray,
     progress: Progress,
+    *,
+    matched: bool,
 ) -> np.ndarray:
+    """The costs from one backward pass, in which each layer meets the gradient at its output."""
     layers = quantisable_layers(model)
     device = next(model.parameters()).device
-    num_choices = len(changes[units.layers[0].name])
+    held = {layer.name: list(changes(layer.name)) for layer in units.layers}
+    lines = expected_lines(model, units, (image for image, _, _ in batches()), held) if matched else {}
+    num_choices = len(held[units.layers[0].name])
     cost_gub = torch.zeros(len(count_g), units.num_units, num_choices, dtype=torch.float64, device=device)
     group_ng = torch.zeros(0)
 
-    def watch(unit_layer, module):
-        def on_forward(_module, inputs, output):
+    def watch(part: LayerUnits, layer: nn.Conv2d | nn.Linear) -> Callable[..., None]:
+        def on_forward(_layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             value = inputs[0].detach()
 
             @torch.no_grad()
-            def on_gradient(gradient):
-                line = lines.get(unit_layer.name)
-                if line is not None:
-                    along_own_nc = _over_places(module, module.forward(value) * gradient)
-                    along_one_nc = _over_places(module, gradient)
-                for choice, change in enumerate(changes[unit_layer.name]):
-                    along_nu = _over_places(module, output_change(module, value, change) * gradient)
-                    if line is not None:
-                        stretch_c, shift_c = line.stretch_kc[choice], line.shift_kc[choice]
-                        along_nu = (
-                            stretch_c * along_nu + (stretch_c - 1) * along_own_nc + shift_c * along_one_nc
-                        )
-                    if along_nu.shape[1] != unit_layer.num_units:
-                        along_nu = along_nu.sum(dim=1, keepdim=True)
+            def on_gradient(gradient: torch.Tensor) -> None:
+                along_knu = _along(
+                    layer, value, gradient, held[part.name], lines.get(part.name), part.num_units
+                )
+                for choice, along_nu in enumerate(along_knu):
                     # Windowed attention stacks the windows of an image along the first axis.
-                    along_nu = along_nu.unflatten(0, (len(group_ng), -1)).sum(dim=1)
-                    rows = slice(unit_layer.start, unit_layer.stop)
-                    cost_gub[:, rows, choice] += torch.einsum("ng,nu->gu", group_ng, along_nu.double().square())
+                    of_image_nu = along_nu.unflatten(0, (len(group_ng), -1)).sum(dim=1).double()
+                    rows = slice(part.start, part.stop)
+                    cost_gub[:, rows, choice] += torch.einsum("ng,nu->gu", group_ng, of_image_nu.square())
 
             if output.requires_grad:  # not where ``output_change`` calls the layer again
                 output.register_hook(on_gradient)
@@ -283,15 +273,40 @@ def _taylor(
 
     done, total = 0, int(count_g.sum())
     with ExitStack() as hooks:
-        for layer in units.layers:
-            hooks.enter_context(layers[layer.name].register_forward_hook(watch(layer, layers[layer.name])))
+        for part in units.layers:
+            hooks.enter_context(layers[part.name].register_forward_hook(watch(part, layers[part.name])))
         for image, label, group in batches():
             group_ng = F.one_hot(group, len(count_g)).double()
             loss = F.cross_entropy(model(image.detach().requires_grad_()), label, reduction="sum")
             loss.backward()
             done += len(image)
-            progress("taylor", done / total)
+            progress("taylor_matched" if matched else "taylor", done / total)
     return cost_gub.cpu().numpy() / (2 * count_g[:, None, None])
+
+
+def _along(
+    layer: nn.Conv2d | nn.Linear,
+    value: torch.Tensor,
+    gradient: torch.Tensor,
+    changes: Sequence[torch.Tensor],
+    line: Lines | None,
+    num_units: int,
+) -> Iterator[torch.Tensor]:
+    """g_i . dy for what each change of the weight does to a layer's outputs y, (n, u) a choice.
+
+    With a line of matching y + R becomes stretch (y + R) + shift, so that dy is
+    stretch R + (stretch - 1) y + shift.
+    """
+    own_nc = one_nc = torch.zeros(())
+    if line is not None:
+        own_nc = _over_places(layer, layer.forward(value) * gradient)
+        one_nc = _over_places(layer, gradient)
+    for choice, change in enumerate(changes):
+        along_nc = _over_places(layer, output_change(layer, value, change) * gradient)
+        if line is not None:
+            stretch_c, shift_c = line.stretch_kc[choice], line.shift_kc[choice]
+            along_nc = stretch_c * along_nc + (stretch_c - 1) * own_nc + shift_c * one_nc
+        yield along_nc if along_nc.shape[1] == num_units else along_nc.sum(dim=1, keepdim=True)
 
 
 def _over_places(layer: nn.Conv2d | nn.Linear, value: torch.Tensor) -> torch.Tensor:

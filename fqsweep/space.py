@@ -94,8 +94,11 @@ def load_space(path: Path) -> SearchSpace:
 
 
 def _innermost(found: list[Any]) -> list[Any]:
-    """Findings that are no mere consequence of a finding further inside, nor of a branch that was not meant."""
-    found = [one for one in found if not _is_of_other_branch(one)]
+    """Findings that are no mere consequence of another one, nor of a branch that was not meant."""
+    # A default that depends on other fields is not made where one of them is wrong.
+    found = [
+        one for one in found if one["type"] != "default_factory_not_called" and not _is_of_other_branch(one)
+    ]
     places = [tuple(one["loc"]) for one in found]
     return [
         one

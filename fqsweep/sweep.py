@@ -152,6 +152,10 @@ class Forgetting(tune.Callback):
         trial.run_metadata.last_result = {"done": True}
         trial.config, trial.evaluated_params, trial.experiment_tag = {}, {}, ""
 
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_named: Any) -> None:
+        """The same of one whose worker died."""
+        self.on_trial_complete(iteration, trials, trial)
+
 
 def run_sweep(options: SweepOptions) -> SweepSummary:
     """Run a sweep, or go on with it: what is finished in ``out`` is not done again.

@@ -90,7 +90,7 @@ MUTANTS = (
     Mutant(BAQ, "limit = max(min(self.budget_bits, learned_mean + 1e-3)", "limit = max(self.budget_bits + 0.1", QUANTISER),
     # Importance: the cost of a change, per group.
     Mutant("fqsweep/importance.py", "/ (2 * count_g[:, None, None])", "/ (2 * count_g.sum())", IMPORTANCE),
-    Mutant("fqsweep/importance.py", '"ng,nu->gu", group_ng, along_nu.double().square()', '"ng,nu->gu", group_ng, along_nu.double()', IMPORTANCE),
+    Mutant("fqsweep/importance.py", '"ng,nu->gu", group_ng, of_image_nu.square()', '"ng,nu->gu", group_ng, of_image_nu', IMPORTANCE),
     Mutant("fqsweep/importance.py", ".double().cpu().numpy() / 2)", ".double().cpu().numpy())", IMPORTANCE),
     Mutant("fqsweep/quant/moments.py", "torch.where(moves_c, now.variance_c, 1.0)).sqrt()", "torch.where(moves_c, now.variance_c, 1.0))", MOMENTS),
     Mutant("fqsweep/quant/moments.py", "wanted.mean_c - stretch_c * now.mean_c", "wanted.mean_c - now.mean_c", MOMENTS),
@@ -98,9 +98,12 @@ MUTANTS = (
     Mutant("fqsweep/quant/moments.py", "(norm.running_var + norm.eps) / stretch_c.square()", "(norm.running_var + norm.eps) / stretch_c", MOMENTS),
     Mutant("fqsweep/quant/moments.py", "layer.bias * stretch_c + shift_c", "layer.bias + shift_c", MOMENTS),
     Mutant("fqsweep/quant/moments.py", "variance + mean.square()) * images", "variance) * images", IMPORTANCE),
-    Mutant("fqsweep/quant/moments.py", "if not in_norm and layers[part.name].bias is None", "if False", IMPORTANCE),
-    Mutant("fqsweep/importance.py", "(stretch_c - 1) * along_own_nc", "stretch_c * along_own_nc", IMPORTANCE),
-    Mutant("fqsweep/importance.py", "+ shift_c * along_one_nc", "- shift_c * along_one_nc", IMPORTANCE),
+    Mutant("fqsweep/quant/moments.py", "if not in_norm and layer.bias is None", "if False", IMPORTANCE),
+    Mutant("fqsweep/quant/moments.py", "stretches = in_norm or can_stretch", "stretches = can_stretch", IMPORTANCE),
+    Mutant("fqsweep/quant/moments.py", "if not seen[part.name].images:", "if False:", IMPORTANCE),
+    Mutant("fqsweep/quant/moments.py", "num_steps == layer.weight.shape[0] and ", "", MOMENTS),
+    Mutant("fqsweep/importance.py", "(stretch_c - 1) * own_nc", "stretch_c * own_nc", IMPORTANCE),
+    Mutant("fqsweep/importance.py", "+ shift_c * one_nc", "- shift_c * one_nc", IMPORTANCE),
 )  # fmt: skip
 
 

@@ -247,7 +247,7 @@ def test_taylor_is_the_rise_of_the_loss_for_a_loss_that_is_quadratic_in_the_outp
 
 @torch.no_grad()
 def matched_change(
-    model: nn.Module, name: str, change: torch.Tensor, batches: list[Batch], *, in_norm: bool
+    model: nn.Module, name: str, change: torch.Tensor, batches: list[Batch], *, stretches: bool
 ) -> list[torch.Tensor]:
     """What one layer's rounding does to its outputs when they are matched over all images, batch by batch."""
     layer = quantisable_layers(model)[name]
@@ -261,12 +261,11 @@ def matched_change(
     after = [layer(value) for value in seen]
     layer.weight -= change
     others = (0, 2, 3) if isinstance(layer, nn.Conv2d) else tuple(range(before[0].ndim - 1))
-    std_mean = [torch.std_mean(torch.cat(part).double(), dim=others, correction=0) for part in (before, after)]
-    (wanted_std, wanted_mean), (std, mean) = std_mean
-    stretch = torch.where(
-        std > 1e-9, (wanted_std / std.clamp(min=1e-9)).clamp(1 / MAX_STRETCH, MAX_STRETCH), 1.0
+    (wanted_std, wanted_mean), (std, mean) = (
+        torch.std_mean(torch.cat(part).double(), dim=others, correction=0) for part in (before, after)
     )
-    assert in_norm or layer.bias is not None
+    ratio = (wanted_std / std.clamp(min=1e-9)).clamp(1 / MAX_STRETCH, MAX_STRETCH)
+    stretch = torch.where((std > 1e-9) & stretches, ratio, 1.0)
     shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
     return [
         ((a - mean.view(shape)) * stretch.view(shape) + wanted_mean.view(shape) - b).float()
@@ -274,17 +273,22 @@ def matched_change(
     ]
 
 
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize("name", ["conv", "grouped", "own", "tokens", "windows", "mix", "head"])
-def test_matched_costs_are_those_of_what_remains_of_a_layers_outputs(model: nn.Module, name: str) -> None:
+def test_matched_costs_are_those_of_what_remains_of_a_layers_outputs(
+    model: nn.Module, name: str, granularity: str
+) -> None:
     batches = images()
-    found, units = measure(model, "taylor_matched", batches)
+    found, units = measure(model, "taylor_matched", batches, granularity=granularity)
     model.eval()
     part = next(layer for layer in units.layers if layer.name == name)
     layer = quantisable_layers(model)[name]
     errors = rounding_errors(model, units, found)[name]
+    # A norm takes any stretch; steps do where each channel has one and the layer leaves its weight as it is.
+    stretches = name == "conv" or (granularity == "channel" and name != "own")
     for choice, bits in enumerate(CHOICES):
         moved = matched_change(
-            model, name, errors[choice].view(layer.weight.shape), batches, in_norm=name == "conv"
+            model, name, errors[choice].view(layer.weight.shape), batches, stretches=stretches
         )
         total_gu, count_g = torch.zeros(2, part.num_units, dtype=torch.float64), torch.zeros(2)
         for (image, label, group), change in zip(batches, moved, strict=True):
@@ -295,13 +299,21 @@ def test_matched_costs_are_those_of_what_remains_of_a_layers_outputs(model: nn.M
             (gradient,) = torch.autograd.grad(loss, outputs[0])
             along = (gradient * change).double()
             along = along.flatten(2).sum(2) if isinstance(layer, nn.Conv2d) else along
-            along_iu = along.reshape(len(image), -1, part.num_units).sum(dim=1)
+            along_ic = along.reshape(len(image), -1, along.shape[-1]).sum(dim=1)
+            along_iu = along_ic if granularity == "channel" else along_ic.sum(dim=1, keepdim=True)
             for i in range(len(image)):
                 total_gu[group[i]] += along_iu[i].square()
                 count_g[group[i]] += 1
         wanted_gu = (total_gu / count_g[:, None] / 2).numpy()
         now_gu = found.cost_gub[:, part.start : part.stop, choice]
         assert np.allclose(now_gu, wanted_gu, rtol=2e-3, atol=1e-5 * found.cost_gub.max()), (name, bits)
+
+
+def test_a_layer_that_the_network_does_not_use_costs_nothing(model: nn.Module) -> None:
+    model.unused = nn.Linear(4, 4)
+    found, units = measure(model, "taylor_matched", images())
+    part = next(layer for layer in units.layers if layer.name == "unused")
+    assert (found.cost_gub[:, part.start : part.stop] == 0).all()
 
 
 def test_a_wrong_scale_costs_nothing_once_it_is_matched() -> None:
@@ -528,7 +540,8 @@ def test_a_table_comes_back_from_disk_as_it_was(tmp_path: Path, model: nn.Module
     assert (again.choices, again.passes, again.seconds) == (found.choices, found.passes, found.seconds)
 
 
-def test_progress_of_taylor_goes_to_the_end(model: nn.Module) -> None:
+@pytest.mark.parametrize("predictor", ["taylor", "taylor_matched"])
+def test_progress_of_taylor_goes_to_the_end(model: nn.Module, predictor: str) -> None:
     told: list[tuple[str, float]] = []
 
     def once() -> Iterator[Batch]:
@@ -539,9 +552,9 @@ def test_progress_of_taylor_goes_to_the_end(model: nn.Module) -> None:
         list_units(model, granularity="channel"),
         once,
         num_groups=2,
-        predictor="taylor",
+        predictor=predictor,  # type: ignore[arg-type]
         choices=CHOICES,
         scale="curvature",
         progress=lambda stage, frac: told.append((stage, frac)),
     )
-    assert told[0] == ("input moments", 0.0) and told[-1] == ("taylor", 1.0)
+    assert told[0] == ("input moments", 0.0) and told[-1] == (predictor, 1.0)

@@ -134,7 +134,9 @@ class Allocating(Finetuning):
         limits: layer-name pattern -> smallest and largest bits, for example ``{"layer4.*": {min: 1, max: 4}}``.
     """
 
-    importance: Predictor = "taylor_matched"
+    importance: Predictor = Field(
+        default_factory=lambda given: "taylor" if given.get("match_moments") is False else "taylor_matched"
+    )
     reducer: Reducer = "none"
     allocator: Allocator = "minimax"
     granularity: Granularity = "channel"
@@ -143,16 +145,13 @@ class Allocating(Finetuning):
     pin: dict[str, Width] = Field(default_factory=dict)
     limits: dict[str, BitLimits] = Field(default_factory=dict)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _importance_fits_matching(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("match_moments") is not False:
-            return given
-        if given.get("importance") == "taylor_matched":
+    @model_validator(mode="after")
+    def _importance_fits_matching(self) -> Allocating:
+        if self.importance == "taylor_matched" and self.match_moments is False:
             raise ValueError(
                 "importance taylor_matched prices what matching leaves: it needs match_moments, or set it to taylor"
             )
-        return {"importance": "taylor", **given}
+        return self
 
     @model_validator(mode="after")
     def _reducer_fits_allocator(self) -> Allocating:

@@ -122,7 +122,7 @@ def move(pixels_bchw: torch.Tensor, moves: Moves, values: Values) -> torch.Tenso
                 plane_hw = cv2.extractChannel(moved_hwc, channel)
                 cv2.LUT(plane_hw, table_bcv[row, channel], image_bchw[row, channel])
 
-    num_threads = min(torch.get_num_threads(), batch)
+    num_threads = torch.get_num_threads()
     if num_threads == 1:
         work(range(batch))
     else:

@@ -87,7 +87,7 @@ def match_moments(model: nn.Module, target: Mapping[str, Moments], image_bchw: t
     done: set[str] = set()
 
     def hook(name: str, quantiser: QuantisedWeight) -> Any:
-        def correct(layer: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+        def correct(layer: nn.Conv2d | nn.Linear, _inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
             if name in done or name not in target:
                 return None
             done.add(name)
@@ -113,6 +113,9 @@ def expected_lines(
 ) -> dict[str, Lines]:
     """How ``match_moments`` would correct each layer if it alone were rounded, to each bit choice, by its name.
 
+    A layer that cannot be corrected keeps its outputs (stretch 1, shift 0); one that the network does not use is
+    left out.
+
     Args:
         model: in full precision and eval mode, which it stays in.
         batches: normalised images (b, c, h, w), each batch once.
@@ -120,37 +123,47 @@ def expected_lines(
     """
     layers = quantisable_layers(model)
     seen = {part.name: _Seen() for part in units.layers}
-    norms: dict[str, _BatchNorm] = {}
-    busy: set[str] = set()
+    waiting: set[str] = set()
 
     def note(name: str) -> Any:
         def hook(layer: nn.Conv2d | nn.Linear, inputs: Any, output: torch.Tensor) -> None:
-            if name in busy:  # ``output_change`` calls the layer again
+            if name not in waiting:  # matching goes by a layer's first use; ``output_change`` may call it again
                 return
-            busy.add(name)
+            waiting.remove(name)
             answers = (output + output_change(layer, inputs[0], change) for change in changes[name])
             seen[name].add([_moments(layer, answer) for answer in (output, *answers)], len(output))
-            busy.discard(name)
 
         return hook
 
+    norms: dict[str, _BatchNorm] | None = None
     for image_bchw in batches:
-        norms = norms or _norms_behind(model, image_bchw[:1])
+        norms = _norms_behind(model, image_bchw[:1]) if norms is None else norms
+        waiting |= set(seen)
         with ExitStack() as hooks:
             for name in seen:
                 hooks.enter_context(layers[name].register_forward_hook(note(name)))
             model(image_bchw)
     lines = {}
     for part in units.layers:
-        if not seen[part.name].images:  # the network does not use it
+        if not seen[part.name].images:
             continue
         wanted, now = seen[part.name].moments()
-        in_norm = part.name in norms
-        stretch_kc, shift_kc = _line(now, wanted, stretches=in_norm or part.num_units == part.shape[0])
-        if not in_norm and layers[part.name].bias is None:
+        layer, in_norm = layers[part.name], part.name in (norms or {})
+        stretches = in_norm or can_stretch(layer, num_steps=part.num_units)
+        stretch_kc, shift_kc = _line(now, wanted, stretches=stretches)
+        if not in_norm and layer.bias is None:
             stretch_kc, shift_kc = torch.ones_like(stretch_kc), torch.zeros_like(shift_kc)
         lines[part.name] = Lines(stretch_kc=stretch_kc, shift_kc=shift_kc)
     return lines
+
+
+def can_stretch(layer: nn.Conv2d | nn.Linear, *, num_steps: int) -> bool:
+    """Whether longer steps stretch each output channel by itself.
+
+    Not with one step for the whole tensor, nor in a layer that does more than convolve with its weight: one that
+    standardises it undoes what is done to its scale.
+    """
+    return num_steps == layer.weight.shape[0] and type(layer).forward in (nn.Conv2d.forward, nn.Linear.forward)
 
 
 class _Seen:
@@ -191,9 +204,9 @@ def _moments(layer: nn.Module, output: torch.Tensor) -> Moments:
 
 
 def _line(now: Moments, wanted: Moments, *, stretches: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stretch and shift that take the one's moments to the other's; a constant channel is only shifted.
+    """Stretch and shift, in the shape of ``now``, that take the one's moments to the other's.
 
-    Without ``stretches`` every channel is.
+    A constant channel is only shifted, and without ``stretches`` every channel is.
     """
     if not stretches:
         return torch.ones_like(now.mean_c), wanted.mean_c - now.mean_c
@@ -234,7 +247,7 @@ def _into_norm(norm: _BatchNorm, stretch_c: torch.Tensor, shift_c: torch.Tensor)
 
 
 def _into_layer(
-    layer: nn.Module, quantiser: QuantisedWeight, output: torch.Tensor, wanted: Moments
+    layer: nn.Conv2d | nn.Linear, quantiser: QuantisedWeight, output: torch.Tensor, wanted: Moments
 ) -> torch.Tensor | None:
     """Stretch a layer's steps and shift its bias; returns its output as it now is, None where it has no bias.
 
@@ -243,8 +256,7 @@ def _into_layer(
     if not isinstance(layer.bias, torch.Tensor):
         return None
     now = _moments(layer, output)
-    # With one step for the whole tensor the mean alone can be corrected.
-    stretches = len(quantiser.log_gain_u) == len(now.mean_c)
+    stretches = can_stretch(layer, num_steps=len(quantiser.log_gain_u))
     stretch_c, shift_c = _line(now, wanted, stretches=stretches)
     if stretches:
         quantiser.log_gain_u.add_(stretch_c.log())

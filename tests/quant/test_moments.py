@@ -13,7 +13,7 @@ from fqsweep.models import quantisable_layers
 from fqsweep.quant import pack_weights
 from fqsweep.quant.convert import attach_quantisers, detach_quantisers, quantisers_of
 from fqsweep.quant.levels import absmax_steps
-from fqsweep.quant.moments import MAX_STRETCH, match_moments, output_moments
+from fqsweep.quant.moments import MAX_STRETCH, expected_lines, match_moments, output_moments
 from fqsweep.quant.packed_model import load_model
 from fqsweep.quant.units import list_units
 from tests.quant.packed_networks import SIZE_BY_NAME, notes_of, random_network, settle_norms
@@ -76,6 +76,60 @@ def test_what_leaves_a_batch_norm_has_the_moments_of_full_precision(granularity:
     for now, wanted in zip(behind_norms(rounded, image), behind_norms(model, image), strict=True):
         torch.testing.assert_close(now.mean((0, 2, 3)), wanted.mean((0, 2, 3)), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(now.std((0, 2, 3)), wanted.std((0, 2, 3)), atol=1e-4, rtol=1e-3)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that is blind to the scale of its weight, with a bias and no norm behind it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight / self.weight.flatten(1).std(dim=1).view(-1, 1, 1, 1)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def mixed() -> nn.Module:
+    """A norm behind, none, none but with a weight that is standardised, nothing to correct, and a layer used twice."""
+    torch.manual_seed(0)
+    twice = nn.Linear(6, 6)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 6, 3), nn.ReLU(), Standardised(6, 6, 3), nn.ReLU()),
+        *(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(6, 6, bias=False),
+            nn.Tanh(),
+            twice,
+            nn.Tanh(),
+            twice,
+        ),
+    ).eval()
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("name", ["0", "3", "5", "9", "11"])
+def test_each_layer_alone_is_corrected_as_was_expected(name: str, granularity: str) -> None:
+    model, image = mixed(), images(12)
+    only = list_units(model, granularity=granularity, exempt=tuple(set(quantisable_layers(model)) - {name}))  # type: ignore[arg-type]
+    rounded = copy.deepcopy(model)
+    attach_quantisers(rounded, only, steps_of(rounded, only), np.full(only.num_units, 2))
+    outputs: list[torch.Tensor] = []
+    with torch.no_grad():
+        layer = rounded.get_submodule(name)
+        handle = layer.register_forward_hook(lambda _m, _i, output: outputs.append(output))
+        rounded(image)
+        change = layer.weight - model.get_submodule(name).weight
+        line = expected_lines(model, only, image.split(5), {name: [change]})[name]
+        match_moments(rounded, output_moments(model, image), image)
+        outputs = outputs[:1]
+        rounded(image)
+    handle.remove()
+    before, after = outputs[0], outputs[1]
+    shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+    wanted = before * line.stretch_kc[0].view(shape) + line.shift_kc[0].view(shape)
+    if name == "0":  # its norm does it
+        after, wanted = rounded[1](before), model[1](wanted)  # type: ignore[index]
+    torch.testing.assert_close(after, wanted, atol=1e-4, rtol=1e-3)
+    assert torch.equal(before, after) is (name == "9")
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -48,7 +48,8 @@ from fqsweep.space import load_space
 from fqsweep.trial import run_trial
 from fqsweep.work import LogFile
 
-SIDE, NUM_IMAGES, BATCH, TURNS = 224, 128, 32, 3
+SIDE, NUM_IMAGES, BATCH, TURNS = 224, 512, 32, 3
+STEPS = 4
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 MANY_IMAGES = 25_000
 DEMO = Path(__file__).parents[1] / "search_spaces" / "demo.yaml"
@@ -184,7 +185,7 @@ def measure_wait(image_nhwc: np.ndarray) -> str:
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     waits, steps = [], []
     batches: Iterator[object] = pack_batches(image_nhwc).epoch(0)
-    for _ in range(NUM_IMAGES // BATCH):
+    for _ in range(STEPS):
         start = time.perf_counter()
         batch = next(batches)
         waits.append(time.perf_counter() - start)
@@ -257,7 +258,7 @@ def measure_trial(folder: Path) -> str:
     """The share of a demo-size trial that is training and evaluation; parent and importance are there before."""
     space = load_space(DEMO)
     short = space.model_copy(update={"recipe": space.recipe.model_copy(update={"epochs": 1})})
-    (cell,) = (c for c in expand_cells(short) if c.point.settings.method == "static" and c.budget_bits == 1)
+    (cell,) = (c for c in expand_cells(short) if c.point.variant == "static" and c.budget_bits == 1)
     paths = SweepPaths(folder)
     log = LogFile(paths.log("benchmark"))
     setting = open_setting(cell, paths=paths, data_dir=None, device="cpu")

@@ -91,10 +91,12 @@ class WeightWriter:
             return
         count = self.state.float_columns.get(name, 0)
         coded = weight[:, :-count] if count else weight
-        coded_name = f"{name}/coded" if count else name
-        rows = self._decode(name, coded.reshape(len(bits_u), -1).numpy(), bits_u)
-        rows = self._order(name, rows, bits_u)
-        self._node("Reshape", [rows, self._numbers(coded.shape)], coded_name)
+        coded_name = None
+        if coded.numel():  # a layer may have nothing left before it but constants
+            coded_name = f"{name}/coded" if count else name
+            rows = self._decode(name, coded.reshape(len(bits_u), -1).numpy(), bits_u)
+            rows = self._order(name, rows, bits_u, output=f"{name}/ordered")
+            self._node("Reshape", [rows, self._numbers(coded.shape)], coded_name)
         if count:
             self._append_columns(name, coded_name, weight[:, -count:].numpy(), bits_u)
 
@@ -117,27 +119,27 @@ class WeightWriter:
         self._node("Concat", parts, f"{name}/sorted", axis=0)
         return f"{name}/sorted"
 
-    def _order(self, name: str, rows: str, bits_u: np.ndarray) -> str:
+    def _order(self, name: str, rows: str, bits_u: np.ndarray, *, output: str) -> str:
         place_u = _places(bits_u)
         if bits_u.all() and np.array_equal(place_u, np.arange(len(bits_u))):
             return rows
         kind = np.uint8 if place_u.max() < 256 else np.uint16
         index = self._constant(f"{name}/order", place_u.astype(kind))
-        self._node("Order", [rows, index], f"{name}/ordered", domain=DOMAIN)
-        return f"{name}/ordered"
+        self._node("Order", [rows, index], output, domain=DOMAIN)
+        return output
 
-    def _append_columns(self, name: str, coded: str, column_rc: np.ndarray, bits_u: np.ndarray) -> None:
-        """Join the float columns, which are kept for rows that are not dropped, sorted like the codes."""
+    def _append_columns(self, name: str, coded: str | None, column_rc: np.ndarray, bits_u: np.ndarray) -> None:
+        """Join the float columns, which are kept for rows that are not dropped, sorted like the codes, if any."""
         bits_r = np.broadcast_to(bits_u, len(column_rc))
         in_use = np.argsort(bits_r, kind="stable")[np.count_nonzero(bits_r == 0) :]
         rows = self._constant(f"{name}/columns", column_rc[in_use].reshape(len(in_use), -1))
         if len(bits_u) > 1:
-            order = f"{name}/order"
-            if order in self.constants:
-                self._node("Order", [rows, order], f"{name}/ordered_columns", domain=DOMAIN)
-                rows = f"{name}/ordered_columns"
-        self._node("Reshape", [rows, self._numbers(column_rc.shape)], f"{name}/float")
-        self._node("Concat", [coded, f"{name}/float"], name, axis=1)
+            rows = self._order(name, rows, bits_u, output=f"{name}/ordered_columns")
+        self._node(
+            "Reshape", [rows, self._numbers(column_rc.shape)], name if coded is None else f"{name}/float"
+        )
+        if coded is not None:
+            self._node("Concat", [coded, f"{name}/float"], name, axis=1)
 
     def _constant(self, name: str, value: np.ndarray) -> str:
         self.constants[name] = value

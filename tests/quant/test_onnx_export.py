@@ -70,15 +70,15 @@ def test_weights_are_decoded_bit_for_bit(whole_layers: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "bits", [[3, 3, 0], [0, 3, 3], [0], [1], [8, 1, 0, 4, 0, 7, 2, 5, 3, 6], [2, 4, 4, 8], [5, 5], [0, 0]]
 )
-@pytest.mark.parametrize("num_columns", [0, 1])
-def test_rows_come_back_in_their_order(bits: list[int], num_columns: int) -> None:
-    """Sorted, unsorted, dropped first or last, all dropped; with and without a float column."""
+@pytest.mark.parametrize(("num_coded", "num_columns"), [(3, 0), (3, 1), (0, 1)])
+def test_rows_come_back_in_their_order(bits: list[int], num_coded: int, num_columns: int) -> None:
+    """Sorted, unsorted, dropped first or last, all dropped; with and without a float column, and with nothing else."""
     widths = torch.tensor(bits)
     weight = fake_quantize(torch.randn(len(bits), 3, 2, 2, generator=torch.Generator().manual_seed(0)), widths)
     state = unpack_weights(pack_weights({"w": weight}, {"w": widths}))
     if num_columns:
         column = torch.where(widths > 0, 0.3 + torch.arange(len(bits)), 0.0)
-        state["w"] = torch.cat([weight, column[:, None, None, None].expand(-1, 1, 2, 2)], dim=1)
+        state["w"] = torch.cat([weight[:, :num_coded], column[:, None, None, None].expand(-1, 1, 2, 2)], dim=1)
         state.float_columns["w"] = 1
     writer = WeightWriter(state)
     writer.write("w")

@@ -37,7 +37,7 @@ from fqsweep.quant.moments import match_moments, output_moments
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.setting import Setting, open_setting
 from fqsweep.training import predict
-from fqsweep.trial import MOST_MATCHED_IMAGES
+from fqsweep.trial import images_to_match
 from fqsweep.work import LogFile
 
 PREDICTORS: tuple[Predictor, ...] = ("taylor_matched", "taylor", "fisher", "gradient", "grape", "hawq")
@@ -150,7 +150,7 @@ def measure(setting: Setting, model: nn.Module) -> list[str]:
     step_ub = tables["taylor"].step_ub
     loss_g, accuracy_g = group_outcome(setting, model)
     tried = changes_to_try(units, np.random.default_rng(0))
-    matched = torch.cat([image for image, _, _ in setting.calibration_batches(MOST_MATCHED_IMAGES)()])
+    matched = images_to_match(setting)
     rise_tg, matched_tg = (
         np.array(
             [

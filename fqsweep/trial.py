@@ -196,7 +196,7 @@ def _finetune(
         else None
     )
     steps = {name: torch.from_numpy(part) for name, part in units.split(step_ub).items()}
-    matched = _images_to_match(setting) if matches_moments(cell) else None
+    matched = images_to_match(setting) if matches_moments(cell) else None
     moments = {} if matched is None else output_moments(parent, matched)
     loader = setting.training_batches(seed=cell.seed + 1)
     at_once = epochs > 0 and _quantises_at_once(setting, settings)
@@ -247,8 +247,8 @@ def _finetune(
     return state, units.join(state.bits), log
 
 
-def _images_to_match(setting: Setting) -> torch.Tensor:
-    """Calibration images in one batch, because all of them correct each layer: float32 (b, c, h, w)."""
+def images_to_match(setting: Setting) -> torch.Tensor:
+    """Calibration images that outputs are matched on, float32 (b, c, h, w): one batch, as all correct each layer."""
     return torch.cat([image_bchw for image_bchw, _, _ in setting.calibration_batches(MOST_MATCHED_IMAGES)()])
 
 

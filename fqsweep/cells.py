@@ -28,6 +28,8 @@ from fqsweep.names import NO_VALUE
 
 # Raised when a change of the code changes results, so that finished trials of older code are not reused.
 RESULT_VERSION = 3
+# Of a method's settings: names, budgets (a cell has its own), and what is hashed by what it comes to.
+NOT_IN_KEY = {"label", "budgets_bits", "budgets_bytes", "match_moments", "reconstruct"}
 BASELINE_FIELDS = (
     "epochs",
     "batch_size",
@@ -103,10 +105,7 @@ class Cell(Record):
     def key(self) -> str:
         """Hash of what determines the result; names shown to people are left out."""
         data = self.dataset.model_dump(mode="json", exclude={"name"})
-        point = self.point.model_dump(
-            mode="json",
-            exclude={"variant": True, "settings": {"label", "budgets_bits", "budgets_bytes", "match_moments"}},
-        )
+        point = self.point.model_dump(mode="json", exclude={"variant": True, "settings": NOT_IN_KEY})
         return content_hash(
             [
                 RESULT_VERSION,
@@ -119,6 +118,7 @@ class Cell(Record):
                 self.seed,
                 self.recipe,
                 *(["match_moments"] if matches_moments(self) else []),
+                *(["reconstruct"] if reconstructs(self) else []),
             ]
         )
 
@@ -167,7 +167,8 @@ def points_of(
         ]
     if isinstance(method, RecipeMethod):
         given = method.model_dump(exclude={"method", "label"})
-        given["match_moments"] = bool(method.match_moments)  # a comparator is as it was published unless asked
+        # A comparator is as it was published unless asked.
+        given |= {"match_moments": method.matches, "reconstruct": method.reconstructs}
         settings = StaticMethod(method="static", **{**given, **RECIPES[method.method]})
         return [MethodPoint(method=method.method, variant=method.label or method.method, settings=settings)]
     return [MethodPoint(method=method.method, variant=method.label, settings=method)]
@@ -259,6 +260,7 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
         **{name: option(name) for name in ("fairness_weight", "bitrate_weight", "importance", "reducer")},
         **{name: option(name) for name in ("allocator", "granularity", "choices", "scale")},
         "match_moments": str(matches_moments(cell)).lower(),
+        "reconstruct": str(reconstructs(cell)).lower(),
         "finetune_epochs": str(epochs),
         **{name: option(name) for name in ("regulariser", "distillation_weight")},
     }
@@ -299,9 +301,13 @@ def exempt_of(cell: Cell) -> tuple[str, ...]:
 def matches_moments(cell: Cell) -> bool:
     """Whether the cell's quantised layers are brought back to full precision's mean and spread."""
     settings = cell.point.settings
-    if not isinstance(settings, Finetuning):
-        return False
-    return isinstance(settings, Allocating) if settings.match_moments is None else settings.match_moments
+    return isinstance(settings, Finetuning) and settings.matches
+
+
+def reconstructs(cell: Cell) -> bool:
+    """Whether the weights of the cell's quantised layers are re-fitted before they are rounded."""
+    settings = cell.point.settings
+    return isinstance(settings, Finetuning) and settings.reconstructs
 
 
 def finetune_epochs(cell: Cell) -> int:

@@ -92,6 +92,7 @@ RUN_PARAMS: tuple[str, ...] = (
     "choices",
     "scale",
     "match_moments",
+    "reconstruct",
     "finetune_epochs",
     "regulariser",
     "distillation_weight",

@@ -1,8 +1,8 @@
 """One cell in, one result out: the story of a trial, without Ray and without MLflow.
 
-data -> parent (shared) -> importance (shared) -> allocation -> quantisers -> outputs matched -> fine-tuning ->
-packed file without dropped channels -> the model read back from that file -> metrics. What is scored is what lies
-on disk.
+data -> parent (shared) -> importance (shared) -> allocation -> quantisers -> weights reconstructed, outputs matched
+-> fine-tuning -> packed file without dropped channels -> the model read back from that file -> metrics. What is
+scored is what lies on disk.
 """
 
 from __future__ import annotations
@@ -21,9 +21,17 @@ from torch import nn
 
 from fqsweep.assignment import Budget, allowed_choices, assign_bits
 from fqsweep.baseline import baseline_log, ensure_baseline, ensure_importance
-from fqsweep.cells import Cell, exempt_of, finetune_epochs, granularity_of, matches_moments, run_params
+from fqsweep.cells import (
+    Cell,
+    exempt_of,
+    finetune_epochs,
+    granularity_of,
+    matches_moments,
+    reconstructs,
+    run_params,
+)
 from fqsweep.checkpoints import Checkpoint
-from fqsweep.config import BaqMethod, Finetuning, Fp32Method, UniformMethod
+from fqsweep.config import Allocating, BaqMethod, Finetuning, Fp32Method, UniformMethod
 from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport
 from fqsweep.files import SweepPaths, write_bytes, write_json
@@ -39,6 +47,7 @@ from fqsweep.quant.kernels import Kernels, choose_kernels
 from fqsweep.quant.moments import match_moments, output_moments
 from fqsweep.quant.packed_model import load_model, shrink
 from fqsweep.quant.packing import pack_weights
+from fqsweep.quant.reconstruction import Reconstruction, input_patches
 from fqsweep.quant.removal import RemovalError
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.results import TrialResult
@@ -188,7 +197,7 @@ def _finetune(
 ) -> tuple[QuantisedState, np.ndarray, TrainingLog]:
     cell = setting.cell
     settings = cell.point.settings
-    assert isinstance(settings, Finetuning)
+    assert isinstance(settings, UniformMethod | Allocating)
     epochs = finetune_epochs(cell)
     teacher = (
         setting.model_with(parent.state_dict()).requires_grad_(False)
@@ -198,6 +207,10 @@ def _finetune(
     steps = {name: torch.from_numpy(part) for name, part in units.split(step_ub).items()}
     matched = images_to_match(setting) if matches_moments(cell) else None
     moments = {} if matched is None else output_moments(parent, matched)
+    before = None
+    if matched is not None and reconstructs(cell):
+        patches = input_patches(parent, matched)
+        before = Reconstruction(patches, num_images=len(matched), rule=settings.scale)
     loader = setting.training_batches(seed=cell.seed + 1)
     at_once = epochs > 0 and _quantises_at_once(setting, settings)
     if at_once and setting.channels_last:
@@ -232,7 +245,7 @@ def _finetune(
     else:
         attach_quantisers(parent, units, steps, bits_u, kernels=kernels)
     if matched is not None:
-        match_moments(parent, moments, matched)
+        match_moments(parent, moments, matched, before=before)
     log = TrainingLog()
     if epochs:
         log = train(

@@ -74,6 +74,8 @@ class Finetuning(Record):
             in the packed size.
         match_moments: bring each quantised layer's outputs back to full precision's mean and spread on calibration
             images, before anything is trained (``quant.moments``); None does so for ``static`` and ``baq`` alone.
+        reconstruct: re-fit each quantised layer's weights to its outputs in full precision before they are rounded
+            (``quant.reconstruction``); needs ``match_moments``. None does so for ``static`` and ``baq`` that have it.
         budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's.
     """
 
@@ -83,8 +85,25 @@ class Finetuning(Record):
     distillation_weight: float = Field(default=0.0, ge=0, le=1)
     exempt: tuple[str, ...] = ()
     match_moments: bool | None = None
+    reconstruct: bool | None = None
     budgets_bits: tuple[Budget, ...] | None = None
     budgets_bytes: tuple[BudgetBytes, ...] | None = None
+
+    @property
+    def matches(self) -> bool:
+        """Whether outputs are matched, by choice or by default."""
+        return bool(self.match_moments)
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether weights are re-fitted, by choice or by default."""
+        return bool(self.reconstruct)
+
+    @model_validator(mode="after")
+    def _reconstruction_has_moments(self) -> Finetuning:
+        if self.reconstruct and not self.matches:
+            raise ValueError("reconstruct leaves mean and spread to match_moments: set that to true too")
+        return self
 
 
 class Fp32Method(Record):
@@ -165,6 +184,16 @@ class Allocating(Finetuning):
         if (self.pin or self.limits) and self.allocator == "quantile":
             raise ValueError("allocator quantile gives bits by rank alone: it cannot pin or limit layers")
         return self
+
+    @property
+    def matches(self) -> bool:
+        """Outputs are matched unless the space says no."""
+        return self.match_moments is not False
+
+    @property
+    def reconstructs(self) -> bool:
+        """Weights are re-fitted where outputs are matched, unless the space says no."""
+        return self.matches if self.reconstruct is None else self.reconstruct
 
     @property
     def measured_choices(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -50,6 +50,20 @@ class Lines:
     shift_kc: torch.Tensor
 
 
+class BeforeLayer(Protocol):
+    """What is done to a quantised layer before it is used and matched (``quant.reconstruction``)."""
+
+    def __call__(
+        self,
+        name: str,
+        layer: nn.Conv2d | nn.Linear,
+        quantiser: QuantisedWeight,
+        value: torch.Tensor,
+        *,
+        mean_is_matched: bool,
+    ) -> None: ...
+
+
 @torch.no_grad()
 def output_moments(model: nn.Module, image_bchw: torch.Tensor) -> dict[str, Moments]:
     """Moments of every quantisable layer's outputs, by the layer's name.
@@ -74,17 +88,34 @@ def output_moments(model: nn.Module, image_bchw: torch.Tensor) -> dict[str, Mome
 
 
 @torch.no_grad()
-def match_moments(model: nn.Module, target: Mapping[str, Moments], image_bchw: torch.Tensor) -> None:
+def match_moments(
+    model: nn.Module,
+    target: Mapping[str, Moments],
+    image_bchw: torch.Tensor,
+    *,
+    before: BeforeLayer | None = None,
+) -> None:
     """Correct every quantised layer of a model, in place, in the order in which the network uses them.
 
     Args:
         model: with quantisers attached, in eval mode.
         target: what ``output_moments`` found before they were attached.
         image_bchw: the images that it found them on.
+        before: called for each layer with its input, once all layers before it are corrected.
     """
     norms = _norms_behind(model, image_bchw[:1])
     layers = quantisable_layers(model)
     done: set[str] = set()
+    begun: set[str] = set()
+
+    def hook_before(name: str, quantiser: QuantisedWeight) -> Any:
+        def prepare(layer: nn.Conv2d | nn.Linear, inputs: Any) -> None:
+            if before is not None and name not in begun:
+                begun.add(name)
+                matched = name in norms or layer.bias is not None
+                before(name, layer, quantiser, inputs[0], mean_is_matched=matched)
+
+        return prepare
 
     def hook(name: str, quantiser: QuantisedWeight) -> Any:
         def correct(layer: nn.Conv2d | nn.Linear, _inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
@@ -100,6 +131,7 @@ def match_moments(model: nn.Module, target: Mapping[str, Moments], image_bchw: t
 
     with ExitStack() as hooks:
         for name, quantiser in quantisers_of(model).items():
+            hooks.enter_context(layers[name].register_forward_pre_hook(hook_before(name, quantiser)))
             hooks.enter_context(layers[name].register_forward_hook(hook(name, quantiser)))
         model(image_bchw)
 

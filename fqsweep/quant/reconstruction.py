@@ -1,0 +1,169 @@
+"""Weights re-fitted to full precision's outputs before they are rounded: least squares, no training and no labels.
+
+A layer behind rounded ones does not see the inputs that its weights were trained on, and channels that were dropped
+say nothing any more. Much of it can be said again by what is left. So each layer in its turn, with the ones before it
+done already, gets the weights that come nearest to its outputs in full precision: a ridge regression of what its
+outputs are off on the inputs that it has now (He et al. 2017 for dropped channels; Arai and Ichikawa 2025, QEP,
+arXiv 2504.09629, for rounded ones). Its steps are chosen anew for these weights, and the weights are rounded as ever:
+nothing is added to the network. Mean and spread are left to ``quant.moments``, within whose pass this happens.
+
+Axes: p places (positions of calibration images, a sample of them), g groups of a convolution, i inputs that a row of
+weights multiplies, c output channels of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fqsweep.config import ScaleRule
+from fqsweep.models import quantisable_layers
+from fqsweep.quant.convert import QuantisedWeight
+from fqsweep.quant.moments import FLOAT32_EPS
+from fqsweep.quant.steps import choose_steps
+from fqsweep.quant.units import as_units
+
+# Added to every input's variance, as a share of their mean: below, weights follow the sample and not the layer.
+DAMPING = 0.03
+# Of each image; more changed nothing, and at 224 px all patches of a ResNet50 would take 11 GB.
+MOST_PLACES_AN_IMAGE = 16
+IMAGES_AT_ONCE = 32
+
+
+@torch.no_grad()
+def input_patches(model: nn.Module, image_bchw: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the rows of weights of each quantisable layer multiply, at its sampled places: float32 (g, p, i), by name.
+
+    Layers that do more than convolve with their weight are left out.
+
+    Args:
+        model: in full precision and eval mode, which it stays in.
+        image_bchw: normalised images, all in one batch.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Any:
+        def hook(layer: nn.Conv2d | nn.Linear, inputs: Any) -> None:
+            if name not in found:  # a layer's first use
+                found[name] = _patches(layer, inputs[0], num_images=len(image_bchw))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, layer in quantisable_layers(model).items():
+            if _only_multiplies(layer):
+                hooks.enter_context(layer.register_forward_pre_hook(note(name)))
+        model(image_bchw)
+    return found
+
+
+class Reconstruction:
+    """Re-fits a layer's weights; ``match_moments`` calls it for each layer before that is used.
+
+    Args:
+        wanted: what ``input_patches`` found in full precision.
+        num_images: on how many images.
+        rule: how steps are chosen (``quant.steps``).
+    """
+
+    def __init__(self, wanted: Mapping[str, torch.Tensor], *, num_images: int, rule: ScaleRule) -> None:
+        self.wanted = wanted
+        self.num_images = num_images
+        self.rule = rule
+
+    def __call__(
+        self,
+        name: str,
+        layer: nn.Conv2d | nn.Linear,
+        quantiser: QuantisedWeight,
+        value: torch.Tensor,
+        *,
+        mean_is_matched: bool,
+    ) -> None:
+        """Change a layer's weights and steps in place.
+
+        Args:
+            value: the layer's input in the rounded network, for the images of ``wanted``.
+            mean_is_matched: whether the mean of its outputs will be corrected, so that the weights need not care.
+        """
+        if name not in self.wanted:
+            return
+        now_gpi = _patches(layer, value, num_images=self.num_images)
+        off_gpi = self.wanted[name] - now_gpi
+        if mean_is_matched:
+            now_gpi = _centred(now_gpi)
+            off_gpi = off_gpi - off_gpi.mean(dim=1, keepdim=True)
+        chain: Any = layer.parametrizations
+        original: torch.Tensor = chain.weight.original
+        weight_gci = original.reshape(len(now_gpi), -1, now_gpi.shape[2])
+        change_gci = _ridge(now_gpi, off_gpi @ weight_gci.mT)
+        keeps_u = quantiser.bits_u > 0
+        weight_un = as_units(weight_gci + change_gci, len(keeps_u))
+        original.copy_(
+            torch.where(keeps_u[:, None], weight_un, as_units(original, len(keeps_u))).view_as(original)
+        )
+        moment_gci = now_gpi.square().mean(dim=1)[:, None].expand_as(weight_gci)
+        quantiser.choose_steps_anew(
+            lambda choices: choose_steps(
+                weight_un, choices, rule=self.rule, curvature_un=as_units(moment_gci, len(keeps_u))
+            )
+        )
+
+
+def _centred(value_gpi: torch.Tensor) -> torch.Tensor:
+    """Without its mean; a constant is 0, where float32 would leave a rest of it for weights to follow."""
+    centred_gpi = value_gpi - value_gpi.mean(dim=1, keepdim=True)
+    floor_g1i = (4 * FLOAT32_EPS) ** 2 * value_gpi.square().mean(dim=1, keepdim=True)
+    return torch.where(centred_gpi.square().mean(dim=1, keepdim=True) > floor_g1i, centred_gpi, 0.0)
+
+
+def _ridge(input_gpi: torch.Tensor, output_gpc: torch.Tensor) -> torch.Tensor:
+    """Weights (g, c, i) that take inputs nearest to outputs, with ``DAMPING``; solved on the shorter axis."""
+    num_places, num_inputs = input_gpi.shape[1:]
+    damping_g11 = DAMPING * input_gpi.square().sum(dim=1).mean(dim=1)[:, None, None]
+    # Where no input varies there is nothing to fit: any damping gives zeros.
+    damping_g11 = torch.where(damping_g11 > 0, damping_g11, 1.0)
+    if num_inputs <= num_places:
+        gram = input_gpi.mT @ input_gpi
+        return _solve(gram, damping_g11, input_gpi.mT @ output_gpc).mT
+    gram = input_gpi @ input_gpi.mT
+    return _solve(gram, damping_g11, output_gpc).mT @ input_gpi
+
+
+def _solve(gram: torch.Tensor, damping_g11: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    damped = gram + damping_g11 * torch.eye(gram.shape[-1], device=gram.device)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(damped))
+
+
+def _only_multiplies(layer: nn.Conv2d | nn.Linear) -> bool:
+    if isinstance(layer, nn.Linear):
+        return type(layer).forward is nn.Linear.forward
+    plain = type(layer).forward is nn.Conv2d.forward
+    return plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _patches(layer: nn.Conv2d | nn.Linear, value: torch.Tensor, *, num_images: int) -> torch.Tensor:
+    """Rows of inputs at the sampled places, the same ones for the same shape; float32 (g, p, i)."""
+    if isinstance(layer, nn.Linear):
+        value_pi = value.reshape(-1, value.shape[-1])
+        return value_pi[_sample(len(value_pi), MOST_PLACES_AN_IMAGE * num_images, value.device)].float()[None]
+    shape = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    parts = []
+    for image_bchw in value.float().split(IMAGES_AT_ONCE):
+        patch_bnp = F.unfold(image_bchw, *shape)
+        place = _sample(patch_bnp.shape[2], MOST_PLACES_AN_IMAGE, value.device)
+        parts.append(patch_bnp[:, :, place].unflatten(1, (layer.groups, -1)))
+    return torch.cat(parts).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _sample(number: int, most: int, device: torch.device) -> torch.Tensor:
+    """At most so many indices below ``number``, in order."""
+    if number <= most:
+        return torch.arange(number, device=device)
+    chosen = torch.randperm(number, generator=torch.Generator().manual_seed(0))[:most]
+    return chosen.sort().values.to(device)

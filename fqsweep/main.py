@@ -35,7 +35,7 @@ from fqsweep.names import DEFAULT_SELECTION, metric_of
 from fqsweep.space import find_space, load_space
 from fqsweep.stores import is_server, without_password
 
-EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_INTERRUPTED = 0, 1, 2, 4, 130
+EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 4, 130, 141
 DATA_DIR_VARIABLE = "FQSWEEP_DATA_DIR"
 PROJECT = Path(__file__).resolve().parents[1]
 WHOLE_SETS: dict[str, DatasetConfig] = {
@@ -64,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SweepInterrupted as error:
         print(f"\nfqsweep: {error}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read along (``| head``) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

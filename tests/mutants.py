@@ -25,6 +25,7 @@ PACKING = ("tests/quant/test_packing.py",)
 QUANTISER = ("tests/quant/test_grid.py", "tests/quant/test_convert.py", "tests/quant/test_baq.py")
 IMPORTANCE = ("tests/test_importance.py",)
 MOMENTS = ("tests/quant/test_moments.py",)
+RECONSTRUCTION = ("tests/quant/test_reconstruction.py",)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Mutant:
 HULL, MINIMAX = "fqsweep/allocation/hull.py", "fqsweep/allocation/minimax.py"
 PROBLEM, GROUPS = "fqsweep/allocation/problem.py", "fqsweep/fairness.py"
 FILE, KERNELS = "fqsweep/quant/packing.py", "fqsweep/quant/kernels.py"
+REFIT = "fqsweep/quant/reconstruction.py"
 BAQ, CONVERT, LEVELS = "fqsweep/quant/baq.py", "fqsweep/quant/convert.py", "fqsweep/quant/levels.py"
 
 MUTANTS = (
@@ -104,6 +106,17 @@ MUTANTS = (
     Mutant("fqsweep/quant/moments.py", "num_steps == layer.weight.shape[0] and ", "", MOMENTS),
     Mutant("fqsweep/importance.py", "(stretch_c - 1) * own_nc", "stretch_c * own_nc", IMPORTANCE),
     Mutant("fqsweep/importance.py", "+ shift_c * one_nc", "- shift_c * one_nc", IMPORTANCE),
+    # Weights re-fitted to full precision's outputs.
+    Mutant(REFIT, "self.wanted[name] - now_gpi", "now_gpi - self.wanted[name]", RECONSTRUCTION),
+    Mutant(REFIT, "keeps_u = quantiser.bits_u > 0", "keeps_u = quantiser.bits_u >= 0", RECONSTRUCTION),
+    Mutant(REFIT, ".sum(dim=1).mean(dim=1)[:, None, None]", ".mean(dim=1).mean(dim=1)[:, None, None]", RECONSTRUCTION),
+    Mutant(REFIT, "now_gpi = _centred(now_gpi)", "pass", RECONSTRUCTION),
+    Mutant(REFIT, "(4 * FLOAT32_EPS) ** 2 *", "0 *", RECONSTRUCTION),
+    Mutant(REFIT, "_solve(gram, damping_g11, output_gpc).mT @ input_gpi", "_solve(gram, 0 * damping_g11 + 1, output_gpc).mT @ input_gpi", RECONSTRUCTION),
+    Mutant(REFIT, "now_gpi.square().mean(dim=1)[:, None]", "now_gpi.mean(dim=1)[:, None]", RECONSTRUCTION),
+    Mutant(REFIT, 'layer.padding_mode == "zeros" and ', "", RECONSTRUCTION),
+    Mutant(REFIT, "torch.Generator().manual_seed(0)", "None", RECONSTRUCTION),
+    Mutant("fqsweep/quant/moments.py", "matched = name in norms or layer.bias is not None", "matched = True", RECONSTRUCTION),
 )  # fmt: skip
 
 

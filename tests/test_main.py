@@ -105,6 +105,18 @@ def test_plan_as_json_counts_cells_and_shared_work(capsys: pytest.CaptureFixture
     assert plan["num_trials"] > plan["num_cells"]
 
 
+def test_a_reader_who_has_seen_enough_gets_no_traceback() -> None:
+    command = [sys.executable, "-m", "fqsweep.main", "plan", "demo"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141
+        assert process.stderr.read() == ""
+
+
 def test_an_unknown_search_space_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "papr"]) == 2
     said = capsys.readouterr().err

@@ -16,6 +16,7 @@ from fqsweep.cells import (
     finetune_epochs,
     matches_moments,
     method_points,
+    reconstructs,
     run_params,
     trial_key,
 )
@@ -422,3 +423,28 @@ def test_outputs_are_matched_by_default_where_bits_are_allocated_by_our_methods(
     assert cell(None).key == cell(by_default).key != cell(not by_default).key
     assert run_params(cell(True), weights={})["match_moments"] == "true"
     assert cell(True).baseline_key == cell(False).baseline_key
+
+
+@pytest.mark.parametrize(
+    ("method", "by_default"), [("uniform", False), ("static", True), ("baq", True), ("hawq", False)]
+)
+def test_weights_are_reconstructed_by_default_where_outputs_are_matched_by_our_methods(
+    method: str, by_default: bool
+) -> None:
+    def cell(**options: bool | None) -> Cell:
+        space = load_space(find_space("demo")).model_dump(mode="json")
+        return expand_cells(SearchSpace.model_validate(space | {"methods": [{"method": method, **options}]}))[0]
+
+    assert reconstructs(cell()) is by_default
+    assert run_params(cell(), weights={})["reconstruct"] == str(by_default).lower()
+    assert not reconstructs(cell(match_moments=False))
+    on, off = cell(match_moments=True, reconstruct=True), cell(match_moments=True, reconstruct=False)
+    assert reconstructs(on) and not reconstructs(off) and on.key != off.key
+    assert cell(match_moments=True).key == (on if by_default else off).key
+    assert (on.baseline_key, on.importance_key) == (off.baseline_key, off.importance_key)
+    # Keys of what was run before there was this option stay as they were.
+    assert cell(match_moments=False, **({} if method == "uniform" else {"reconstruct": False})).key == (
+        cell(match_moments=False).key
+    )
+    with pytest.raises(ValidationError, match="reconstruct leaves mean and spread to match_moments"):
+        cell(match_moments=False, reconstruct=True)

@@ -152,6 +152,7 @@ def _patches(layer: nn.Conv2d | nn.Linear, value: torch.Tensor, *, num_images: i
     if isinstance(layer, nn.Linear):
         value_pi = value.reshape(-1, value.shape[-1])
         return value_pi[_sample(len(value_pi), MOST_PLACES_AN_IMAGE * num_images, value.device)].float()[None]
+    assert not isinstance(layer.padding, str)
     shape = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     parts = []
     for image_bchw in value.float().split(IMAGES_AT_ONCE):

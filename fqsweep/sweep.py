@@ -138,6 +138,10 @@ class TaskSearcher(Searcher):
 class Forgetting(tune.Callback):
     """Tune keeps every trial to the end, with all it was given and all it said; the ledger and the results do."""
 
+    def __init__(self) -> None:
+        self.ended: list[Any] = []
+        self.resources: dict[Any, Any] = {}
+
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_named: Any
     ) -> None:
@@ -151,10 +155,22 @@ class Forgetting(tune.Callback):
         trial.run_metadata.metric_n_steps.clear()
         trial.run_metadata.last_result = {"done": True}
         trial.config, trial.evaluated_params, trial.experiment_tag = {}, {}, ""
+        vars(trial)["_Trial__unresolved_config"] = {}
+        needed = trial.placement_group_factory
+        trial.placement_group_factory = self.resources.setdefault(needed, needed)
+        self.ended.append(trial)
+        # What Tune writes of each trial at the very end, all at once: nobody reads it. Not before Tune has closed it.
+        for closed in filter(_is_closed, self.ended):
+            closed._state_json = "{}"
+        self.ended = [each for each in self.ended if not _is_closed(each)]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_named: Any) -> None:
         """The same of one whose worker died."""
         self.on_trial_complete(iteration, trials, trial)
+
+
+def _is_closed(trial: Any) -> bool:
+    return bool(trial.is_finished())
 
 
 def run_sweep(options: SweepOptions) -> SweepSummary:

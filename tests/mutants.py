@@ -23,7 +23,7 @@ FAIRNESS = ("tests/test_fairness.py",)
 TRAINING = ("tests/test_training.py",)
 PACKING = ("tests/quant/test_packing.py",)
 QUANTISER = ("tests/quant/test_grid.py", "tests/quant/test_convert.py", "tests/quant/test_baq.py")
-IMPORTANCE = ("tests/test_importance.py",)
+IMPORTANCE = ("tests/test_importance.py", "tests/test_importance_matched.py")
 MOMENTS = ("tests/quant/test_moments.py",)
 RECONSTRUCTION = ("tests/quant/test_reconstruction.py",)
 

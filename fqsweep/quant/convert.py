@@ -8,7 +8,7 @@ Axes: u units of a layer, b bit choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +52,11 @@ class QuantisedWeight(nn.Module):
         start = self.step_ub.gather(1, bits_u[:, None])
         return start * self.log_gain_u.exp()[:, None]
 
-    def choose_steps_anew(self, choose: Callable[[tuple[int, ...]], torch.Tensor]) -> None:
-        """Replace the start steps of the widths that may be used.
-
-        Args:
-            choose: gives steps (u, b) for b widths.
-        """
-        widths = self._widths()
-        self.step_ub[:, list(widths)] = choose(widths)
-
-    def _widths(self) -> tuple[int, ...]:
-        return tuple(self.bits_u.unique().tolist())
+    def reachable_widths(self) -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
+        """Which units (bool, (u,)) may get which whole widths; not those that are dropped."""
+        for bits in self.bits_u.unique().tolist():
+            if bits:
+                yield self.bits_u == bits, (bits,)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return self._quantised(weight) if self.ready is None else self.ready
@@ -103,8 +97,8 @@ class LearnedBitsWeight(QuantisedWeight):
         self.register_buffer("known_ub", torch.isfinite(step_ub))
         self.step_ub = step_ub.nan_to_num(nan=0.0)
 
-    def _widths(self) -> tuple[int, ...]:
-        return tuple(self.known_ub.any(dim=0).nonzero()[:, 0].tolist())
+    def reachable_widths(self) -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
+        yield self.bits_u > 0, tuple(b for b in self.known_ub.any(dim=0).nonzero()[:, 0].tolist() if b)
 
     def _quantised(self, weight: torch.Tensor) -> torch.Tensor:
         weight_un = as_units(weight, len(self.bits_u))

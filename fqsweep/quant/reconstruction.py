@@ -107,12 +107,13 @@ class Reconstruction:
         original.copy_(
             torch.where(keeps_u[:, None], weight_un, as_units(original, len(keeps_u))).view_as(original)
         )
-        moment_gci = now_gpi.square().mean(dim=1)[:, None].expand_as(weight_gci)
-        quantiser.choose_steps_anew(
-            lambda choices: choose_steps(
-                weight_un, choices, rule=self.rule, curvature_un=as_units(moment_gci, len(keeps_u))
+        moment_un = as_units(now_gpi.square().mean(dim=1)[:, None].expand_as(weight_gci), len(keeps_u))
+        for is_one_u, widths in quantiser.reachable_widths():
+            step_ub = choose_steps(
+                weight_un[is_one_u], widths, rule=self.rule, curvature_un=moment_un[is_one_u]
             )
-        )
+            for column, bits in enumerate(widths):
+                quantiser.step_ub[is_one_u, bits] = step_ub[:, column]
 
 
 def _centred(value_gpi: torch.Tensor) -> torch.Tensor:

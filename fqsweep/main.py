@@ -46,7 +46,10 @@ WHOLE_SETS: dict[str, DatasetConfig] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 some cells failed, 2 bad input, 4 disk full, 130 stopped)."""
+    """Run one command; returns the exit code (0 done, 1 some cells failed, 2 bad input, 4 disk full, 130 stopped).
+
+    141: whoever read its output along left.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     given = given or ["run", "paper"]
     options = _parser().parse_args(given)
@@ -54,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command is _run and is_submitted_copy(Path(sys.argv[0])):
             return hand_over(given)
         command: Callable[[argparse.Namespace], int] = options.command
-        return command(options)
+        code = command(options)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"fqsweep: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

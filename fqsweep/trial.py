@@ -209,7 +209,7 @@ def _finetune(
     moments = {} if matched is None else output_moments(parent, matched)
     before = None
     if matched is not None and reconstructs(cell):
-        patches = input_patches(parent, matched)
+        patches = input_patches(parent, matched, names=[layer.name for layer in units.layers])
         before = Reconstruction(patches, num_images=len(matched), rule=settings.scale)
     loader = setting.training_batches(seed=cell.seed + 1)
     at_once = epochs > 0 and _quantises_at_once(setting, settings)
@@ -246,6 +246,7 @@ def _finetune(
         attach_quantisers(parent, units, steps, bits_u, kernels=kernels)
     if matched is not None:
         match_moments(parent, moments, matched, before=before)
+    del matched, moments  # training has need of the memory
     log = TrainingLog()
     if epochs:
         log = train(

@@ -107,7 +107,7 @@ def test_plan_as_json_counts_cells_and_shared_work(capsys: pytest.CaptureFixture
 
 def test_a_reader_who_has_seen_enough_gets_no_traceback() -> None:
     command = [sys.executable, "-m", "fqsweep.main", "plan", "demo"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:

@@ -177,7 +177,7 @@ def attach_quantisers(
     for name, layer_bits in units.split(bits_u).items():
         weight = layers[name].weight
         bits = torch.as_tensor(np.asarray(layer_bits), dtype=torch.long, device=weight.device)
-        steps = step_ub[name].to(weight.device)
+        steps = step_ub[name].to(weight.device, copy=True)
         if learn_bits is None:
             quantiser: QuantisedWeight = QuantisedWeight(steps, bits, kernels=kernels)
         else:

@@ -13,7 +13,7 @@ weights multiplies, c output channels of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,50 +28,58 @@ from fqsweep.quant.moments import FLOAT32_EPS
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import as_units
 
-# Added to every input's variance, as a share of their mean: below, weights follow the sample and not the layer.
+# Added to the variance of every input of a layer (to its mean square, where the mean is not matched), as a share of
+# their mean over all groups: below, weights follow the sample, first those of a channel that is hardly ever active.
 DAMPING = 0.03
-# Of each image; more changed nothing, and at 224 px all patches of a ResNet50 would take 11 GB.
+# Of each image, on average; more changed nothing, and at 224 px all patches of a ResNet50 would take 11 GB.
 MOST_PLACES_AN_IMAGE = 16
-IMAGES_AT_ONCE = 32
+MOST_NUMBERS = 2**25  # of one layer, 128 MB: wide depthwise layers have short rows, and need fewer places
 
 
 @torch.no_grad()
-def input_patches(model: nn.Module, image_bchw: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the rows of weights of each quantisable layer multiply, at its sampled places: float32 (g, p, i), by name.
+def input_patches(
+    model: nn.Module, image_bchw: torch.Tensor, *, names: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """What the rows of weights of each layer multiply, at its sampled places: float32 (g, p, i), by name.
 
-    Layers that do more than convolve with their weight are left out.
+    Layers that do more than convolve with their weight are left out, and those that the network uses more than once:
+    one fit would serve one use.
 
     Args:
         model: in full precision and eval mode, which it stays in.
         image_bchw: normalised images, all in one batch.
+        names: of the layers that will be quantised.
     """
     found: dict[str, torch.Tensor] = {}
+    used_again: set[str] = set()
 
     def note(name: str) -> Any:
         def hook(layer: nn.Conv2d | nn.Linear, inputs: Any) -> None:
-            if name not in found:  # a layer's first use
+            if name in found:
+                used_again.add(name)
+            else:
                 found[name] = _patches(layer, inputs[0], num_images=len(image_bchw))
 
         return hook
 
     with ExitStack() as hooks:
         for name, layer in quantisable_layers(model).items():
-            if _only_multiplies(layer):
+            if name in names and _only_multiplies(layer):
                 hooks.enter_context(layer.register_forward_pre_hook(note(name)))
         model(image_bchw)
-    return found
+    return {name: patches for name, patches in found.items() if name not in used_again}
 
 
 class Reconstruction:
     """Re-fits a layer's weights; ``match_moments`` calls it for each layer before that is used.
 
     Args:
-        wanted: what ``input_patches`` found in full precision.
+        wanted: what ``input_patches`` found in full precision; taken out layer by layer as it is used.
         num_images: on how many images.
-        rule: how steps are chosen (``quant.steps``).
+        rule: how steps are chosen (``quant.steps``); ``curvature`` takes variances where the mean is matched.
     """
 
-    def __init__(self, wanted: Mapping[str, torch.Tensor], *, num_images: int, rule: ScaleRule) -> None:
+    def __init__(self, wanted: dict[str, torch.Tensor], *, num_images: int, rule: ScaleRule) -> None:
         self.wanted = wanted
         self.num_images = num_images
         self.rule = rule
@@ -85,7 +93,7 @@ class Reconstruction:
         *,
         mean_is_matched: bool,
     ) -> None:
-        """Change a layer's weights and steps in place.
+        """Change a layer's weights and steps in place; one that is not among ``wanted`` stays as it is.
 
         Args:
             value: the layer's input in the rounded network, for the images of ``wanted``.
@@ -94,7 +102,7 @@ class Reconstruction:
         if name not in self.wanted:
             return
         now_gpi = _patches(layer, value, num_images=self.num_images)
-        off_gpi = self.wanted[name] - now_gpi
+        off_gpi = self.wanted.pop(name) - now_gpi
         if mean_is_matched:
             now_gpi = _centred(now_gpi)
             off_gpi = off_gpi - off_gpi.mean(dim=1, keepdim=True)
@@ -126,18 +134,18 @@ def _centred(value_gpi: torch.Tensor) -> torch.Tensor:
 def _ridge(input_gpi: torch.Tensor, output_gpc: torch.Tensor) -> torch.Tensor:
     """Weights (g, c, i) that take inputs nearest to outputs, with ``DAMPING``; solved on the shorter axis."""
     num_places, num_inputs = input_gpi.shape[1:]
-    damping_g11 = DAMPING * input_gpi.square().sum(dim=1).mean(dim=1)[:, None, None]
+    damping = DAMPING * input_gpi.square().sum(dim=1).mean()
     # Where no input varies there is nothing to fit: any damping gives zeros.
-    damping_g11 = torch.where(damping_g11 > 0, damping_g11, 1.0)
+    damping = torch.where(damping > 0, damping, 1.0)
     if num_inputs <= num_places:
         gram = input_gpi.mT @ input_gpi
-        return _solve(gram, damping_g11, input_gpi.mT @ output_gpc).mT
+        return _solve(gram, damping, input_gpi.mT @ output_gpc).mT
     gram = input_gpi @ input_gpi.mT
-    return _solve(gram, damping_g11, output_gpc).mT @ input_gpi
+    return _solve(gram, damping, output_gpc).mT @ input_gpi
 
 
-def _solve(gram: torch.Tensor, damping_g11: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    damped = gram + damping_g11 * torch.eye(gram.shape[-1], device=gram.device)
+def _solve(gram: torch.Tensor, damping: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    damped = gram + damping * torch.eye(gram.shape[-1], device=gram.device)
     return torch.cholesky_solve(right, torch.linalg.cholesky(damped))
 
 
@@ -152,13 +160,17 @@ def _patches(layer: nn.Conv2d | nn.Linear, value: torch.Tensor, *, num_images: i
     """Rows of inputs at the sampled places, the same ones for the same shape; float32 (g, p, i)."""
     if isinstance(layer, nn.Linear):
         value_pi = value.reshape(-1, value.shape[-1])
-        return value_pi[_sample(len(value_pi), MOST_PLACES_AN_IMAGE * num_images, value.device)].float()[None]
+        most = min(MOST_PLACES_AN_IMAGE * num_images, MOST_NUMBERS // value.shape[-1])
+        return value_pi[_sample(len(value_pi), most, value.device)].float()[None]
     assert not isinstance(layer.padding, str)
     shape = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    row = value.shape[1] * layer.kernel_size[0] * layer.kernel_size[1]
+    most = max(1, min(MOST_PLACES_AN_IMAGE, MOST_NUMBERS // (row * len(value))))
+    at_once = max(1, MOST_NUMBERS // (row * value.shape[2] * value.shape[3]))
     parts = []
-    for image_bchw in value.float().split(IMAGES_AT_ONCE):
+    for image_bchw in value.float().split(at_once):
         patch_bnp = F.unfold(image_bchw, *shape)
-        place = _sample(patch_bnp.shape[2], MOST_PLACES_AN_IMAGE, value.device)
+        place = _sample(patch_bnp.shape[2], most, value.device)
         parts.append(patch_bnp[:, :, place].unflatten(1, (layer.groups, -1)))
     return torch.cat(parts).permute(1, 0, 3, 2).flatten(1, 2)
 

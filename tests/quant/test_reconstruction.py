@@ -11,6 +11,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import nn
 
+from fqsweep.models import quantisable_layers
 from fqsweep.quant import reconstruction
 from fqsweep.quant.convert import attach_quantisers, quantisers_of
 from fqsweep.quant.moments import match_moments, output_moments
@@ -50,8 +51,12 @@ def latent(model: nn.Module, name: str) -> torch.Tensor:
     return weight
 
 
+def patches_of(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    return input_patches(model, image, names=list(quantisable_layers(model)))
+
+
 def reconstruct(rounded: nn.Module, model: nn.Module, image: torch.Tensor) -> None:
-    before = Reconstruction(input_patches(model, image), num_images=len(image), rule="mse")
+    before = Reconstruction(patches_of(model, image), num_images=len(image), rule="mse")
     match_moments(rounded, output_moments(model, image), image, before=before)
 
 
@@ -89,9 +94,9 @@ def test_weights_are_the_ridge_regression_of_full_precisions_outputs(
     reconstruct(rounded, model, image)
     full, now = unfolded(model, image, groups), unfolded(rounded, image, groups)
     weight_gci = before.view(groups, 6 // groups, -1).numpy()
+    centred = now - now.mean(axis=1, keepdims=True) if norm else now
+    alpha = DAMPING * np.square(centred).sum(axis=1).mean()  # one for all groups
     for g in range(groups):
-        centred = now[g] - now[g].mean(axis=0) if norm else now[g]
-        alpha = DAMPING * np.square(centred).sum(axis=0).mean()
         # Without norm and bias nothing corrects the mean, so the weights see to it.
         ridge = Ridge(alpha=alpha, fit_intercept=norm).fit(now[g], (full[g] - now[g]) @ weight_gci[g].T)
         found = latent(rounded, "3").view(groups, 6 // groups, -1)[g].numpy()
@@ -150,7 +155,7 @@ def test_curvature_weighs_steps_by_the_inputs_that_the_layer_has_now(monkeypatch
         return choose_steps(weight_un, choices, rule=rule, curvature_un=curvature_un)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reconstruction, "choose_steps", noted)
-    before = Reconstruction(input_patches(model, image), num_images=len(image), rule="curvature")
+    before = Reconstruction(patches_of(model, image), num_images=len(image), rule="curvature")
     match_moments(rounded, output_moments(model, image), image, before=before)
     of_layer = [
         curvature_un for rule, curvature_un in seen if curvature_un.shape[1] == 72 and rule == "curvature"
@@ -229,11 +234,94 @@ def test_a_layer_in_full_precision_keeps_its_weights_and_the_next_is_fitted() ->
 
 def test_a_large_layer_is_fitted_on_a_sample_of_its_places_the_same_in_both_networks() -> None:
     model, image = network(last=False), images(5, side=20)
-    patches = input_patches(model, image)["3"]
+    patches = patches_of(model, image)["3"]
     assert patches.shape == (1, 5 * reconstruction.MOST_PLACES_AN_IMAGE, 72)
     rounded = rounded_copy(model, [8] * 14)
     with torch.no_grad():
         quantisers_of(rounded)["0"].step_ub *= 0.01  # 8 bits of a step that clips: the layer is off by far
-    torch.testing.assert_close(input_patches(model, image)["3"], patches, rtol=0, atol=0)
+    torch.testing.assert_close(patches_of(model, image)["3"], patches, rtol=0, atol=0)
     matched, both = distances(rounded, model, image)
     assert both < matched
+
+
+class Tokens(nn.Module):
+    """A strided and padded convolution to tokens, and two linear layers on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 3, stride=2, padding=(1, 0), dilation=(1, 2))
+        self.wide, self.head = nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        token_bpc = torch.tanh(self.patch(image)).flatten(2).transpose(1, 2)
+        return self.head(torch.tanh(self.wide(token_bpc)).mean(dim=1))
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_tokens_and_whole_tensors_are_fitted_too(granularity: Any) -> None:
+    torch.manual_seed(0)
+    model, image = Tokens().eval(), images(20, side=9)
+    rounded = copy.deepcopy(model)
+    units = list_units(model, granularity=granularity)
+    bits = [0, 2, 0, 3, 2, 0, 2, 0, *[4] * 10] if granularity == "channel" else [1, 4, 4]
+    attach_quantisers(rounded, units, steps_of(rounded, units), np.array(bits))
+    seen: dict[str, torch.Tensor] = {}
+    for one, key in ((model, "full"), (rounded, "now")):
+        hook = one.wide.register_forward_pre_hook(
+            lambda _m, value, key=key: seen.update({key: value[0].detach()})
+        )
+        if one is rounded:
+            reconstruct(rounded, model, image)
+        one(image)
+        hook.remove()
+    before = model.wide.weight.detach().numpy()
+    full, now = (seen[key].reshape(-1, 8).numpy() for key in ("full", "now"))
+    alpha = DAMPING * np.square(now - now.mean(axis=0)).sum(axis=0).mean()
+    wanted = before + Ridge(alpha=alpha).fit(now, (full - now) @ before.T).coef_
+    found = latent(rounded, "wide").numpy()
+    if granularity == "channel":  # matching stretches each row with its step
+        found, wanted = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (found, wanted))
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
+def test_patches_of_a_strided_padded_convolution_give_its_outputs() -> None:
+    torch.manual_seed(0)
+    model, image = Tokens().eval(), images(3, side=9)
+    patch_1pi = patches_of(model, image)["patch"]
+    with torch.no_grad():
+        outputs = model.patch(image) - model.patch.bias.view(1, -1, 1, 1)
+        rows = patch_1pi[0] @ model.patch.weight.flatten(1).T
+    each = outputs.flatten(2).transpose(1, 2).flatten(0, 1)
+    assert len(rows) == 3 * min(reconstruction.MOST_PLACES_AN_IMAGE, outputs[0, 0].numel())
+    distance = (
+        (rows[:, None] - each[None]).norm(dim=2).min(dim=1).values
+    )  # every row is some place of the layer
+    torch.testing.assert_close(distance, torch.zeros_like(distance), atol=1e-5, rtol=0)
+
+
+def test_many_tokens_are_sampled_and_wide_layers_take_fewer_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image = Tokens().eval(), images(3, side=30)
+    most = reconstruction.MOST_PLACES_AN_IMAGE
+    assert patches_of(model, image)["wide"].shape == (1, 3 * most, 8)
+    monkeypatch.setattr(reconstruction, "MOST_NUMBERS", 3 * 27 * 2)
+    assert patches_of(model, image)["patch"].shape == (1, 3 * 2, 27)
+    assert patches_of(model, image)["wide"].shape == (1, 3 * 27 * 2 // 8, 8)
+
+
+def test_a_layer_that_is_used_twice_is_left_to_matching() -> None:
+    torch.manual_seed(0)
+    twice = nn.Linear(8, 8)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 8), nn.Tanh(), twice, nn.Tanh(), twice).eval()
+    image = images(40)
+    assert set(patches_of(model, image)) == {"1"}
+
+
+def test_steps_that_the_caller_holds_stay_as_they_are() -> None:
+    model, image = network(), images(40)
+    units = list_units(model, granularity="channel")
+    steps = steps_of(model, units)
+    given = {name: step.clone() for name, step in steps.items()}
+    rounded = copy.deepcopy(model)
+    attach_quantisers(rounded, units, steps, np.array(DROPPED))
+    reconstruct(rounded, model, image)
+    assert all(torch.equal(steps[name].nan_to_num(), given[name].nan_to_num()) for name in given)

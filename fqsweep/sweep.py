@@ -160,17 +160,14 @@ class Forgetting(tune.Callback):
         trial.placement_group_factory = self.resources.setdefault(needed, needed)
         self.ended.append(trial)
         # What Tune writes of each trial at the very end, all at once: nobody reads it. Not before Tune has closed it.
-        for closed in filter(_is_closed, self.ended):
-            closed._state_json = "{}"
-        self.ended = [each for each in self.ended if not _is_closed(each)]
+        closed = [each for each in self.ended if each.is_finished()]
+        for each in closed:
+            each._state_json = "{}"
+        self.ended = [each for each in self.ended if each not in closed]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_named: Any) -> None:
         """The same of one whose worker died."""
         self.on_trial_complete(iteration, trials, trial)
-
-
-def _is_closed(trial: Any) -> bool:
-    return bool(trial.is_finished())
 
 
 def run_sweep(options: SweepOptions) -> SweepSummary:

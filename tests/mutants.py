@@ -116,7 +116,7 @@ MUTANTS = (
     Mutant(REFIT, "now_gpi.square().mean(dim=1)[:, None]", "now_gpi.mean(dim=1)[:, None]", RECONSTRUCTION),
     Mutant(REFIT, 'layer.padding_mode == "zeros" and ', "", RECONSTRUCTION),
     Mutant(REFIT, "torch.Generator().manual_seed(0)", "None", RECONSTRUCTION),
-    Mutant("fqsweep/quant/moments.py", "matched = name in norms or layer.bias is not None", "matched = True", RECONSTRUCTION),
+    Mutant("fqsweep/quant/moments.py", "inputs[0], name in norms or layer.bias is not None", "inputs[0], True", RECONSTRUCTION),
 )  # fmt: skip
 
 

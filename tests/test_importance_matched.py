@@ -17,11 +17,6 @@ from fqsweep.quant.units import list_units
 from tests.tiny_network import CHOICES, SIZE, Batch, images, measure, rounding_errors, tiny_network
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def model() -> nn.Module:
     return tiny_network()

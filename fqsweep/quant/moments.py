@@ -16,10 +16,10 @@ Axes: b images, c output channels of a layer, k bit choices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +32,10 @@ from fqsweep.quant.units import UnitTable
 # A channel that rounding made nearly constant says nothing: to stretch it further would only make noise louder.
 MAX_STRETCH = 4.0
 FLOAT32_EPS = torch.finfo(torch.float32).eps
+
+# What is done to a quantised layer before it is used and matched (``quant.reconstruction``): its name, the layer, its
+# quantiser, its input, and whether the mean of its outputs will be matched.
+BeforeLayer = Callable[[str, nn.Conv2d | nn.Linear, QuantisedWeight, torch.Tensor, bool], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +52,6 @@ class Lines:
 
     stretch_kc: torch.Tensor
     shift_kc: torch.Tensor
-
-
-class BeforeLayer(Protocol):
-    """What is done to a quantised layer before it is used and matched (``quant.reconstruction``)."""
-
-    def __call__(
-        self,
-        name: str,
-        layer: nn.Conv2d | nn.Linear,
-        quantiser: QuantisedWeight,
-        value: torch.Tensor,
-        *,
-        mean_is_matched: bool,
-    ) -> None: ...
 
 
 @torch.no_grad()
@@ -106,14 +96,11 @@ def match_moments(
     norms = _norms_behind(model, image_bchw[:1])
     layers = quantisable_layers(model)
     done: set[str] = set()
-    begun: set[str] = set()
 
     def hook_before(name: str, quantiser: QuantisedWeight) -> Any:
         def prepare(layer: nn.Conv2d | nn.Linear, inputs: Any) -> None:
-            if before is not None and name not in begun:
-                begun.add(name)
-                matched = name in norms or layer.bias is not None
-                before(name, layer, quantiser, inputs[0], mean_is_matched=matched)
+            if before is not None and name not in done:
+                before(name, layer, quantiser, inputs[0], name in norms or layer.bias is not None)
 
         return prepare
 

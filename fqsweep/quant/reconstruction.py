@@ -90,7 +90,6 @@ class Reconstruction:
         layer: nn.Conv2d | nn.Linear,
         quantiser: QuantisedWeight,
         value: torch.Tensor,
-        *,
         mean_is_matched: bool,
     ) -> None:
         """Change a layer's weights and steps in place; one that is not among ``wanted`` stays as it is.

@@ -160,17 +160,17 @@ def variants_of(plain: nn.Module, kernels: Kernels) -> dict[str, Variant]:
     """Each variant by name, from the same weights; checked for agreement."""
     device = next(plain.parameters()).device
     variants: dict[str, Variant] = {"FP32": (copy.deepcopy(plain), None, False)}
+    on_cpu = device.type == "cpu"
     for name, learn in (("fixed", False), ("learned", True)):
-        if can_quantise_at_once(device, bit_gradient="fracbits" if learn else None):
+        at_once = can_quantise_at_once(device, bit_gradient="fracbits" if learn else None)
+        if at_once and not on_cpu:
             label = f"fqsweep, {name} bits per channel, all layers at once"
             variants[label] = (*with_ours(copy.deepcopy(plain), EAGER, learn=learn), True)
         elif kernels is not EAGER:
-            variants[f"fqsweep, {name} bits per channel"] = (
-                *with_ours(copy.deepcopy(plain), kernels, learn=learn),
-                False,
-            )
+            compiled = with_ours(copy.deepcopy(plain), kernels, learn=learn)
+            variants[f"fqsweep, {name} bits per channel"] = (*compiled, at_once)
         eager = with_ours(copy.deepcopy(plain), EAGER, learn=learn)
-        variants[f"fqsweep, {name}, eager kernels"] = (*eager, False)
+        variants[f"fqsweep, {name}, eager kernels"] = (*eager, at_once and on_cpu)
     variants["torch fake_quantize_per_channel_affine"] = (with_torch(copy.deepcopy(plain)), None, False)
     try:
         variants["Brevitas, learned bits per layer"] = (with_brevitas(copy.deepcopy(plain)), None, False)
@@ -184,7 +184,8 @@ def variants_of(plain: nn.Module, kernels: Kernels) -> dict[str, Variant]:
 def measure(device: torch.device, networks: list[str], sizes: list[int], batch: int, half: bool) -> list[str]:
     """One row a network, size and variant."""
     rows = ["| network | image | variant | step (ms) | of FP32 |", "|---|---|---|---|---|"]
-    wanted: KernelChoice = "eager" if can_quantise_at_once(device, bit_gradient=None) else "compiled"
+    one_launch = device.type != "cpu" and can_quantise_at_once(device, bit_gradient=None)
+    wanted: KernelChoice = "eager" if one_launch else "compiled"
     kernels, remark = choose_kernels(wanted, device, num_weights=1, num_steps=1)
     if remark:
         print(remark)

@@ -104,7 +104,7 @@ class TrainingPlan:
         ema_decay: evaluate and keep the running mean of the weights; not together with learned bits.
         autocast: bf16 on the model's device.
         channels_last: memory layout of images, and of weights without quantisers.
-        at_once: the quantisers of all layers work in one kernel (``quant.at_once``).
+        at_once: the quantisers of all layers work together (``quant.at_once``).
     """
 
     epochs: int

@@ -213,10 +213,11 @@ def _finetune(
         before = Reconstruction(patches, num_images=len(matched), rule=settings.scale)
     loader = setting.training_batches(seed=cell.seed + 1)
     at_once = epochs > 0 and _quantises_at_once(setting, settings)
-    if at_once and setting.channels_last:
+    one_launch = at_once and setting.device.type == "cuda"
+    if one_launch and setting.channels_last:
         parent.to(memory_format=torch.channels_last)
     kernels, remark = choose_kernels(
-        "eager" if at_once else cell.recipe.quantiser_kernels,
+        "eager" if one_launch else cell.recipe.quantiser_kernels,
         setting.device,
         num_weights=int(units.num_weights_u.sum()),
         num_steps=epochs * loader.num_batches,
@@ -267,9 +268,9 @@ def images_to_match(setting: Setting) -> torch.Tensor:
 
 
 def _quantises_at_once(setting: Setting, settings: Finetuning) -> bool:
-    """Whether one kernel quantises all layers in training: on a GPU, unless eager kernels were asked for."""
+    """Whether training quantises all layers together; on a GPU not where eager kernels were asked for."""
     bit_gradient = settings.bit_gradient if isinstance(settings, BaqMethod) else None
-    wanted = setting.cell.recipe.quantiser_kernels != "eager"
+    wanted = setting.device.type == "cpu" or setting.cell.recipe.quantiser_kernels != "eager"
     return wanted and can_quantise_at_once(setting.device, bit_gradient=bit_gradient)
 
 

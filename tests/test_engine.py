@@ -41,11 +41,12 @@ datasets:
   - {kind: synthderm, group_attributes: [skin_tone], image_size: 32, num_images: 300, min_group_count: 5}
 architectures: [test_resnet]
 budgets_bits: [3]
-seeds: [0, 1, 2, 3, 4, 5]
+seeds: [0, 1, 2]
 methods: [{method: fp32}, {method: static, finetune_epochs: 0}]
 recipe: {epochs: EPOCHS, batch_size: 32, calibration_images: 30}
 search: {trials_per_cell: 1}
-resources: {cpus_per_trial: 1}
+# Two trials fill the first node.
+resources: {cpus_per_trial: 2}
 """
 TITLE = "synthderm/skin_tone test_resnet uniform-4 seed 1"
 
@@ -75,7 +76,7 @@ def test_a_driver_killed_at_20_random_moments_does_every_cell_once(
         # The first start makes the database; later every second kill falls into a start, the others into the work.
         if turn % 2 == 0:
             wait_for(lambda n=before: len(events(out, "begin")) > n, what="a driver that begins")
-        time.sleep(generator.uniform(0.0, 2.0))
+        time.sleep(generator.uniform(0.0, 1.3))
         os.kill(pid, signal.SIGKILL)
         kills += wait_driver(pid) == -signal.SIGKILL
         if kills == 20:
@@ -216,7 +217,7 @@ def test_training_on_a_node_that_dies_goes_on_elsewhere_from_its_last_epoch(
     assert wait_driver(driver) == 0, said(out)
     assert any("worker process died" in str(line["reason"]) for line in events(out, "lost"))
     assert all("training goes on after epoch" in log.read_text() for log in found.values())
-    assert_books_agree(space, out, trials=12)
+    assert_books_agree(space, out, trials=6)
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
-"""All quantised weights of a model in one kernel, forward and backward (Triton, on GPUs).
+"""All quantised weights of a model in one step of the graph, forward and backward.
 
-Layer by layer, a quantiser costs a GPU little and its host much: with 20 to 60 layers the launches alone take longer
-than the arithmetic. Here one program serves one unit of any layer; it finds the unit's weights through a table
-of addresses. A unit's weights must lie in one block of memory in any order (plain or channels-last layout), because
-every operation is element by element or a sum over the unit.
+Layer by layer, a quantiser is little arithmetic and much around it: graph nodes, views, and steps, limits and widths
+worked out for a few hundred units at a time. On a GPU with 20 to 60 layers the launches alone take longer than the
+arithmetic; on a CPU, with small images, what is around it takes two thirds. Here that is done once for the units of
+all layers. What remains, an ``Arithmetic``, is on GPUs one Triton program a unit of any layer (``OneLaunch``), which
+finds the unit's weights through a table of addresses, and on CPUs ``quant.kernels`` in a loop over layers
+(``EachLayer``). Sums over a unit may differ in the last place between the two.
 
-The arithmetic is that of ``quant.kernels``; sums over a unit may differ in the last place.
-Axes: u units of the whole model.
+Axes: u units of the whole model; ``_u1`` is (u, 1).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,13 +24,36 @@ from torch.autograd.function import once_differentiable
 from fqsweep.models import quantisable_layers
 from fqsweep.quant.blocks import Blocks
 from fqsweep.quant.convert import LearnedBitsWeight, QuantisedWeight, lower_width, quantisers_of
+from fqsweep.quant.kernels import Kernels
 from fqsweep.quant.levels import limits_of
+from fqsweep.quant.units import as_units
+
+Tensors = Sequence[torch.Tensor]
 
 
 def can_quantise_at_once(device: torch.device, *, bit_gradient: str | None) -> bool:
-    """Whether there are kernels for this device and this gradient of the widths (None: they are fixed)."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    return device.type == "cuda" and has_triton and bit_gradient in (None, "fracbits")
+    """Whether this device can, with this gradient of the widths (None: they are fixed)."""
+    if bit_gradient not in (None, "fracbits"):
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and importlib.util.find_spec("triton") is not None)
+
+
+class Arithmetic(Protocol):
+    """What is done to the weights of all layers; ``rows`` are float32 (u, 1), as in ``quant.kernels``."""
+
+    def quantise(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
+        """The nearest levels; ``rows``: step, limit, offset."""
+
+    def quantise_backward(
+        self, grads: Tensors, weights: Tensors, quantised: Tensors, *rows: torch.Tensor
+    ) -> tuple[Tensors, Tensors]:
+        """Gradients of the weights, and of the steps (u, 1)."""
+
+    def mix(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
+        """Weights between two grids; ``rows``: share, then step, limit, offset of the lower and the higher one."""
+
+    def mix_backward(self, grads: Tensors, weights: Tensors, *rows: torch.Tensor) -> tuple[Tensors, Tensors]:
+        """Gradients of the weights, and of the share and both steps, (u, 1) each."""
 
 
 class AtOnce:
@@ -37,17 +61,20 @@ class AtOnce:
 
     Args:
         model: with quantisers on its layers (``quant.convert.attach_quantisers``), all of them of one kind.
+        arithmetic: which class does it, called with the weights and their quantisers; by the device if None.
 
     Raises:
         ValueError: a weight whose units do not lie in blocks of memory.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, arithmetic: Any = None) -> None:
         layers = quantisable_layers(model)
         by_name = quantisers_of(model)
         self.quantisers: list[QuantisedWeight] = list(by_name.values())
         self.weights = [_original(layers[name]) for name in by_name]
-        self.blocks = Blocks(self.weights, [len(q.bits_u) for q in self.quantisers])
+        if arithmetic is None:
+            arithmetic = EachLayer if self.weights[0].device.type == "cpu" else OneLaunch
+        self.arithmetic: Arithmetic = arithmetic(self.weights, self.quantisers)
         self.step_ub = torch.cat([q.step_ub for q in self.quantisers])
         self._kept: tuple[int, Any] | None = None
         self.learned = [q for q in self.quantisers if isinstance(q, LearnedBitsWeight)]
@@ -60,8 +87,8 @@ class AtOnce:
             self.smallest_u, self.largest_u = limit_lu.repeat_interleave(sizes_u, dim=0).unbind(1)
         else:
             bits_u = torch.cat([q.bits_u for q in self.quantisers])
-            self.step_u = self.step_ub.gather(1, bits_u[:, None])[:, 0]
-            self.grid = tuple(part[:, 0].contiguous() for part in limits_of(bits_u))
+            self.step_u1 = self.step_ub.gather(1, bits_u[:, None])
+            self.grid = limits_of(bits_u)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -76,13 +103,13 @@ class AtOnce:
 
     def quantise(self) -> tuple[torch.Tensor, ...]:
         """The quantised weights, differentiable in weights, step factors and learned widths."""
-        gain_u = torch.cat([q.log_gain_u for q in self.quantisers]).exp()
+        gain_u1 = torch.cat([q.log_gain_u for q in self.quantisers]).exp()[:, None]
         if not self.learned:
-            return _QuantiseAll.apply(self.blocks, self.step_u * gain_u, *self.grid, *self.weights)
+            return _QuantiseAll.apply(self.arithmetic, self.step_u1 * gain_u1, *self.grid, *self.weights)
         bits_u = torch.cat([q.free_bits_u for q in self.learned])
-        low_u, (low_step_u, *low), (high_step_u, *high) = self._grids(bits_u.detach())
-        steps_and_grids = (low_step_u * gain_u, *low, high_step_u * gain_u, *high)
-        return _MixAll.apply(self.blocks, bits_u - low_u, *steps_and_grids, *self.weights)
+        low_u, (low_step_u1, *low), (high_step_u1, *high) = self._grids(bits_u.detach())
+        steps_and_grids = (low_step_u1 * gain_u1, *low, high_step_u1 * gain_u1, *high)
+        return _MixAll.apply(self.arithmetic, (bits_u - low_u)[:, None], *steps_and_grids, *self.weights)
 
     def _grids(self, bits_u: torch.Tensor) -> Any:
         """The lower width, and start step, limit and offset at it and above it; kept until the widths change."""
@@ -93,9 +120,7 @@ class AtOnce:
         return self._kept[1]
 
     def _grid_at(self, width_u: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        limit_u1, offset_u1 = limits_of(width_u)
-        start_u1 = self.step_ub.gather(1, width_u[:, None])
-        return start_u1[:, 0], limit_u1[:, 0].contiguous(), offset_u1[:, 0].contiguous()
+        return self.step_ub.gather(1, width_u[:, None]), *limits_of(width_u)
 
 
 def _original(layer: nn.Module) -> nn.Parameter:
@@ -104,7 +129,155 @@ def _original(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
-def _room_like(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+# --- the graph -----------------------------------------------------------------------------------
+
+
+class _QuantiseAll(torch.autograd.Function):
+    """``grid._Quantise`` over all layers."""
+
+    @staticmethod
+    def forward(ctx: Any, arithmetic: Arithmetic, step_u1, limit_u1, offset_u1, *weights):
+        rows = (step_u1, limit_u1, offset_u1)
+        quantised = tuple(arithmetic.quantise(weights, *rows))
+        ctx.arithmetic, ctx.num_layers = arithmetic, len(weights)
+        ctx.save_for_backward(*rows, *weights, *quantised)
+        return quantised
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads):
+        rows, layers = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        weights, quantised = layers[: ctx.num_layers], layers[ctx.num_layers :]
+        grad_weights, (grad_step,) = ctx.arithmetic.quantise_backward(grads, weights, quantised, *rows)
+        return None, grad_step, None, None, *grad_weights
+
+
+class _MixAll(torch.autograd.Function):
+    """``grid._Mix`` over all layers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        arithmetic: Arithmetic,
+        share_u1,
+        low_step,
+        low_limit,
+        low_offset,
+        high_step,
+        high_limit,
+        high_offset,
+        *weights,
+    ):
+        rows = (share_u1, low_step, low_limit, low_offset, high_step, high_limit, high_offset)
+        ctx.arithmetic = arithmetic
+        ctx.save_for_backward(*rows, *weights)
+        return tuple(arithmetic.mix(weights, *rows))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads):
+        rows, weights = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        grad_weights, grad_rows = ctx.arithmetic.mix_backward(grads, weights, *rows)
+        grad_share, grad_low, grad_high = grad_rows
+        return None, grad_share, grad_low, None, None, grad_high, None, None, *grad_weights
+
+
+# --- the arithmetic ------------------------------------------------------------------------------
+
+
+class EachLayer:
+    """``quant.kernels`` on one layer after the other."""
+
+    def __init__(self, _weights: Tensors, quantisers: Sequence[QuantisedWeight]) -> None:
+        self.num_units = [len(q.bits_u) for q in quantisers]
+        self.kernels: Kernels = quantisers[0].kernels
+
+    def quantise(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
+        """See ``Arithmetic``."""
+        values = [self.kernels.quantise(*parts) for parts in self._by_layer([weights], rows)]
+        return _shaped_as(weights, values)
+
+    def quantise_backward(
+        self, grads: Tensors, weights: Tensors, quantised: Tensors, *rows: torch.Tensor
+    ) -> tuple[Tensors, Tensors]:
+        """See ``Arithmetic``."""
+        layers = self._by_layer([grads, weights, quantised], rows)
+        grad_weights, *grad_rows = zip(
+            *[self.kernels.quantise_backward(*parts) for parts in layers], strict=True
+        )
+        return _shaped_as(weights, grad_weights), [torch.cat(parts) for parts in grad_rows]
+
+    def mix(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
+        """See ``Arithmetic``."""
+        return _shaped_as(weights, [self.kernels.mix(*parts) for parts in self._by_layer([weights], rows)])
+
+    def mix_backward(self, grads: Tensors, weights: Tensors, *rows: torch.Tensor) -> tuple[Tensors, Tensors]:
+        """See ``Arithmetic``."""
+        layers = self._by_layer([grads, weights], rows)
+        grad_weights, *grad_rows = zip(*[self.kernels.mix_backward(*parts) for parts in layers], strict=True)
+        return _shaped_as(weights, grad_weights), [torch.cat(parts) for parts in grad_rows]
+
+    def _by_layer(self, tensors: Sequence[Tensors], rows: Tensors) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Each layer's tensors as units (u, n), and its part of the rows."""
+        parts = zip(*[row.split(self.num_units) for row in rows], strict=True)
+        for num_units, layer, part in zip(self.num_units, zip(*tensors, strict=True), parts, strict=True):
+            yield *[as_units(tensor, num_units) for tensor in layer], *part
+
+
+def _shaped_as(weights: Tensors, values: Tensors) -> list[torch.Tensor]:
+    return [value.view(weight.shape) for weight, value in zip(weights, values, strict=True)]
+
+
+class OneLaunch:
+    """The Triton kernels of ``quant.at_once_kernels``.
+
+    A unit's weights must lie in one block of memory in any order (plain or channels-last layout), because every
+    operation is element by element or a sum over the unit.
+
+    Raises:
+        ValueError: they do not.
+    """
+
+    def __init__(self, weights: Tensors, quantisers: Sequence[QuantisedWeight]) -> None:
+        from fqsweep.quant import at_once_kernels
+
+        self.launch = at_once_kernels
+        self.blocks = Blocks(weights, [len(q.bits_u) for q in quantisers])
+
+    def quantise(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
+        """See ``Arithmetic``."""
+        quantised = _room_like(weights)
+        self.launch.quantise(self.blocks, weights, quantised, *_contiguous(rows))
+        return quantised
+
+    def quantise_backward(
+        self, grads: Tensors, weights: Tensors, _quantised: Tensors, *rows: torch.Tensor
+    ) -> tuple[Tensors, Tensors]:
+        """See ``Arithmetic``; levels are computed again, which costs less than to read them."""
+        grad_weights, grad_rows = _room_like(weights), [torch.empty_like(rows[0])]
+        given = _laid_out_as(grads, weights)
+        self.launch.quantise_backward(self.blocks, weights, given, grad_weights, *_contiguous(rows), *grad_rows)
+        return grad_weights, grad_rows
+
+    def mix(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
+        """See ``Arithmetic``."""
+        mixed = _room_like(weights)
+        self.launch.mix(self.blocks, weights, mixed, *_contiguous(rows))
+        return mixed
+
+    def mix_backward(self, grads: Tensors, weights: Tensors, *rows: torch.Tensor) -> tuple[Tensors, Tensors]:
+        """See ``Arithmetic``."""
+        grad_weights, grad_rows = _room_like(weights), [torch.empty_like(rows[0]) for _ in range(3)]
+        given = _laid_out_as(grads, weights)
+        self.launch.mix_backward(self.blocks, weights, given, grad_weights, *_contiguous(rows), *grad_rows)
+        return grad_weights, grad_rows
+
+
+def _contiguous(rows: Tensors) -> list[torch.Tensor]:
+    return [row.contiguous() for row in rows]
+
+
+def _room_like(weights: Tensors) -> list[torch.Tensor]:
     """Uninitialised float32 tensors of the weights' shapes and layouts, in one piece of memory."""
     whole = torch.empty(sum(w.numel() for w in weights), dtype=torch.float32, device=weights[0].device)
     parts = whole.split([w.numel() for w in weights])
@@ -114,77 +287,10 @@ def _room_like(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     ]
 
 
-def _laid_out_as(tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _laid_out_as(tensors: Tensors, weights: Tensors) -> list[torch.Tensor]:
     """Gradients in float32 with the memory layout of their weights."""
     found = []
     for tensor, weight in zip(tensors, weights, strict=True):
         fits = tensor.stride() == weight.stride() and tensor.dtype == torch.float32
         found.append(tensor if fits else torch.empty_like(weight, dtype=torch.float32).copy_(tensor))
     return found
-
-
-class _QuantiseAll(torch.autograd.Function):
-    """``grid._Quantise`` over all layers."""
-
-    @staticmethod
-    def forward(ctx: Any, blocks: Blocks, step_u, limit_u, offset_u, *weights):
-        from fqsweep.quant import at_once_kernels as kernels
-
-        quantised = _room_like(weights)
-        step_u = step_u.contiguous()
-        kernels.quantise(blocks, weights, quantised, step_u, limit_u, offset_u)
-        ctx.blocks = blocks
-        ctx.save_for_backward(step_u, limit_u, offset_u, *weights)
-        return tuple(quantised)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads):
-        from fqsweep.quant import at_once_kernels as kernels
-
-        step_u, limit_u, offset_u, *weights = ctx.saved_tensors
-        grad_weights, grad_step_u = _room_like(weights), torch.empty_like(step_u)
-        given = _laid_out_as(grads, weights)
-        kernels.quantise_backward(
-            ctx.blocks, weights, given, grad_weights, step_u, limit_u, offset_u, grad_step_u
-        )
-        return None, grad_step_u, None, None, *grad_weights
-
-
-class _MixAll(torch.autograd.Function):
-    """``grid._Mix`` over all layers."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        blocks: Blocks,
-        share_u,
-        low_step,
-        low_limit,
-        low_offset,
-        high_step,
-        high_limit,
-        high_offset,
-        *weights,
-    ):
-        from fqsweep.quant import at_once_kernels as kernels
-
-        grids = (low_step, low_limit, low_offset, high_step, high_limit, high_offset)
-        rows = tuple(part.contiguous() for part in (share_u, *grids))
-        mixed = _room_like(weights)
-        kernels.mix(blocks, weights, mixed, *rows)
-        ctx.blocks = blocks
-        ctx.save_for_backward(*rows, *weights)
-        return tuple(mixed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads):
-        from fqsweep.quant import at_once_kernels as kernels
-
-        rows, weights = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-        grad_weights = _room_like(weights)
-        grad_share, grad_low, grad_high = (torch.empty_like(rows[0]) for _ in range(3))
-        given = _laid_out_as(grads, weights)
-        kernels.mix_backward(ctx.blocks, weights, given, grad_weights, *rows, grad_share, grad_low, grad_high)
-        return None, grad_share, grad_low, None, None, grad_high, None, None, *grad_weights

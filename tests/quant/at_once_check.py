@@ -1,6 +1,8 @@
 """Weights and gradients of all layers at once against layer by layer, on a device: run by ``test_at_once``.
 
 python tests/quant/at_once_check.py cpu|cuda        (cpu: with TRITON_INTERPRET=1, Triton's own interpreter)
+
+``compare`` with ``EachLayer`` is what a CPU does.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fqsweep.quant.at_once import AtOnce
+from fqsweep.quant.at_once import AtOnce, OneLaunch
 from fqsweep.quant.convert import attach_quantisers
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import list_units
@@ -56,13 +58,13 @@ def gradients_of(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tenso
     return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(device: torch.device, **options: object) -> None:
+def compare(device: torch.device, *, arithmetic: type, **options: object) -> None:
     plain = network(device, **options)  # type: ignore[arg-type]
     together = copy.deepcopy(plain)
     image = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(2)).to(device)
     wanted = gradients_of(plain, image)
-    with AtOnce(together).ready():
-        made = [q.ready.clone() for q in AtOnce(together).quantisers]
+    with AtOnce(together, arithmetic).ready():
+        made = [q.ready.clone() for q in AtOnce(together, arithmetic).quantisers]
         found = gradients_of(together, image)
     layers = [m for m in plain.modules() if parametrize.is_parametrized(m, "weight")]
     for layer, value in zip(layers, made, strict=True):
@@ -79,7 +81,13 @@ def main() -> None:
     for learn in (None, "fracbits"):
         for granularity in ("channel", "tensor"):
             for channels_last in (False, True):
-                compare(device, learn=learn, granularity=granularity, channels_last=channels_last)
+                compare(
+                    device,
+                    arithmetic=OneLaunch,
+                    learn=learn,
+                    granularity=granularity,
+                    channels_last=channels_last,
+                )
     print("all layers at once: the same as layer by layer")
 
 

@@ -1,4 +1,4 @@
-"""One kernel for all layers gives what each layer's own quantiser gives, forward and backward."""
+"""All layers at once give what each layer's own quantiser gives, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from at_once_check import compare
 from torch import nn
 
-from fqsweep.quant.at_once import can_quantise_at_once
+from fqsweep.quant.at_once import EachLayer, can_quantise_at_once
 from fqsweep.quant.blocks import Blocks
 
 SCRIPT = Path(__file__).with_name("at_once_check.py")
@@ -43,12 +44,22 @@ def test_all_layers_at_once_are_the_same_as_layer_by_layer_on_a_gpu() -> None:
     check_on("cuda")
 
 
-def test_only_gpus_have_it_and_only_for_gradients_that_it_knows() -> None:
+@pytest.mark.parametrize("learn", [None, "fracbits"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_loop_over_the_layers_on_a_cpu_is_the_same_too(
+    learn: str | None, granularity: str, channels_last: bool
+) -> None:
+    compare(CPU, arithmetic=EachLayer, learn=learn, granularity=granularity, channels_last=channels_last)
+
+
+def test_it_is_there_for_gradients_that_it_knows_and_on_gpus_where_triton_is() -> None:
     has_triton = importlib.util.find_spec("triton") is not None
     assert can_quantise_at_once(CUDA, bit_gradient=None) == has_triton
     assert can_quantise_at_once(CUDA, bit_gradient="fracbits") == has_triton
     assert not can_quantise_at_once(CUDA, bit_gradient="lsq")
-    assert not can_quantise_at_once(CPU, bit_gradient=None)
+    assert can_quantise_at_once(CPU, bit_gradient=None) and can_quantise_at_once(CPU, bit_gradient="fracbits")
+    assert not can_quantise_at_once(CPU, bit_gradient="lsq")
 
 
 def test_blocks_say_where_each_unit_lies_in_plain_and_channels_last_layout() -> None:

@@ -57,6 +57,7 @@ class CellState:
 
     Attributes:
         repeats: key of the cell whose chosen weights this one takes once its search is over; None for all others.
+        curves: of its ended trials, for the bars of those that are still to start; none once all have started.
     """
 
     cell: Cell
@@ -218,6 +219,8 @@ class SweepState:
             return _trial(state.cell, 0, self.weights_to_repeat(state) or {}, state.needs)
         number, weights = self.study.ask(state.cell)
         bars = set_bars(state.curves, rule=self.search.early_stopping, objectives=self.search.objectives)
+        if not state.open:
+            state.curves.clear()
         return _trial(state.cell, number, weights, state.needs).model_copy(update={"bars": bars})
 
     def weights_to_repeat(self, state: CellState) -> dict[str, float] | None:
@@ -252,8 +255,8 @@ class SweepState:
         state.pruned += pruned
         if not task.weights or state.repeats is not None:
             return
-        if curve is not None:
-            state.curves.append(curve)
+        if curve is not None and state.open:
+            state.curves.append(curve.of(self.search.objectives))
         if pruned:
             self.study.prune(task.cell, task.number)
         elif metrics is not None:

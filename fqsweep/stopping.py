@@ -42,6 +42,13 @@ class Curve:
     epochs: Epochs
     whole: bool = True
 
+    def of(self, keys: Sequence[str]) -> Curve:
+        """The same curve of these metrics alone: a sweep keeps many, and an epoch measures fourteen."""
+        return Curve(
+            epochs=[{key: epoch[key] for key in keys if key in epoch} for epoch in self.epochs],
+            whole=self.whole,
+        )
+
 
 def set_bars(
     curves: Sequence[Curve], *, rule: EarlyStopping, objectives: Sequence[str]

@@ -465,6 +465,19 @@ def test_bars_are_set_from_the_ended_trials_of_the_same_cell(tmp_path: Path) -> 
         assert bars == [None, None, pytest.approx(0.15), pytest.approx(0.2)]
 
 
+def test_of_a_curve_no_more_is_kept_than_bars_need_and_for_as_long(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 3}"))
+    state = plan_sweep(space, FakeStudy(), one_each)
+    most = 0
+    while (task := state.next_task()) is not None:
+        state.complete(task, METRICS, Curve(epochs=[{"val/acc_worst": 0.5, "val/loss": 1.0}]))
+        kept = [curve for cell in state.cells for curve in cell.curves]
+        most = max(most, len(kept))
+        assert all(curve.epochs == [{"val/acc_worst": 0.5}] and curve.whole for curve in kept)
+    assert most >= 4
+    assert not any(cell.curves for cell in state.cells)
+
+
 def test_a_trial_that_is_stopped_early_ends_its_cell_and_is_no_failure(tmp_path: Path) -> None:
     study = FakeStudy()
     state = plan_sweep(small_space(tmp_path), study, one_each)

@@ -41,12 +41,11 @@ datasets:
   - {kind: synthderm, group_attributes: [skin_tone], image_size: 32, num_images: 300, min_group_count: 5}
 architectures: [test_resnet]
 budgets_bits: [3]
-seeds: [0, 1, 2]
-methods: [{method: fp32}, {method: static, finetune_epochs: 0}]
+seeds: [0, 1, 2, 3, 4, 5]
+methods: [{method: static, finetune_epochs: 0}]
 recipe: {epochs: EPOCHS, batch_size: 32, calibration_images: 30}
 search: {trials_per_cell: 1}
-# Two trials fill the first node.
-resources: {cpus_per_trial: 2}
+resources: {cpus_per_trial: 1}
 """
 TITLE = "synthderm/skin_tone test_resnet uniform-4 seed 1"
 

@@ -57,7 +57,7 @@ class CellState:
 
     Attributes:
         repeats: key of the cell whose chosen weights this one takes once its search is over; None for all others.
-        curves: of its ended trials, for the bars of those that are still to start; none once all have started.
+        curves: of its ended trials, for the bars of those that are still to start.
     """
 
     cell: Cell
@@ -219,8 +219,6 @@ class SweepState:
             return _trial(state.cell, 0, self.weights_to_repeat(state) or {}, state.needs)
         number, weights = self.study.ask(state.cell)
         bars = set_bars(state.curves, rule=self.search.early_stopping, objectives=self.search.objectives)
-        if not state.open:
-            state.curves.clear()
         return _trial(state.cell, number, weights, state.needs).model_copy(update={"bars": bars})
 
     def weights_to_repeat(self, state: CellState) -> dict[str, float] | None:
@@ -255,7 +253,9 @@ class SweepState:
         state.pruned += pruned
         if not task.weights or state.repeats is not None:
             return
-        if curve is not None and state.open:
+        if not state.open:
+            state.curves.clear()
+        elif curve is not None and self.search.early_stopping != "none":
             state.curves.append(curve.of(self.search.objectives))
         if pruned:
             self.study.prune(task.cell, task.number)

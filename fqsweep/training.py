@@ -281,6 +281,8 @@ class _Run:
             if state["frozen"]:
                 self.freeze_bits()  # as it was then: the widths are those that were rounded
         self.model.load_state_dict(state["model"])
+        if self.at_once is not None:
+            self.at_once = AtOnce(self.model)  # it has copies of steps and widths
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
         self.regulariser.load_state_dict(state["regulariser"])

@@ -468,14 +468,31 @@ def test_bars_are_set_from_the_ended_trials_of_the_same_cell(tmp_path: Path) -> 
 def test_of_a_curve_no_more_is_kept_than_bars_need_and_for_as_long(tmp_path: Path) -> None:
     space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 3}"))
     state = plan_sweep(space, FakeStudy(), one_each)
-    most = 0
+    curve = Curve(epochs=[{"val/acc_worst": 0.5, "val/loss": 1.0}])
+    most, tasks = 0, []
     while (task := state.next_task()) is not None:
-        state.complete(task, METRICS, Curve(epochs=[{"val/acc_worst": 0.5, "val/loss": 1.0}]))
+        tasks.append(task)
+        state.complete(task, METRICS, curve)
         kept = [curve for cell in state.cells for curve in cell.curves]
         most = max(most, len(kept))
         assert all(curve.epochs == [{"val/acc_worst": 0.5}] and curve.whole for curve in kept)
     assert most >= 4
     assert not any(cell.curves for cell in state.cells)
+    later = plan_sweep(space, FakeStudy(), one_each)
+    for task in tasks:
+        if task.kind == "trial":
+            later.adopt(task, METRICS, curve)
+        else:
+            later.complete(task)
+    assert later.finished and not any(cell.curves for cell in later.cells)
+
+
+def test_without_a_rule_no_curve_is_kept(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 3, early_stopping: none}"))
+    state = plan_sweep(space, FakeStudy(), one_each)
+    while (task := state.next_task()) is not None:
+        state.complete(task, METRICS, Curve(epochs=[{"val/acc_worst": 0.5}]))
+        assert not any(cell.curves for cell in state.cells)
 
 
 def test_a_trial_that_is_stopped_early_ends_its_cell_and_is_no_failure(tmp_path: Path) -> None:

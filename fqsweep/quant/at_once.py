@@ -2,10 +2,10 @@
 
 Layer by layer, a quantiser is little arithmetic and much around it: graph nodes, views, and steps, limits and widths
 worked out for a few hundred units at a time. On a GPU with 20 to 60 layers the launches alone take longer than the
-arithmetic; on a CPU, with small images, what is around it takes two thirds. Here that is done once for the units of
-all layers. What remains, an ``Arithmetic``, is on GPUs one Triton program a unit of any layer (``OneLaunch``), which
-finds the unit's weights through a table of addresses, and on CPUs ``quant.kernels`` in a loop over layers
-(``EachLayer``). Sums over a unit may differ in the last place between the two.
+arithmetic; on a CPU, with small images, what is around it takes half of the time or more. Here that is done once for
+the units of all layers. What remains, an ``Arithmetic``, is on GPUs one Triton program a unit of any layer
+(``OneLaunch``), which finds the unit's weights through a table of addresses, and on CPUs ``quant.kernels`` in a loop
+over layers (``EachLayer``). Sums over a unit may differ in the last place between the two.
 
 Axes: u units of the whole model; ``_u1`` is (u, 1).
 """
@@ -39,7 +39,13 @@ def can_quantise_at_once(device: torch.device, *, bit_gradient: str | None) -> b
 
 
 class Arithmetic(Protocol):
-    """What is done to the weights of all layers; ``rows`` are float32 (u, 1), as in ``quant.kernels``."""
+    """What is done to the weights of all layers; ``rows`` are float32 (u, 1), as in ``quant.kernels``.
+
+    Attributes:
+        needs_levels: whether ``quantise_backward`` reads the quantised weights; they are kept for it only then.
+    """
+
+    needs_levels: bool
 
     def quantise(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
         """The nearest levels; ``rows``: step, limit, offset."""
@@ -64,7 +70,7 @@ class AtOnce:
         arithmetic: which class does it, called with the weights and their quantisers; by the device if None.
 
     Raises:
-        ValueError: a weight whose units do not lie in blocks of memory.
+        ValueError: the arithmetic refuses a weight (``OneLaunch``).
     """
 
     def __init__(self, model: nn.Module, arithmetic: Any = None) -> None:
@@ -140,14 +146,14 @@ class _QuantiseAll(torch.autograd.Function):
         rows = (step_u1, limit_u1, offset_u1)
         quantised = tuple(arithmetic.quantise(weights, *rows))
         ctx.arithmetic, ctx.num_layers = arithmetic, len(weights)
-        ctx.save_for_backward(*rows, *weights, *quantised)
+        ctx.save_for_backward(*rows, *weights, *(quantised if arithmetic.needs_levels else ()))
         return quantised
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):
-        rows, layers = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        weights, quantised = layers[: ctx.num_layers], layers[ctx.num_layers :]
+        saved = ctx.saved_tensors
+        rows, weights, quantised = saved[:3], saved[3 : 3 + ctx.num_layers], saved[3 + ctx.num_layers :]
         grad_weights, (grad_step,) = ctx.arithmetic.quantise_backward(grads, weights, quantised, *rows)
         return None, grad_step, None, None, *grad_weights
 
@@ -176,7 +182,8 @@ class _MixAll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads):
-        rows, weights = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors
+        rows, weights = saved[:7], saved[7:]
         grad_weights, grad_rows = ctx.arithmetic.mix_backward(grads, weights, *rows)
         grad_share, grad_low, grad_high = grad_rows
         return None, grad_share, grad_low, None, None, grad_high, None, None, *grad_weights
@@ -186,7 +193,13 @@ class _MixAll(torch.autograd.Function):
 
 
 class EachLayer:
-    """``quant.kernels`` on one layer after the other."""
+    """``quant.kernels`` on one layer after the other.
+
+    The gradients of all quantised weights exist at the same time: one more float32 copy of the weights than layer by
+    layer in the graph.
+    """
+
+    needs_levels = True
 
     def __init__(self, _weights: Tensors, quantisers: Sequence[QuantisedWeight]) -> None:
         self.num_units = [len(q.bits_u) for q in quantisers]
@@ -237,6 +250,8 @@ class OneLaunch:
     Raises:
         ValueError: they do not.
     """
+
+    needs_levels = False
 
     def __init__(self, weights: Tensors, quantisers: Sequence[QuantisedWeight]) -> None:
         from fqsweep.quant import at_once_kernels

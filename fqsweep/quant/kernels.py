@@ -1,9 +1,10 @@
 """The quantiser's arithmetic: forward and backward as pure functions, eager or compiled.
 
 Eager, every line below is a pass over the weights. Compiled (``torch.compile``), each function is one loop
-that reads the weights once; one compilation serves every shape (another one units of more than 4,096 weights), is
-kept for the life of the process, and lies in the compiler's cache on disk for the next one. Both give the same
-levels; sums over a unit may differ in the last place, so which of the two a run uses is part of what determines it.
+that reads the weights once; one compilation serves all shapes, but for layers of one unit and units of more than
+4,096 weights, which have their own. It is kept for the life of the process, and lies in the compiler's cache on disk
+for the next one. Both give the same levels; sums over a unit may differ in the last place, so which of the two a run
+uses is part of what determines it.
 
 Axes: u units (rows), n weights of a unit (columns); ``_u1`` is (u, 1).
 """

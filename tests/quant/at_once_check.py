@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fqsweep.quant.at_once import AtOnce, OneLaunch
-from fqsweep.quant.convert import attach_quantisers
+from fqsweep.quant.at_once import AtOnce, EachLayer, OneLaunch
+from fqsweep.quant.convert import attach_quantisers, quantisers_of
+from fqsweep.quant.kernels import EAGER, Kernels
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import list_units
 
@@ -53,13 +54,15 @@ def network(device: torch.device, *, learn: str | None, granularity: str, channe
 def gradients_of(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
     with parametrize.cached():
         output = model(image)
-    output.square().sum().backward()
+    (1000 * output.square().sum()).backward()  # gradients well above the tolerance
     found = {"output": output.detach()}
     return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(device: torch.device, *, arithmetic: type, **options: object) -> None:
+def compare(device: torch.device, *, arithmetic: type, kernels: Kernels = EAGER, **options: object) -> None:
     plain = network(device, **options)  # type: ignore[arg-type]
+    for quantiser in quantisers_of(plain).values():
+        quantiser.kernels = kernels
     together = copy.deepcopy(plain)
     image = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(2)).to(device)
     wanted = gradients_of(plain, image)
@@ -71,8 +74,10 @@ def compare(device: torch.device, *, arithmetic: type, **options: object) -> Non
         torch.testing.assert_close(value, layer.weight, rtol=1e-6, atol=1e-7)
     assert found.keys() == wanted.keys() and len(wanted) > 10, options
     for name, value in wanted.items():
+        if arithmetic is EachLayer and not name.endswith("log_gain_u"):
+            assert torch.equal(found[name], value), name
         torch.testing.assert_close(
-            found[name], value, rtol=2e-4, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}"
+            found[name], value, rtol=2e-4, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 

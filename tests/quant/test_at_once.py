@@ -15,6 +15,7 @@ from torch import nn
 
 from fqsweep.quant.at_once import EachLayer, can_quantise_at_once
 from fqsweep.quant.blocks import Blocks
+from fqsweep.quant.kernels import EAGER, choose_kernels
 
 SCRIPT = Path(__file__).with_name("at_once_check.py")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -51,6 +52,15 @@ def test_a_loop_over_the_layers_on_a_cpu_is_the_same_too(
     learn: str | None, granularity: str, channels_last: bool
 ) -> None:
     compare(CPU, arithmetic=EachLayer, learn=learn, granularity=granularity, channels_last=channels_last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learn", [None, "fracbits"])
+def test_the_loop_is_the_same_with_compiled_kernels(learn: str | None) -> None:
+    kernels, remark = choose_kernels("compiled", CPU, num_weights=1, num_steps=1)
+    if kernels is EAGER:
+        pytest.skip(remark)
+    compare(CPU, arithmetic=EachLayer, kernels=kernels, learn=learn, granularity="channel", channels_last=False)
 
 
 def test_it_is_there_for_gradients_that_it_knows_and_on_gpus_where_triton_is() -> None:

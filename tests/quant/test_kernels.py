@@ -97,6 +97,14 @@ def test_auto_compiles_on_a_cpu_only_for_long_training() -> None:
     assert short is EAGER and remark == ""
 
 
+def test_auto_compiles_on_a_cpu_for_the_trainings_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = Kernels("compiled", *[getattr(EAGER, name) for name in ("quantise", "quantise_backward")] * 2)
+    monkeypatch.setattr("fqsweep.quant.kernels._compiled", lambda _device_type: (compiled, ""))
+    # ResNet18 in the demo: two epochs of 23 steps.
+    assert choose_kernels("auto", CPU, num_weights=11_172_160, num_steps=46) == (compiled, "")
+    assert choose_kernels("eager", CPU, num_weights=11_172_160, num_steps=46) == (EAGER, "")
+
+
 # --- nothing waits for the device ----------------------------------------------------------------
 
 

@@ -28,8 +28,8 @@ from fqsweep.quant.levels import round_to_levels
 Tensors = tuple[torch.Tensor, ...]
 
 # On a CPU fused passes save 4 ns a weight and step at fixed widths and 15 ns at learned ones
-# (benchmarks/results/quantiser_step.md; more beside another trial). A process takes 3.5 s to load them, which a sweep's
-# workers do once for many trials; a machine's first one compiles for 20 s.
+# (benchmarks/results/quantiser_step.md; more beside another trial). A process takes 3.5 s to load them, which a
+# sweep's workers do once for many trials; a machine's first one compiles for 20 s.
 COMPILING_PAYS_FROM_WEIGHTS = 300_000_000
 
 

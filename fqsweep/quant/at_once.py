@@ -13,7 +13,7 @@ Axes: u units of the whole model; ``_u1`` is (u, 1).
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -207,18 +207,13 @@ class EachLayer:
 
     def quantise(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
         """See ``Arithmetic``."""
-        values = [self.kernels.quantise(*parts) for parts in self._by_layer([weights], rows)]
-        return _shaped_as(weights, values)
+        return _shaped_as(weights, [self.kernels.quantise(*parts) for parts in self._by_layer([weights], rows)])
 
     def quantise_backward(
         self, grads: Tensors, weights: Tensors, quantised: Tensors, *rows: torch.Tensor
     ) -> tuple[Tensors, Tensors]:
         """See ``Arithmetic``."""
-        layers = self._by_layer([grads, weights, quantised], rows)
-        grad_weights, *grad_rows = zip(
-            *[self.kernels.quantise_backward(*parts) for parts in layers], strict=True
-        )
-        return _shaped_as(weights, grad_weights), [torch.cat(parts) for parts in grad_rows]
+        return self._gradients(self.kernels.quantise_backward, [grads, weights, quantised], rows)
 
     def mix(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
         """See ``Arithmetic``."""
@@ -226,9 +221,15 @@ class EachLayer:
 
     def mix_backward(self, grads: Tensors, weights: Tensors, *rows: torch.Tensor) -> tuple[Tensors, Tensors]:
         """See ``Arithmetic``."""
-        layers = self._by_layer([grads, weights], rows)
-        grad_weights, *grad_rows = zip(*[self.kernels.mix_backward(*parts) for parts in layers], strict=True)
-        return _shaped_as(weights, grad_weights), [torch.cat(parts) for parts in grad_rows]
+        return self._gradients(self.kernels.mix_backward, [grads, weights], rows)
+
+    def _gradients(
+        self, kernel: Callable[..., Tensors], tensors: Sequence[Tensors], rows: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        """Of the weights, in their shapes, and of rows."""
+        layers = [kernel(*parts) for parts in self._by_layer(tensors, rows)]
+        grad_weights, *grad_rows = zip(*layers, strict=True)
+        return _shaped_as(tensors[0], grad_weights), [torch.cat(parts) for parts in grad_rows]
 
     def _by_layer(self, tensors: Sequence[Tensors], rows: Tensors) -> Iterator[tuple[torch.Tensor, ...]]:
         """Each layer's tensors as units (u, n), and its part of the rows."""

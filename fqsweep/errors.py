@@ -13,5 +13,9 @@ class TrackingError(RuntimeError):
     """The tracking server failed in mid-sweep: the sweep stops, and goes on from the results on disk."""
 
 
+class ClusterError(RuntimeError):
+    """Ray itself died in mid-sweep: the sweep stops, and goes on from the results on disk."""
+
+
 class SweepInterrupted(RuntimeError):
     """The sweep was asked to stop; what is finished is kept and the same command goes on."""

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from fqsweep import __version__
 from fqsweep.config import DatasetConfig, Fitzpatrick17kConfig, Isic2019Config, SearchConfig, SynthdermConfig
-from fqsweep.errors import InputError, SweepInterrupted, TrackingError
+from fqsweep.errors import ClusterError, InputError, SweepInterrupted, TrackingError
 from fqsweep.files import SweepPaths
 from fqsweep.handover import hand_over, is_submitted_copy
 from fqsweep.names import DEFAULT_SELECTION, metric_of
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"fqsweep: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except TrackingError as error:
+    except (TrackingError, ClusterError) as error:
         print(f"fqsweep: {error}", file=sys.stderr)
         return EXIT_FAILED_CELLS
     except SweepInterrupted as error:

@@ -68,14 +68,23 @@ class OptunaStudies:
         """See ``search.Study.tell``."""
         values = [metrics[key] for key in self.config.objectives]
         self._study(cell).tell(number, values, skip_if_finished=True)
+        self._let_go(cell)
 
     def prune(self, cell: Cell, number: int) -> None:
         """See ``search.Study.prune``."""
         self._study(cell).tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+        self._let_go(cell)
 
     def give_up(self, cell: Cell, number: int) -> None:
         """See ``search.Study.give_up``."""
         self._study(cell).tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        self._let_go(cell)
+
+    def _let_go(self, cell: Cell) -> None:
+        """A study whose trials have all ended is in the journal; a sweep may have thousands, each with a sampler."""
+        trials = self._study(cell).get_trials(deepcopy=False)
+        if len(trials) >= self.config.trials_per_cell and all(trial.state.is_finished() for trial in trials):
+            del self.studies[cell.key]
 
     def chosen(self, cell: Cell) -> dict[str, float] | None:
         """See ``search.Study.chosen``."""

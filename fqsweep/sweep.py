@@ -12,6 +12,7 @@ import platform
 import signal
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,10 +41,11 @@ from fqsweep.checks import check_in_own_process
 from fqsweep.config import SearchSpace
 from fqsweep.control import is_asked_to_stop, only_driver, write_plan
 from fqsweep.driver import SweepDriver, adopt_finished
-from fqsweep.errors import InputError
+from fqsweep.errors import ClusterError, InputError
 from fqsweep.estimate import CostModel
 from fqsweep.faults import is_no_space, no_space
 from fqsweep.files import SweepPaths
+from fqsweep.forgetting import ForgetfulProgress, ForgetfulScheduler
 from fqsweep.gpus import MOST_TASKS_A_GPU, GpuShares
 from fqsweep.ledger import note_driver
 from fqsweep.machine import MachineWatch
@@ -56,8 +58,8 @@ from fqsweep.tasks import Outcome, Task
 from fqsweep.tracking import Tracker, default_uri, open_tracker
 
 TICK_S = 1.0
+LOOK_AT_RAY_S = 5.0
 GRACE_S = 10.0
-NEEDED_OF_A_RESULT = {"outcome", "done", "trial_id", "training_iteration", "node_ip", "pid"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,47 +137,13 @@ class TaskSearcher(Searcher):
         """See ``save``."""
 
 
-class Forgetting(tune.Callback):
-    """Tune keeps every trial to the end, with all it was given and all it said; the ledger and the results do."""
-
-    def __init__(self) -> None:
-        self.ended: list[Any] = []
-        self.resources: dict[Any, Any] = {}
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_named: Any
-    ) -> None:
-        """Of a result only what is read from here on."""
-        for name in result.keys() - NEEDED_OF_A_RESULT:
-            del result[name]
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_named: Any) -> None:
-        """Of a trial that ended, its name."""
-        trial.run_metadata.metric_analysis.clear()
-        trial.run_metadata.metric_n_steps.clear()
-        trial.run_metadata.last_result = {"done": True}
-        trial.config, trial.evaluated_params, trial.experiment_tag = {}, {}, ""
-        vars(trial)["_Trial__unresolved_config"] = {}
-        needed = trial.placement_group_factory
-        trial.placement_group_factory = self.resources.setdefault(needed, needed)
-        self.ended.append(trial)
-        # What Tune writes of each trial at the very end, all at once: nobody reads it. Not before Tune has closed it.
-        closed = [each for each in self.ended if each.is_finished()]
-        for each in closed:
-            each._state_json = "{}"
-        self.ended = [each for each in self.ended if each not in closed]
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_named: Any) -> None:
-        """The same of one whose worker died."""
-        self.on_trial_complete(iteration, trials, trial)
-
-
 def run_sweep(options: SweepOptions) -> SweepSummary:
     """Run a sweep, or go on with it: what is finished in ``out`` is not done again.
 
     Raises:
         InputError: bad input; nothing was started.
         TrackingError: MLflow was away at the end; the results are kept.
+        ClusterError: Ray on this machine died; the results are kept.
         OSError: ``errno.ENOSPC``: a disk is full, whatever that led to; the results are kept.
         KeyboardInterrupt: Ctrl-C, or ``fqsweep cancel``; what is finished is kept.
     """
@@ -270,6 +238,7 @@ def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=TaskSearcher(driver, request),
+                scheduler=ForgetfulScheduler(),
                 num_samples=-1,
                 max_concurrent_trials=driver.num_slots,
                 reuse_actors=True,
@@ -279,7 +248,7 @@ def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions
                 storage_path=scratch,
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[Forgetting()],
+                callbacks=[ForgetfulProgress()],
             ),
         )
         with Display(driver.snapshot) as display, _ticking(display, driver):
@@ -363,8 +332,8 @@ def _count_slots(space: SearchSpace, limit: int | None) -> int:
 def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
     """Refresh the display once a second while Tune has the main thread, and look whether to stop.
 
-    After trouble (a full disk) running tasks have ``GRACE_S`` to end: Tune would wait for them, and for workers that
-    cannot start, without end.
+    After trouble (a full disk, Ray dead) running tasks have ``GRACE_S`` to end: Tune would wait for them, and for
+    workers that cannot start, without end.
 
     ``fqsweep cancel`` comes as SIGTERM, which a batch system sends too: a shell may have made a driver in the
     background deaf to SIGINT.
@@ -376,9 +345,13 @@ def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
     def run() -> None:
         asked = False
         troubled_s = 0.0
+        next_look = time.monotonic() + LOOK_AT_RAY_S
         while not over.wait(TICK_S):
             with contextlib.suppress(RuntimeError, OSError):
                 display.tick()
+            if not driver.stopped and time.monotonic() > next_look:
+                driver.trouble = driver.trouble or _ray_is_dead(driver.paths)
+                next_look = time.monotonic() + LOOK_AT_RAY_S
             troubled_s += TICK_S * driver.stopped
             if not asked and (is_asked_to_stop(driver.paths) or troubled_s > GRACE_S):
                 asked = True
@@ -393,3 +366,18 @@ def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
         over.set()
         thread.join(timeout=2 * TICK_S)
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _ray_is_dead(paths: SweepPaths) -> ClusterError | None:
+    """The error of a node whose Ray has died under the driver: no task can start any more, and Tune would wait on."""
+    try:
+        own = ray.get_runtime_context().get_node_id()
+        dead = any(node["NodeID"] == own and not node["Alive"] for node in ray.nodes())
+    except Exception:  # Ray is ending, or its head does not answer: it says so itself
+        return None
+    if not dead:
+        return None
+    return ClusterError(
+        f"Ray on {platform.node()} died (killed, or out of memory?); what is finished is kept in {paths.out}, and "
+        "the same command goes on"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
+from ray.tune.experiment import Trial
 from small_spaces import SMALL, write_space
 from sweeps import child_keys, done_trials
 
 from fqsweep import sweep as sweep_module
 from fqsweep.checks import Checked
-from fqsweep.errors import InputError, TrackingError
+from fqsweep.errors import ClusterError, InputError, TrackingError
 from fqsweep.files import SweepPaths, read_lines
 from fqsweep.space import load_space
 from fqsweep.sweep import SweepOptions, run_sweep
@@ -29,7 +32,7 @@ TESTS = Path(__file__).resolve().parent
 MACS = {"test_resnet@32": 1e6, "resnet18@32": 1e8}
 # The log of each driver that was forked, by its process id.
 LOGS: dict[int, Path] = {}
-CODES = {InputError: 2, TrackingError: 3, KeyboardInterrupt: 130, OSError: 4}
+CODES = {InputError: 2, TrackingError: 3, ClusterError: 7, KeyboardInterrupt: 130, OSError: 4}
 
 
 def write_cheap(folder: Path, *changes: tuple[str, str], **behaviour: Any) -> tuple[Path, Path]:
@@ -65,7 +68,7 @@ def fork_driver(space: Path, out: Path, **options: Any) -> int:
         os._exit(code)  # whatever happened: a driver that came back from here would go on as a second pytest
 
 
-def _drive(space: Path, out: Path, **options: Any) -> int:
+def _drive(space: Path, out: Path, *, counts_objects: bool = False, **options: Any) -> int:
     """Be the driver, in the forked process; returns its exit code."""
     os.setsid()
     stream = os.open(out.parent / "driver.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -75,6 +78,8 @@ def _drive(space: Path, out: Path, **options: Any) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
     os.environ["PYTHONPATH"] = str(TESTS)
+    if counts_objects:
+        _say_what_is_alive()
     # What the checks find is known here, and they would load torch at each start.
     sweep_module.check_in_own_process = lambda *_given: Checked(facts={}, macs=MACS)  # type: ignore[assignment]
     try:
@@ -85,6 +90,20 @@ def _drive(space: Path, out: Path, **options: Any) -> int:
             traceback.print_exc()
         return next((code for kind, code in CODES.items() if isinstance(error, kind)), 5)
     return 1 if summary.failures else 0
+
+
+def _say_what_is_alive() -> None:
+    """Print, whenever a task ends, how many of the objects that Tune makes for each there are."""
+    ends = sweep_module.TaskSearcher.on_trial_complete
+    kinds = (Trial, TrackedActorTask)
+
+    def end_and_count(self: Any, *given: Any, **named: Any) -> None:
+        ends(self, *given, **named)
+        gc.collect()
+        alive = Counter(type(each) for each in gc.get_objects() if type(each) in kinds)
+        print("alive:", json.dumps({kind.__name__: alive[kind] for kind in kinds}), flush=True)
+
+    sweep_module.TaskSearcher.on_trial_complete = end_and_count  # type: ignore[method-assign]
 
 
 def wait_driver(pid: int, *, timeout_s: float = 300) -> int:

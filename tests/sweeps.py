@@ -116,7 +116,7 @@ def child_keys(out: Path) -> Counter[str]:
 
 def kill_worker_of(driver: int) -> bool:
     """kill -9 one process that is doing a task for this driver; False if there is none yet."""
-    for process in _descendants(driver):
+    for process in descendants(driver):
         name = Path(f"/proc/{process}/cmdline")
         try:
             words = name.read_bytes().split(b"\0")[0]
@@ -128,6 +128,14 @@ def kill_worker_of(driver: int) -> bool:
     return False
 
 
+def child_named(root: int, name: str) -> int:
+    """The process id of what runs the program of that name below a process."""
+    for process in descendants(root):
+        if Path(os.fsdecode(Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[0])).name == name:
+            return process
+    raise AssertionError(f"no {name} below process {root}")
+
+
 def parent_of(pid: int) -> int:
     """The process id of a process's parent; 0 where it is gone."""
     try:
@@ -136,7 +144,8 @@ def parent_of(pid: int) -> int:
         return 0
 
 
-def _descendants(root: int) -> list[int]:
+def descendants(root: int) -> list[int]:
+    """The process ids of all that a process has started, directly or not."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

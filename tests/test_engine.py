@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -27,7 +28,7 @@ from engine import (
 )
 from ray_cluster import ClusterProcess
 from small_disk import fill_up, mounted
-from sweeps import done_trials, events, parent_of, wait_for, write_tiny
+from sweeps import child_named, descendants, done_trials, events, parent_of, wait_for, write_tiny
 
 from fqsweep.control import ask_to_stop, clear_failures, look
 from fqsweep.files import SweepPaths
@@ -219,6 +220,23 @@ def test_training_on_a_node_that_dies_goes_on_elsewhere_from_its_last_epoch(
     assert_books_agree(space, out, trials=6)
 
 
+def test_a_sweep_whose_own_ray_is_killed_says_so_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # when Ray itself notices; 15 s else
+    space, out = write_cheap(tmp_path, sleep_s=0.5)
+    driver = fork_driver(space, out)
+    wait_for(lambda: len(done_trials(out)) >= 3, what="three trials")
+    raylet = child_named(driver, "raylet")
+    for pid in (raylet, *descendants(raylet)):
+        os.kill(pid, signal.SIGKILL)
+    assert wait_driver(driver, timeout_s=120) == 7, said(out)
+    assert "the same command goes on" in said(out)
+    assert not events(out, "failed")
+    assert run_driver(space, out) == 0, said(out)
+    assert_books_agree(space, out, trials=NUM_TRIALS)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """An output folder that is a file system of 24 MiB, or a skip where none can be mounted."""
@@ -320,3 +338,16 @@ def test_a_tracking_server_that_is_away_for_a_while_gets_every_result_once(
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert_books_agree(space, out, trials=NUM_TRIALS)
+
+
+def test_tune_keeps_no_trial_that_ended(tmp_path: Path, cluster: ClusterProcess) -> None:
+    """Of a sweep of thousands the driver's memory would be full of them; see ``fqsweep.forgetting``."""
+    space, out = write_cheap(tmp_path)
+    assert run_driver(space, out, address=cluster.address, max_concurrent=2, counts_objects=True) == 0, said(
+        out
+    )
+    counts = [json.loads(line.split("alive: ")[1]) for line in said(out).splitlines() if "alive: " in line]
+    assert len(counts) >= NUM_TRIALS + 4, "once a task"
+    # Two run, one is asked for ahead, and one ends.
+    assert max(count["Trial"] for count in counts) <= 5
+    assert max(count["TrackedActorTask"] for count in counts) <= 5

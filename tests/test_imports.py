@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 ORDER = (
     ("fqsweep", "errors", "names", "config"),
     ("cells", "space", "files", "stores"),
-    ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus", "faults"),
+    ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus", "faults", "forgetting"),
     ("data", "models", "allocation", "cost_table", "fairness", "progress", "pictures", "checkpoints"),
     ("quant",),
     ("importance", "training"),
@@ -40,7 +40,7 @@ ORDER = (
     ("main",),
 )
 ONLY_IN = {
-    "ray": {"fqsweep.sweep", "fqsweep.actor", "fqsweep.handover"},
+    "ray": {"fqsweep.sweep", "fqsweep.forgetting", "fqsweep.actor", "fqsweep.handover"},
     "optuna": {"fqsweep.studies"},
     "mlflow": {"fqsweep.tracking", "analysis.load"},
     "timm": {"fqsweep.models"},

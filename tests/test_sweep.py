@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
-from ray.tune.experiment import Trial
 from sweeps import (
     NUM_CELLS,
     NUM_TRIALS,
@@ -30,7 +29,6 @@ from sweeps import (
 from fqsweep.files import SweepPaths, read_lines
 from fqsweep.names import RUN_PARAMS, TAG_PARENT, metric_keys
 from fqsweep.results import read_result
-from fqsweep.sweep import Forgetting
 
 pytestmark = pytest.mark.slow
 ONE_SEED = TINY.replace("seeds: [0, 1]", "seeds: [0]")
@@ -186,34 +184,3 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
     assert code == 130, output
     assert f"main.py run {space} --out {out}" in output.split("To go on: ")[1]
     assert "Traceback" not in output
-
-
-def test_of_a_trial_that_ended_tune_keeps_next_to_nothing() -> None:
-    """Through Tune's own trial: what the searcher reads is there until the end, and what grows is gone after it."""
-    given = "t" * 5000
-    trial = Trial("fqsweep-task", stub=True, config={"task": given}, evaluated_params={"task": given})
-    trial.experiment_tag = given
-    result = {
-        "outcome": "done",
-        "done": True,
-        "training_iteration": 1,
-        "time_total_s": 2.0,
-        "config": trial.config,
-    }
-    forgetting = Forgetting()
-    forgetting.on_trial_result(0, [trial], trial, result)
-    trial.update_last_result(result)
-    assert trial.last_result["outcome"] == "done" and trial.last_result["done"]
-    assert len(trial.get_json_state()[0]) > 2 * len(given)
-    trial.invalidate_json_state()
-    forgetting.on_trial_complete(0, [trial], trial)
-    state = "".join(trial.get_json_state())
-    assert "outcome" not in state
-    assert len(state) < 3000
-    # Tune writes a state of every trial at the end. Only once it has closed this one nothing will change it again.
-    assert forgetting.ended == [trial]
-    trial.set_status(Trial.TERMINATED)
-    other = Trial("fqsweep-task", stub=True)
-    forgetting.on_trial_complete(0, [trial, other], other)
-    assert trial.get_json_state()[0] == "{}"
-    assert forgetting.ended == [other]

@@ -13,10 +13,9 @@ A trial stops where the best that it has shown is below the bar by more than a p
 epochs measure (objectives on ``val/``; bits and sizes are known only at the end). Its last epoch never stops it: the
 work is done. A point is no difference: the worst group of a validation split often has fewer than a hundred images.
 
-Measured on the demo's four searched cells with a tiny network, rules replayed on whole curves, cells taking turns:
-``median`` saves 41 % of the epochs on the curves on which the tolerance was chosen and 10 % on others, and keeps the
-front's hypervolume both times; without the tolerance it saves 48 and 33 % and keeps .983 and .998 of it
-(docs/results.md). Trials that run side by side set no bars for each other.
+Measured on the demo's four searched cells with 8 trials each, rules replayed on whole curves, cells taking turns:
+``median`` saves 39 % of the epochs and keeps the front's hypervolume; on three other data sets 10 to 41 %, and at least
+.9993 of it (docs/results.md). Trials that run side by side set no bars for each other.
 """
 
 from __future__ import annotations

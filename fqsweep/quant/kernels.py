@@ -26,6 +26,7 @@ from fqsweep.config import KernelChoice
 from fqsweep.quant.levels import round_to_levels
 
 Tensors = tuple[torch.Tensor, ...]
+logger = logging.getLogger(__name__)
 
 # On a CPU fused passes save 4 ns a weight and step at fixed widths and 15 ns at learned ones
 # (benchmarks/results/quantiser_step.md; more beside another trial). A process takes 3.5 s to load them, which a
@@ -170,7 +171,33 @@ def _compiled(device_type: str) -> tuple[Kernels | None, str]:
             _try_out(found, torch.device(device_type))
     except Exception as error:  # whatever a compiler can raise: it is not needed
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return found, ""
+    safe = [
+        _or_eager(getattr(found, name), getattr(EAGER, name))
+        for name in ("quantise", "quantise_backward", "mix", "mix_backward")
+    ]
+    return Kernels("compiled", *safe), ""
+
+
+def _or_eager(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled function, until a shape that it was not tried on does not compile; then the eager one."""
+    fails = False
+
+    @torch.no_grad()
+    def call(*tensors: torch.Tensor) -> Any:
+        nonlocal fails
+        if not fails:
+            try:
+                return compiled(*tensors)
+            except torch.OutOfMemoryError:
+                raise  # the eager one takes more
+            except Exception:
+                fails = True
+                logger.warning(
+                    "%s does not compile; its eager kernel serves, slower", eager.__name__, exc_info=True
+                )
+        return eager(*tensors)
+
+    return call
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,13 +214,13 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _quiet_compiler() -> Iterator[None]:
     """Without the remark that a machine without a GPU has no CUDA runtime."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    compiler = logging.getLogger("torch.utils.cpp_extension")
+    level = compiler.level
+    compiler.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        compiler.setLevel(level)
 
 
 def _try_out(kernels: Kernels, device: torch.device) -> None:

@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import attach_quantisers
-from fqsweep.quant.kernels import COMPILING_PAYS_FROM_WEIGHTS, EAGER, Kernels, _compiled, choose_kernels
+from fqsweep.quant.kernels import (
+    COMPILING_PAYS_FROM_WEIGHTS,
+    EAGER,
+    Kernels,
+    _compiled,
+    _or_eager,
+    choose_kernels,
+)
 from fqsweep.quant.levels import absmax_steps, limits_of
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import list_units
@@ -84,6 +91,35 @@ def test_without_a_compiler_the_eager_kernels_serve_and_say_so(monkeypatch: pyte
         _compiled.cache_clear()
     assert kernels is EAGER
     assert "no C++ compiler found" in remark and "eager ones serve" in remark
+
+
+def test_a_shape_that_does_not_compile_costs_speed_and_not_the_trial(caplog: pytest.LogCaptureFixture) -> None:
+    tried: list[int] = []
+
+    def compiled(weight: torch.Tensor, *grid: torch.Tensor) -> torch.Tensor:
+        tried.append(len(weight))
+        if len(weight) == 1:
+            raise RuntimeError("no code for one unit")
+        return EAGER.quantise(weight, *grid)
+
+    safe = _or_eager(compiled, EAGER.quantise)
+    generator = torch.Generator().manual_seed(0)
+    for units in (4, 1, 1, 4):
+        weight = torch.randn(units, 6, generator=generator)
+        grid = (torch.full((units, 1), 0.3), torch.full((units, 1), 3.0), torch.zeros(units, 1))
+        assert torch.equal(safe(weight, *grid), EAGER.quantise(weight, *grid))
+    assert tried == [4, 1], "once it failed, it is not tried again"
+    assert [record.getMessage() for record in caplog.records] == [
+        "quantise does not compile; its eager kernel serves, slower"
+    ]
+
+
+def test_without_memory_nothing_is_tried_that_takes_more() -> None:
+    def compiled(*_tensors: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        _or_eager(compiled, EAGER.quantise)(torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -314,6 +314,8 @@ class SweepState:
         if task.kind == "trial":
             state = self._by_key[task.cell.key]
             state.failed += 1
+            if not state.open:
+                state.curves.clear()
             if task.weights and state.repeats is None:
                 self.study.give_up(task.cell, task.number)
             self.failures.append(Failure(task=task, reason=reason, blocked=self._start_repeats(state)))

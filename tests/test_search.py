@@ -487,6 +487,18 @@ def test_of_a_curve_no_more_is_kept_than_bars_need_and_for_as_long(tmp_path: Pat
     assert later.finished and not any(cell.curves for cell in later.cells)
 
 
+def test_a_last_trial_that_fails_takes_the_curves_of_its_cell_along(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 3}"))
+    state = plan_sweep(space, FakeStudy(), one_each)
+    while (task := state.next_task()) is not None:
+        if task.weights and task.number == 2:
+            assert state._by_key[task.cell.key].curves
+            state.fail(task, "loss is nan")
+        else:
+            state.complete(task, METRICS, Curve(epochs=[{"val/acc_worst": 0.5}]))
+    assert state.failures and not any(cell.curves for cell in state.cells)
+
+
 def test_without_a_rule_no_curve_is_kept(tmp_path: Path) -> None:
     space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 3, early_stopping: none}"))
     state = plan_sweep(space, FakeStudy(), one_each)

@@ -14,8 +14,8 @@ epochs measure (objectives on ``val/``; bits and sizes are known only at the end
 work is done. A point is no difference: the worst group of a validation split often has fewer than a hundred images.
 
 Measured on the demo's four searched cells with 8 trials each, rules replayed on whole curves, cells taking turns:
-``median`` saves 39 % of the epochs and keeps the front's hypervolume; on three other data sets 10 to 41 %, and at
-least .9993 of it (docs/results.md). Trials that run side by side set no bars for each other.
+``median`` saves 39 % of the epochs and keeps the front's hypervolume; on four other data sets 10 to 47 %, and at
+least .995 of it (docs/results.md). Trials that run side by side set no bars for each other.
 """
 
 from __future__ import annotations

@@ -14,11 +14,10 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -38,7 +37,7 @@ from fqsweep.names import (
     TAG_SWEEP,
     metric_keys,
 )
-from fqsweep.stores import try_database, without_password
+from fqsweep.stores import check_exists, fetch_artifact, find_run, search_runs, try_database, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,7 +52,6 @@ NUMERIC_PARAMS = (
     "finetune_epochs",
     "distillation_weight",
 )
-PAGE_SIZE = 1000
 NUM_NAMED = 3  # run ids that a note names before it only counts
 
 
@@ -75,7 +73,7 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     client = _connect(tracking_uri)
     try:
         parent, notes = _latest_parent(client, sweep, tracking_uri=tracking_uri, parent_id=parent_id)
-        children = list(_search(client, f"tags.`{TAG_PARENT}` = '{parent.info.run_id}'"))
+        children = list(search_runs(client, f"tags.`{TAG_PARENT}` = '{parent.info.run_id}'"))
     except InputError:
         raise
     except Exception as error:  # MLflow raises what its backend raises: SQLAlchemy, requests, its own
@@ -146,13 +144,11 @@ def load_run(tracking_uri: str, run_id: str) -> RunRecord:
     """
     client = _connect(tracking_uri)
     try:
-        runs = [run for run in _search(client, "") if run.info.run_id.startswith(run_id)]
+        return _record(find_run(client, run_id, uri=tracking_uri))
+    except InputError:
+        raise
     except Exception as error:
         raise _unreadable(tracking_uri, error) from error
-    if len(runs) != 1:
-        what = "there is none" if not runs else f"{len(runs)} begin so: give more letters"
-        raise InputError(f"A run called {run_id!r} must exist at {tracking_uri!r}, but {what}.")
-    return _record(runs[0])
 
 
 def _record(run: Run) -> RunRecord:
@@ -176,7 +172,9 @@ def load_layers(tracking_uri: str, run_ids: Iterable[str]) -> pd.DataFrame:
     for run_id in run_ids:
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # what the backend raises
             parts.append(
-                pd.read_csv(client.download_artifacts(run_id, "bits.csv", folder)).assign(run_id=run_id)
+                pd.read_csv(fetch_artifact(client, tracking_uri, run_id, "bits.csv", folder)).assign(
+                    run_id=run_id
+                )
             )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "layer"])
 
@@ -211,12 +209,7 @@ def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def _connect(tracking_uri: str) -> MlflowClient:
     """A client, without creating what does not exist: MLflow writes a new database at an unknown path."""
-    database = _sqlite_path(tracking_uri)
-    if database is not None and not database.is_file():
-        raise InputError(
-            f"The tracking URI must name an existing store, but there is no database {str(database)!r}: "
-            "use the URI that `fqsweep run` printed."
-        )
+    check_exists(tracking_uri)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default, 7, waits four minutes
     from mlflow import MlflowClient  # costs two seconds, and reading a CSV does not need it
 
@@ -228,32 +221,13 @@ def _connect(tracking_uri: str) -> MlflowClient:
         raise _unreadable(tracking_uri, error) from error
 
 
-def _sqlite_path(tracking_uri: str) -> Path | None:
-    parts = urlsplit(tracking_uri)
-    if not parts.scheme.startswith("sqlite"):
-        return None
-    return Path(parts.path.removeprefix("/"))  # sqlite:///relative and sqlite:////absolute
-
-
-def _search(client: MlflowClient, filter_string: str) -> Iterator[Run]:
-    """All runs of all experiments that match, page by page."""
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    token: str | None = None
-    while experiments:
-        page = client.search_runs(experiments, filter_string, max_results=PAGE_SIZE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
 def _latest_parent(
     client: MlflowClient, sweep: str, *, tracking_uri: str, parent_id: str | None
 ) -> tuple[Run, list[str]]:
     """The parent run asked for, or the newest of that name; the name is compared here, never put into a query."""
     if parent_id is not None:
         return client.get_run(parent_id), []
-    parents = list(_search(client, f"tags.`{TAG_KIND}` = '{KIND_SWEEP}'"))
+    parents = list(search_runs(client, f"tags.`{TAG_KIND}` = '{KIND_SWEEP}'"))
     named = [run for run in parents if run.data.tags.get(TAG_SWEEP) == sweep]
     if not named:
         raise InputError(

@@ -14,6 +14,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fqsweep.cells import method_points
 from fqsweep.config import SearchSpace, content_hash
 from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths, write_bytes, write_json
@@ -67,6 +68,7 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
     """
     from fqsweep.data import dataset_digest, plan_dataset
     from fqsweep.models import build_model
+    from fqsweep.quant.units import quantisable_layers
 
     _check_writable(paths.out)
     digests = {}
@@ -77,9 +79,10 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
         digests[f"data/{dataset.name}/{same}"] = dataset_digest(samples, splits, dataset.image_size)
         for architecture in space.architectures:
             untrained = architecture.model_copy(update={"pretrained": False})
-            build_model(
+            model = build_model(
                 untrained, num_classes=len(samples.class_names), image_size=dataset.image_size, device="meta"
             )
+            _check_patterns(space, architecture.name, list(quantisable_layers(model)))
             if (
                 isinstance(architecture.pretrained, str)
                 and not Path(architecture.pretrained).expanduser().is_file()
@@ -89,6 +92,20 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
                 )
     _check_unchanged(paths, digests)
     return digests
+
+
+def _check_patterns(space: SearchSpace, architecture: str, layers: list[str]) -> None:
+    """Every pattern of every method names a layer: a trial would find out after its parent was trained."""
+    from fqsweep.quant.units import matching_names
+
+    for point in method_points(space):
+        settings = point.settings
+        for option in ("exempt", "pin", "limits"):
+            for pattern in getattr(settings, option, ()):
+                try:
+                    matching_names(pattern, layers)
+                except ValueError as error:
+                    raise InputError(f"{point.variant}: {option}: {error} (of {architecture})") from error
 
 
 def _check_writable(out: Path) -> None:

@@ -137,18 +137,27 @@ def write_plan(paths: SweepPaths, name: str, state: SweepState) -> None:
     write_json(paths.plan, {"name": name, "cells": cells, "shared": shared})
 
 
+def _plan_of(paths: SweepPaths) -> Any:
+    """What ``write_plan`` wrote.
+
+    Raises:
+        InputError: the folder holds no sweep.
+    """
+    try:
+        return json.loads(paths.plan.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{paths.out} holds no sweep (no {paths.plan.name}): give the --out of a run"
+        ) from error
+
+
 def look(paths: SweepPaths) -> Status:
     """How the sweep in a folder stands, whether or not a driver runs.
 
     Raises:
         InputError: the folder holds no sweep.
     """
-    try:
-        plan = json.loads(paths.plan.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{paths.out} holds no sweep (no {paths.plan.name}): give the --out of a run"
-        ) from error
+    plan = _plan_of(paths)
     book = replay(read_lines(paths.ledger))
     held = is_held(paths)
     cells = _count_cells(plan["cells"], book, held=held)
@@ -281,9 +290,10 @@ def ask_to_stop(paths: SweepPaths) -> str:
         who was asked.
 
     Raises:
-        InputError: no driver runs.
+        InputError: no driver runs, or the folder holds no sweep.
     """
     if not is_held(paths):
+        _plan_of(paths)
         raise InputError(f"no driver runs on {paths.out}: nothing to cancel")
     paths.cancel_request.write_bytes(b"")
     return describe_holder(paths)
@@ -301,8 +311,9 @@ def clear_failures(paths: SweepPaths) -> list[str]:
         the titles of the tasks.
 
     Raises:
-        InputError: a driver holds the folder.
+        InputError: a driver holds the folder, or it holds no sweep.
     """
+    _plan_of(paths)
     command = read_holder(paths).get("command", ())
     failed = replay(read_lines(paths.ledger)).failed
     if failed:

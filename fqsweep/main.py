@@ -51,10 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     141: whoever read its output along left.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    given = given or ["run", "paper"]
+    script = Path(sys.argv[0])
+    if not given and script.name != "main.py":
+        _parser().print_help(sys.stderr)
+        return EXIT_BAD_INPUT
+    given = given or ["run", "paper"]  # what ``ray submit CLUSTER.yaml fqsweep/main.py`` means
     options = _parser().parse_args(given)
     try:
-        if options.command is _run and is_submitted_copy(Path(sys.argv[0])):
+        if options.command is _run and is_submitted_copy(script):
             return hand_over(given)
         command: Callable[[argparse.Namespace], int] = options.command
         code = command(options)
@@ -149,10 +153,13 @@ def _parser() -> argparse.ArgumentParser:
     analyze.set_defaults(command=_analyze)
 
     export = commands.add_parser("export", help="the model of a run, for use elsewhere")
-    export.add_argument("run_id")
+    export.add_argument("run_id", help="id of the run, or its first letters")
     export.add_argument("--format", choices=("packed", "onnx"), default="packed")
     export.add_argument("--out", type=Path, required=True, help="file to write")
-    export.add_argument("--tracking-uri", help="MLflow (default: of the newest sweep below out/)")
+    export.add_argument(
+        "--sweep-out", type=Path, help="the sweep's output folder (default: the newest below out/)"
+    )
+    export.add_argument("--tracking-uri", help="MLflow, in place of --sweep-out")
     _add_data_dir(export)
     export.set_defaults(command=_export)
 
@@ -334,26 +341,27 @@ def _plan(options: argparse.Namespace) -> int:
         ]
         print(json.dumps({"name": space.name, **dataclasses.asdict(plan), "cells": cells}, indent=1))
     else:
-        print(describe_plan(space, plan))
-        for dataset in space.datasets:
-            _print_data_warnings(dataset, options.data_dir)
+        print(describe_plan(space, plan), flush=True)
+        usable = [_print_data_warnings(dataset, options.data_dir) for dataset in space.datasets]
+        return EXIT_OK if all(usable) else EXIT_BAD_INPUT
     return EXIT_OK
 
 
-def _print_data_warnings(dataset: DatasetConfig, data_dir: Path | None) -> None:
-    """What to know of a data set before its figures are believed, where it is at hand."""
+def _print_data_warnings(dataset: DatasetConfig, data_dir: Path | None) -> bool:
+    """What to know of a data set before its figures are believed, where it is at hand; whether it can be used."""
     from fqsweep.data import plan_dataset
     from fqsweep.data.report import describe_thin_pairs
 
     if data_dir is None and not isinstance(dataset, SynthdermConfig):
-        return
+        return True
     try:
         samples, splits = plan_dataset(dataset, data_dir=data_dir)
     except InputError as error:
-        print(f"data set {dataset.name} cannot be used yet: {error}")
-        return
+        print(f"data set {dataset.name} cannot be used yet: {error}", file=sys.stderr)
+        return False
     for line in describe_thin_pairs(dataset, samples, splits):
         print(line)
+    return True
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -407,6 +415,12 @@ def _pack_data(dataset: DatasetConfig, title: str, options: argparse.Namespace) 
     from fqsweep.data.report import describe_set
 
     packs = SweepPaths(options.out or Path("out") / title).packs
+    try:
+        packs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"output folder {packs.parent} cannot be written: {error.strerror}; give another --out"
+        ) from error
     meter = Meter(f"packing {dataset.name}", unit="images")
     packed = open_dataset(dataset, data_dir=options.data_dir, pack_dir=packs, on_progress=meter)
     print(describe_set(dataset, packed.samples, packed.splits))
@@ -431,7 +445,11 @@ def _analyze(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from fqsweep.export import export_run
 
-    uri = options.tracking_uri or _uri_of(_newest_out())
+    if options.out.is_dir():
+        raise InputError(
+            f"--out {options.out} is a folder: give the file to write, such as {options.out}/model.fqs"
+        )
+    uri = options.tracking_uri or _uri_of(options.sweep_out or _newest_out("--sweep-out"))
     for line in export_run(
         uri,
         options.run_id,
@@ -476,10 +494,10 @@ def _is_taken(port: int) -> bool:
     return False
 
 
-def _newest_out() -> Path:
+def _newest_out(option: str = "--out") -> Path:
     found = sorted(Path("out").glob("*/mlflow.db"), key=lambda file: file.stat().st_mtime)
     if not found:
-        raise InputError("no sweep below out/ here: give --out DIR or --tracking-uri URI")
+        raise InputError(f"no sweep below out/ here: give {option} DIR or --tracking-uri URI")
     return found[-1].parent
 
 
@@ -487,7 +505,7 @@ def _uri_of(out: Path) -> str:
     database = (out / "mlflow.db").resolve()
     if not database.exists():
         raise InputError(
-            f"{out} holds no MLflow database (mlflow.db): give the --out of a sweep, or --tracking-uri"
+            f"{out} holds no MLflow database (mlflow.db): give the output folder of a sweep, or --tracking-uri"
         )
     return f"sqlite:///{database}"
 

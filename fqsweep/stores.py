@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+from fqsweep.errors import InputError
+
 CONNECT_S = 10
+PAGE = 1000
+ID_LETTERS = 32
+ARTIFACTS = "mlartifacts"  # beside the database of an output folder
 
 
 def is_server(uri: str) -> bool:
@@ -40,3 +49,88 @@ def try_database(uri: str) -> None:
     limits = {"connect_timeout": CONNECT_S} if urlsplit(uri).scheme.startswith("postgresql") else {}
     with create_engine(uri, poolclass=NullPool, connect_args=limits).connect():
         pass
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a sqlite database; None for other stores.
+
+    >>> sqlite_file("sqlite:////data/mlflow.db"), sqlite_file("sqlite:///mlflow.db"), sqlite_file("http://host")
+    (PosixPath('/data/mlflow.db'), PosixPath('mlflow.db'), None)
+    """
+    parts = urlsplit(uri)
+    if not parts.scheme.startswith("sqlite"):
+        return None
+    return Path(parts.path.removeprefix("/"))
+
+
+def check_exists(uri: str) -> None:
+    """A store that is only read must be there: MLflow writes a new database at an unknown path.
+
+    Raises:
+        InputError: there is no database, or the URI is a folder.
+    """
+    database = sqlite_file(uri)
+    if database is not None and not database.is_file():
+        raise InputError(
+            f"The tracking URI must name an existing store, but there is no database {str(database)!r}: "
+            "use the URI that `fqsweep run` printed."
+        )
+    if "://" not in uri and Path(uri).is_dir():
+        raise InputError(f"The tracking URI {uri!r} is a folder: give its database, sqlite:///{uri}/mlflow.db.")
+
+
+def search_runs(client: Any, filter_string: str) -> Iterator[Any]:
+    """All runs of all experiments of an ``MlflowClient`` that match, page by page."""
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    token: str | None = None
+    while experiments:
+        page = client.search_runs(experiments, filter_string, max_results=PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def find_run(client: Any, run_id: str, *, uri: str) -> Any:
+    """A run by its id, or by the first letters of it that no other run has.
+
+    Raises:
+        InputError: no run, or several, are called so.
+    """
+    if len(run_id) == ID_LETTERS:
+        with contextlib.suppress(Exception):  # whatever the store raises for a run that is not there
+            return client.get_run(run_id)
+    runs = [run for run in search_runs(client, "") if run.info.run_id.startswith(run_id)]
+    if len(runs) != 1:
+        what = "there is none" if not runs else f"{len(runs)} begin so: give more letters"
+        raise InputError(
+            f"A run called {run_id!r} must exist at {without_password(uri, of=uri)!r}, but {what}."
+        )
+    return runs[0]
+
+
+def fetch_artifact(client: Any, uri: str, run_id: str, name: str, folder: str) -> Path:
+    """A file of a run, downloaded to ``folder`` or where it lies.
+
+    MLflow notes the absolute place of a run's files. In an output folder that was copied or moved they lie beside the
+    database, as before.
+    """
+    beside = _artifacts_beside(uri, run_id)
+    if beside is not None and (beside / name).is_file():
+        return beside / name
+    return Path(client.download_artifacts(run_id, name, folder))
+
+
+def artifact_names(client: Any, uri: str, run_id: str) -> list[str]:
+    """The names of a run's own files, those in folders left out."""
+    beside = _artifacts_beside(uri, run_id)
+    if beside is not None:
+        return sorted(path.name for path in beside.iterdir() if path.is_file())
+    return [item.path for item in client.list_artifacts(run_id) if not item.is_dir]
+
+
+def _artifacts_beside(uri: str, run_id: str) -> Path | None:
+    """The folder of a run's files beside a sqlite database, where there is one."""
+    database = sqlite_file(uri)
+    folder = None if database is None else database.parent / ARTIFACTS / run_id / "artifacts"
+    return folder if folder is not None and folder.is_dir() else None

@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -54,7 +53,16 @@ from fqsweep.names import (
     TAG_SWEEP,
 )
 from fqsweep.results import TrialResult
-from fqsweep.stores import is_server, try_database, without_password
+from fqsweep.stores import (
+    artifact_names,
+    check_exists,
+    fetch_artifact,
+    find_run,
+    is_server,
+    sqlite_file,
+    try_database,
+    without_password,
+)
 
 MAX_BATCH = 900
 MAX_TAG = 5000  # characters of a tag that MLflow takes
@@ -213,13 +221,11 @@ def open_tracker(
 @contextlib.contextmanager
 def _quiet_database(uri: str) -> Iterator[None]:
     """Make a sqlite file's folder, and switch it to write-ahead logging once its tables are there."""
-    parsed = urlparse(uri)
-    file = Path(parsed.path[1:] if uri.startswith("sqlite:////") else parsed.path.lstrip("/"))
-    is_sqlite = parsed.scheme == "sqlite" and bool(parsed.path)
-    if is_sqlite:
+    file = sqlite_file(uri)
+    if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
     yield
-    if is_sqlite and file.exists():
+    if file is not None and file.is_file():
         with contextlib.closing(sqlite3.connect(file)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
 
@@ -382,33 +388,49 @@ def _recommended_runs(folder: Path) -> dict[str, str]:
     return {run_id: "; ".join(each)[:MAX_TAG] for run_id, each in reasons.items()}
 
 
+@contextlib.contextmanager
+def _reading(uri: str) -> Iterator[MlflowClient]:
+    """A client of a store that must be there; what goes wrong at the store is said in one line."""
+    check_exists(uri)
+    try:
+        yield MlflowClient(tracking_uri=uri)
+    except MlflowException as error:
+        told = without_password(str(error).splitlines()[0], of=uri)
+        raise InputError(f"{without_password(uri, of=uri)} cannot be read: {told}") from error
+
+
 def fetch_model(uri: str, run_id: str) -> bytes:
-    """The packed model of a run.
+    """The packed model of a run, named by its id or its first letters.
 
     Raises:
-        InputError: no such run, or it has no packed model.
+        InputError: no such store or run, or the run has no packed model.
     """
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        with tempfile.TemporaryDirectory() as folder:
-            return Path(client.download_artifacts(run_id, "model.fqs", folder)).read_bytes()
-    except (MlflowException, OSError) as error:
-        raise InputError(f"run {run_id} at {uri} has no packed model: {str(error).splitlines()[0]}") from error
+    with _reading(uri) as client, tempfile.TemporaryDirectory() as folder:
+        run = find_run(client, run_id, uri=uri)
+        title = run.info.run_name
+        if run.data.tags.get(TAG_KIND) == KIND_SWEEP:
+            raise InputError(f"run {run_id} is that of the sweep {title!r}: give the run of one of its trials")
+        try:
+            return fetch_artifact(client, uri, run.info.run_id, "model.fqs", folder).read_bytes()
+        except (MlflowException, OSError) as error:
+            raise InputError(
+                f"run {run_id} ({title}) has no packed model at {run.info.artifact_uri}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
 
 def fetch_space(uri: str, run_id: str, folder: Path) -> tuple[Path, dict[str, str]]:
-    """The search space of a run's sweep, copied to ``folder``, and the run's parameters.
+    """The search space of a run's sweep, copied to ``folder`` or where it lies, and the run's parameters.
 
     Raises:
         InputError: the run or its sweep is not there.
     """
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        run = client.get_run(run_id)
-        parent_id = run.data.tags[TAG_PARENT]
-        names = [
-            item.path for item in client.list_artifacts(parent_id) if item.path.endswith((".yaml", ".yml"))
-        ]
-        return Path(client.download_artifacts(parent_id, names[0], str(folder))), dict(run.data.params)
-    except (MlflowException, OSError, LookupError) as error:
-        raise InputError(f"the sweep of run {run_id} at {uri} cannot be found: {error}") from error
+    with _reading(uri) as client:
+        run = find_run(client, run_id, uri=uri)
+        try:
+            parent_id = run.data.tags[TAG_PARENT]
+            names = [n for n in artifact_names(client, uri, parent_id) if n.endswith((".yaml", ".yml"))]
+            file = fetch_artifact(client, uri, parent_id, names[0], str(folder))
+        except (MlflowException, OSError, LookupError) as error:
+            raise InputError(f"the sweep of run {run_id} at {uri} cannot be found: {error}") from error
+    return file, dict(run.data.params)

@@ -86,6 +86,20 @@ def test_the_onnx_export_runs_and_agrees_on_the_test_split(
     assert logits.shape == (3, len(classes)) and np.isfinite(logits).all()
 
 
+def test_the_sweep_is_given_by_its_folder_and_the_target_must_be_a_file(
+    sweep: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri, run = sweep
+    assert main(["export", run[:10], "--out", "model.fqs"]) == 2
+    assert "give --sweep-out DIR or --tracking-uri URI" in capsys.readouterr().err
+    out = Path(uri.removeprefix("sqlite:///")).parent
+    assert main(["export", run[:10], "--sweep-out", str(out), "--out", "model.fqs"]) == 0
+    assert load_model((tmp_path / "model.fqs").read_bytes()) is not None
+    assert main(["export", run, "--sweep-out", str(out), "--out", str(tmp_path)]) == 2
+    assert "is a folder: give the file to write" in capsys.readouterr().err
+
+
 def test_missing_packages_are_named_with_the_command(
     sweep: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

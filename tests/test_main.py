@@ -87,6 +87,18 @@ def assert_nothing_started(folder: Path) -> None:
     assert not (folder / "out" / "baselines").exists()
 
 
+def test_without_a_command_nothing_starts_and_the_commands_are_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([]) == 2
+    assert "run a sweep, or go on with it" in capsys.readouterr().err
+
+
+def test_packing_into_a_folder_that_cannot_be_made_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "pack", "synthderm", "--out", "/proc/nowhere"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_plan_of_the_paper_prints_the_whole_grid_from_any_folder(tmp_path: Path) -> None:
     command = [sys.executable, str(PROJECT / "fqsweep" / "main.py"), "plan", "search_spaces/paper.yaml"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -192,6 +204,18 @@ def test_an_output_folder_that_cannot_be_written_is_named(
 
 
 @pytest.mark.usefixtures("checks_here")
+@pytest.mark.parametrize("option", ["pin: {frist: 8}", 'exempt: ["haed*"]', 'limits: {"layer9.*": {max: 4}}'])
+def test_a_pattern_that_fits_no_layer_is_refused_before_anything_is_trained(
+    photos: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    edit(photos, "{method: static}", f"{{method: static, {option}}}")
+    assert run(photos) == 2
+    shown = capsys.readouterr().err
+    assert f"static: {option.split(':')[0]}: " in shown and "fits no quantisable layer; the first are:" in shown
+    assert not (photos / "out" / "ledger.jsonl").exists()
+
+
+@pytest.mark.usefixtures("checks_here")
 def test_data_that_changed_since_the_sweep_began_is_refused(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,7 +253,8 @@ def test_a_broken_photo_fails_its_task_for_good_and_names_the_file(photos: Path)
 
 
 @pytest.mark.parametrize(
-    ("command", "message"), [("status", "holds no sweep"), ("cancel", "nothing to cancel")]
+    ("command", "message"),
+    [("status", "holds no sweep"), ("cancel", "holds no sweep"), ("retry", "holds no sweep")],
 )
 def test_a_folder_without_a_sweep_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
@@ -323,5 +348,6 @@ def test_plan_warns_of_classes_with_few_test_images_in_a_group(
     warning = "warning: photos: 4 (class, group) pairs have fewer than 10 test images, so that balanced_acc_worst by sex"
     assert warning in capsys.readouterr().out
     (photos / "photos.csv").unlink()
-    assert main(["plan", str(photos / "bad.yaml"), "--data-dir", str(photos)]) == 0
-    assert "data set photos cannot be used yet" in capsys.readouterr().out
+    assert main(["plan", str(photos / "bad.yaml"), "--data-dir", str(photos)]) == 2
+    shown = capsys.readouterr()
+    assert "bad: 2 cells, 2 trials" in shown.out and "data set photos cannot be used yet" in shown.err

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from analysis.load import load_layers
 from fqsweep import spool as spool_module
 from fqsweep.errors import InputError, TrackingError
 from fqsweep.files import SweepPaths
 from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_KEY, TAG_PARENT, TAG_PRUNED, TAG_REASON, TAG_RECOMMENDED
 from fqsweep.results import TrialResult
 from fqsweep.spool import Spool
-from fqsweep.tracking import Tracker, default_uri, fetch_model, open_tracker, publish_report
+from fqsweep.tracking import Tracker, default_uri, fetch_model, fetch_space, open_tracker, publish_report
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +114,45 @@ def test_artifacts_lie_in_the_sweep_folder_whatever_the_working_folder(
     assert list(paths.artifacts.rglob("model.fqs"))
 
 
-def test_a_run_without_a_packed_model_is_named(paths: SweepPaths) -> None:
-    with pytest.raises(InputError, match="has no packed model"):
-        fetch_model(default_uri(paths), "0" * 32)
+def test_a_run_that_is_not_there_has_no_model_or_is_the_sweeps_is_said(
+    paths: SweepPaths, tmp_path: Path
+) -> None:
+    book, uri = tracker(paths), default_uri(paths)
+    empty = book.log_trial(result("bare"), [])
+    assert empty is not None
+    with pytest.raises(InputError, match=r"run .* \(trial bare\) has no packed model at file://"):
+        fetch_model(uri, empty)
+    with pytest.raises(InputError, match="is that of the sweep 't': give the run of one of its trials"):
+        fetch_model(uri, book.parent_id)
+    with pytest.raises(InputError, match="must exist at .* but there is none"):
+        fetch_model(uri, "0" * 32)
+    with pytest.raises(InputError, match="no database"):
+        fetch_model(f"sqlite:///{tmp_path}/nosuch/mlflow.db", empty)
+    assert not (tmp_path / "nosuch").exists()
+    with pytest.raises(InputError, match=f"is a folder: give its database, sqlite:///{paths.out}/mlflow.db"):
+        fetch_model(str(paths.out), empty)
+
+
+def test_the_first_letters_of_a_run_name_it(paths: SweepPaths) -> None:
+    run_id = tracker(paths).log_trial(result("eight"), [paths.out / "model.fqs"])
+    assert run_id is not None
+    assert fetch_model(default_uri(paths), run_id[:12]) == b"packed"
+
+
+def test_an_output_folder_that_was_moved_still_has_its_files(paths: SweepPaths, tmp_path: Path) -> None:
+    bits = paths.out / "bits.csv"
+    bits.write_text("layer,mean_bits\nconv1,2\n")
+    run_id = tracker(paths).log_trial(result("nine"), [paths.out / "model.fqs", bits])
+    assert run_id is not None
+    moved = SweepPaths(tmp_path / "moved")
+    paths.out.rename(moved.out)
+    try:
+        assert fetch_model(default_uri(moved), run_id) == b"packed"
+        assert load_layers(default_uri(moved), [run_id])["layer"].tolist() == ["conv1"]
+        file, _ = fetch_space(default_uri(moved), run_id, tmp_path)
+        assert file.read_text() == "name: t"
+    finally:
+        moved.out.rename(paths.out)
 
 
 def test_a_trial_that_was_stopped_early_has_its_curve_and_a_tag_and_no_test_metric(paths: SweepPaths) -> None:

@@ -32,6 +32,7 @@ SPLIT_SPELLINGS = {
 _GROUP_WEIGHT = 2.0
 # With fewer test images of a class in a group, that group's recall of the class is mostly chance.
 MIN_PAIR_IMAGES = 10
+MOST_NAMED = 20
 
 
 def split_samples(samples: Samples, fractions: SplitFractions, *, attributes: Sequence[str]) -> Splits:
@@ -87,13 +88,17 @@ def check_groups(samples: Samples, splits: Splits, *, attributes: Sequence[str],
     """Refuse splits whose figures would mean nothing.
 
     Raises:
-        InputError: a group has fewer than ``min_count`` images in validation or test, or none in training or
-            calibration, or a class has none in training; one message lists all of them.
+        InputError: an attribute has one group alone, a group has fewer than ``min_count`` images in validation or
+            test, or none in training or calibration, or a class has none in training; one message lists them.
     """
     least = {"train": 1, "calibration": 1, "validation": min_count, "test": min_count}
     problems = []
     for attribute in attributes:
         groups = samples.groups[attribute]
+        if len(groups.names) < 2:
+            problems.append(
+                f"{attribute} has one group alone, {', '.join(groups.names)}: nothing can be compared"
+            )
         for split, index in splits.items():
             count_g = np.bincount(groups.code_n[index], minlength=len(groups.names))
             problems += [
@@ -108,9 +113,11 @@ def check_groups(samples: Samples, splits: Splits, *, attributes: Sequence[str],
         if count == 0
     ]
     if problems:
+        more = len(problems) - MOST_NAMED
         raise InputError(
-            "; ".join(problems)
-            + ". Merge groups or classes (age_edges, group_maps, label_map), give the split a "
+            "; ".join(problems[:MOST_NAMED])
+            + (f"; and {more:,} more" if more > 0 else "")
+            + ". Merge groups or classes (age_edges, group_edges, group_maps, label_map), give the split a "
             "larger fraction, use more images (max_images, num_images), or lower min_group_count"
         )
 

@@ -89,11 +89,13 @@ def _named_groups(
             if value in group_of:
                 raise InputError(f"{where}: value {value!r} stands under both {group_of[value]!r} and {name!r}")
             group_of[value] = name
-    if not set(group_of) & set(value_n.tolist()):
-        raise InputError(
-            f"{where}: none of its values ({', '.join(group_of)}) occurs in the column, "
-            f"which has: {', '.join(_in_order(value_n)[:12])}"
-        )
+    occurring = set(value_n.tolist())
+    for name, values in group_map.items():
+        if not occurring & set(map(plain_text, values)):
+            raise InputError(
+                f"{where}: none of the values of {name!r} ({', '.join(map(plain_text, values))}) occurs in the "
+                f"column, which has: {', '.join(_in_order(value_n)[:12])}"
+            )
     return np.array([group_of.get(value, "") for value in value_n.tolist()], dtype=str), tuple(group_map)
 
 

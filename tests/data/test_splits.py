@@ -113,7 +113,7 @@ def test_small_groups_and_untrained_classes_are_all_named_in_one_message(make_sa
 
 
 def test_a_class_without_training_images_is_refused(make_samples: Make) -> None:
-    samples = make_samples([0] * 99 + [1], [0] * 100)
+    samples = make_samples([0] * 99 + [1], [0, 1] * 50)
     splits = split_samples(samples, SplitFractions(), attributes=["site"])
     where = next(name for name, index in splits.items() if 99 in index)
     if where == "train":
@@ -121,6 +121,21 @@ def test_a_class_without_training_images_is_refused(make_samples: Make) -> None:
         splits = type(splits)(**dict(splits.items()) | {"train": moved, "test": np.append(splits.test, 99)})
     with pytest.raises(InputError, match="class 'class1' has no image in train"):
         check_groups(samples, splits, attributes=["site"], min_count=1)
+
+
+def test_one_group_alone_is_refused_because_nothing_can_be_compared(make_samples: Make) -> None:
+    samples = make_samples([0, 1] * 100, [0] * 200)
+    splits = split_samples(samples, SplitFractions(), attributes=["site"])
+    with pytest.raises(InputError, match="site has one group alone, group0: nothing can be compared"):
+        check_groups(samples, splits, attributes=["site"], min_count=1)
+
+
+def test_of_very_many_small_groups_the_message_names_some_and_counts_the_rest(make_samples: Make) -> None:
+    samples = make_samples([0] * 200, list(range(100)) * 2)
+    splits = split_samples(samples, SplitFractions(), attributes=["site"])
+    with pytest.raises(InputError, match=r"; and [0-9]+ more\. Merge groups .*group_edges") as caught:
+        check_groups(samples, splits, attributes=["site"], min_count=5)
+    assert str(caught.value).count("; ") == 20
 
 
 def test_large_enough_groups_pass(make_samples: Make) -> None:

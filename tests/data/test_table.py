@@ -65,7 +65,11 @@ def test_group_maps_accept_numbers_and_leave_unlisted_values_out(folder: Path) -
         ({"patient_column": "patient"}, "no column 'patient'; its columns"),
         (
             {"group_maps": {"age": {"x": (99,)}}},
-            r"none of its values \(99\) occurs in the column, which has: 30, 55",
+            r"none of the values of 'x' \(99\) occurs in the column, which has: 30, 55",
+        ),
+        (
+            {"group_maps": {"age": {"young": (30,), "old": (7, "8")}}},
+            r"group_maps: age: none of the values of 'old' \(7, 8\) occurs",
         ),
         ({"group_maps": {"age": {"x": (30,), "y": (30.0,)}}}, "'30' stands under both 'x' and 'y'"),
         ({"csv": "other.csv"}, r"other\.csv is needed but is not there \(CSVs beside it: table\.csv\)"),

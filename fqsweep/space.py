@@ -7,6 +7,7 @@ unknown key names the nearest known one. Nothing is started here.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -54,7 +55,9 @@ def find_space(name: str) -> Path:
         if candidate.is_file():
             return candidate
     shipped = sorted({path.stem for folder in SHIPPED_SPACES for path in folder.glob("*.yaml")})
-    raise InputError(f"search space {name!r}: no such file (with fqsweep come: {', '.join(shipped)})")
+    near = difflib.get_close_matches(given.stem, shipped, n=1, cutoff=0.5)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"search space {name!r}: no such file{meant} (with fqsweep come: {', '.join(shipped)})")
 
 
 def load_space(path: Path) -> SearchSpace:
@@ -172,6 +175,11 @@ def _describe(found: dict[str, Any], lines: dict[Location, int]) -> tuple[int, s
         ]
         options = expected or (list(METHODS) if field == "method" else ["synthderm", "isic2019"])
         message = f"{field} {tag!r} is not known{_nearest(tag, options)}" if tag else f"{field} is required"
+    elif kind == "literal_error" and isinstance(found.get("input"), str):
+        options = re.findall(r"'([^']*)'", str(found.get("ctx", {}).get("expected", "")))
+        message = f"{found['input']!r} is not known{_nearest(found['input'], options)}"
+    elif kind in ("tuple_type", "list_type"):
+        message = f"must be a list, such as [{found.get('input')}]"
     else:
         message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
         value = found.get("input")

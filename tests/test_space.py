@@ -78,7 +78,9 @@ def test_a_shipped_space_is_found_by_name_and_by_path() -> None:
     found = [find_space(name).resolve() for name in ("demo", "demo.yaml", "search_spaces/demo.yaml")]
     assert set(found) == {found[0]}
     assert found[0].name == "demo.yaml"
-    with pytest.raises(InputError, match=r"search space 'dem': no such file .with fqsweep come: .*demo"):
+    with pytest.raises(
+        InputError, match=r"search space 'dem': no such file; did you mean 'demo'\? .with fqsweep come: .*demo"
+    ):
         find_space("dem")
 
 
@@ -293,7 +295,9 @@ WRONG = [
         "{objectives: [test/acc_worst]}",
         "test data may not choose a model; use val/acc_worst",
     ),
-    ("{trials_per_cell: 2}", "{objectives: [val/acc]}", "'val/acc' is no recorded metric"),
+    ("{trials_per_cell: 2}", "{objectives: [val/acc]}", "'val/acc' is no objective; near: val/acc_"),
+    ("  epochs: 2", "  quantiser_kernels: egaer\n  epochs: 2", "'egaer' is not known; did you mean 'eager'?"),
+    ("seeds: [0, 1]", "seeds: 4", "seeds: must be a list, such as [4]"),
     ("{trials_per_cell: 2}", "{sampler: grid}", "search.sampler: "),
     ("name: small", "name: a b", "1: name: "),
     ("recipe:\n", "recipe:\n  epochs: 3\n", "recipe.epochs: given twice"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -86,7 +87,8 @@ class SearchConfig(Record):
             if key.startswith("test/"):
                 raise ValueError(f"{key}: test data may not choose a model; use val/{key[5:]}")
             if key not in metric_keys():
-                raise ValueError(f"{key!r} is no recorded metric")
+                near = difflib.get_close_matches(key, metric_keys(), n=3, cutoff=0.5) or metric_keys()
+                raise ValueError(f"{key!r} is no objective; near: {', '.join(near)}")
         return self
 
 

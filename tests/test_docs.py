@@ -68,3 +68,16 @@ def test_every_message_that_the_documentation_explains_is_one_that_the_code_give
         assert pieces, message
         for piece in pieces:
             assert any(piece in text for text in texts), f"no message of the code has {piece!r}"
+
+
+def test_what_the_guide_for_contributors_names_is_there() -> None:
+    rows = re.findall(
+        r"^\| (?:a|an) .*? \| (.*) \|$", (PROJECT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE
+    )
+    assert len(rows) >= 7
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (PROJECT / "fqsweep").rglob("*.py"))
+    for name in re.findall(r"`(.*?)`", " ".join(rows)):
+        there = (PROJECT / name).exists() or re.search(
+            rf"^(?:    )?(?:def |class )?{name}\b", source, flags=re.MULTILINE
+        )
+        assert there, name

@@ -31,6 +31,8 @@ PASSES_OF_IMPORTANCE = {
     "fisher": (4.0, 0.0),
     "hawq": (50.0, 0.0),
 }
+# Of a predictor that the table lacks: those of ``taylor``.
+PASSES_OF_OTHERS = PASSES_OF_IMPORTANCE["taylor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class CostModel:
             settings = cell.point.settings
             assert isinstance(settings, Allocating)
             calibration = min(images * splits.calibration, cell.recipe.calibration_images or float("inf"))
-            fixed, per_choice = PASSES_OF_IMPORTANCE[settings.importance]
+            fixed, per_choice = PASSES_OF_IMPORTANCE.get(settings.importance, PASSES_OF_OTHERS)
             passes = calibration * (fixed + per_choice * len(settings.measured_choices))
         else:
             passes = finetune_epochs(cell) * training + images * (splits.validation + splits.test)

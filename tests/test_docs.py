@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 import fqsweep
+from fqsweep.cells import expand_cells
+from fqsweep.search import trials_wanted
+from fqsweep.space import load_space
 
 PROJECT = Path(__file__).resolve().parents[1]
 MODULES = sorted(info.name for info in pkgutil.walk_packages(fqsweep.__path__, "fqsweep."))
@@ -68,3 +71,39 @@ def test_every_message_that_the_documentation_explains_is_one_that_the_code_give
         assert pieces, message
         for piece in pieces:
             assert any(piece in text for text in texts), f"no message of the code has {piece!r}"
+
+
+def test_what_the_guide_for_contributors_names_is_there() -> None:
+    rows = re.findall(
+        r"^\| (?:a|an) .*? \| (.*) \|$", (PROJECT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE
+    )
+    assert len(rows) >= 7
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (PROJECT / "fqsweep").rglob("*.py"))
+    for name in re.findall(r"`(.*?)`", " ".join(rows)):
+        there = (PROJECT / name).exists() or re.search(
+            rf"^(?:    )?(?:def |class )?{name}\b", source, flags=re.MULTILINE
+        )
+        assert there, name
+
+
+SPACES = sorted((PROJECT / "search_spaces").glob("*.yaml"))
+
+
+def counts_said(path: Path) -> list[tuple[str, str]]:
+    """Every number of cells and trials in the comment that a search space begins with: (number, what)."""
+    comment = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
+    return re.findall(r"([\d,]*\d) (cells|trials)\b", comment[0] if comment else "")
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_a_space_expands_to_the_cells_and_trials_that_its_comment_says(path: Path) -> None:
+    space = load_space(path)
+    cells = expand_cells(space)
+    counts = {"cells": len(cells), "trials": sum(trials_wanted(cell, space.search) for cell in cells)}
+    for number, what in counts_said(path):
+        assert int(number.replace(",", "")) == counts[what]
+
+
+def test_every_space_but_the_largest_says_how_many_cells_and_trials_they_have() -> None:
+    silent = {path.stem for path in SPACES if {what for _, what in counts_said(path)} != {"cells", "trials"}}
+    assert silent == {"paper"}  # whose comment names ``plan``

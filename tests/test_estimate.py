@@ -68,6 +68,19 @@ def test_every_predictor_has_its_cost() -> None:
     assert set(PASSES_OF_IMPORTANCE) == set(Predictor.__args__)
 
 
+def test_a_predictor_without_a_cost_is_planned_as_taylor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def macs() -> float:
+        return CostModel(Resources(), data_dir=None).macs(tasks_of(tmp_path, change)["importance"])
+
+    change = ("  - method: static\n", "  - method: static\n    importance: taylor\n")
+    taylor, removed = macs(), PASSES_OF_IMPORTANCE["taylor"]
+    monkeypatch.delitem(PASSES_OF_IMPORTANCE, "taylor")
+    assert removed == (5.0, 1.0)
+    assert macs() == taylor > 0
+
+
 def test_images_are_counted_where_the_data_is_and_taken_from_the_release_where_not(tmp_path: Path) -> None:
     config = Isic2019Config(kind="isic2019")
     assert num_images(config, None) == num_images(config, tmp_path / "absent") == 25_331

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.columns import DEFAULT_METRIC, check_selection_metric
-from analysis.load import join_sweeps, load_csv, load_runs
+from analysis.load import join_sweeps, load_csv, load_runs, load_selection
 from fqsweep.errors import InputError
 from fqsweep.files import write_bytes
 
@@ -32,13 +32,25 @@ def source_parser(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_metric(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says which validation metric chooses."""
+def add_metric(parser: argparse.ArgumentParser, *, stored: bool = False) -> None:
+    """Add the option that says which validation metric chooses.
+
+    Args:
+        stored: without it, take the metric of the sweep's own search space (``metric_of_source``).
+    """
+    default = f"that of the sweep's search space, else {DEFAULT_METRIC}" if stored else DEFAULT_METRIC
     parser.add_argument(
         "--metric",
-        default=DEFAULT_METRIC,
-        help="validation metric that chooses the run of each cell (default: %(default)s)",
+        default=None if stored else DEFAULT_METRIC,
+        help=f"validation metric that chooses the run of each cell (default: {default})",
     )
+
+
+def metric_of_source(arguments: argparse.Namespace, runs: pd.DataFrame) -> str:
+    """The metric that was given, else the one that the search spaces of the runs' sweeps choose by."""
+    if arguments.metric is not None:
+        return str(arguments.metric)
+    return DEFAULT_METRIC if arguments.csv else load_selection(arguments.tracking_uri, runs)
 
 
 def read_source(arguments: argparse.Namespace) -> pd.DataFrame:
@@ -47,7 +59,7 @@ def read_source(arguments: argparse.Namespace) -> pd.DataFrame:
     Raises:
         InputError: the options are incomplete, or the runs cannot be read.
     """
-    if "metric" in arguments:
+    if getattr(arguments, "metric", None) is not None:
         check_selection_metric(arguments.metric)
     if arguments.csv:
         return join_sweeps({path.stem: load_csv(path) for path in arguments.csv})

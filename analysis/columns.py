@@ -39,6 +39,16 @@ def check_selection_metric(metric: str) -> str:
     raise InputError(f"The metric must be one of {', '.join(allowed)}, but is {metric!r}: use {nearest}?")
 
 
+def selection_of(objectives: Iterable[str]) -> str:
+    """What chooses between the runs of a search: its first objective that is to be maximised on validation data.
+
+    >>> selection_of(["bits/mean_weight", "val/auc_worst"]), selection_of(["bits/mean_weight"])
+    ('val/auc_worst', 'val/acc_worst')
+    """
+    rising = (key for key in objectives if key.startswith("val/") and is_maximized(key))
+    return next(rising, DEFAULT_METRIC)
+
+
 def on_test(metric: str) -> str:
     """The same metric on test data.
 

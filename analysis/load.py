@@ -21,8 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
-from analysis.columns import GROUP_ACCURACY, GROUP_COUNT, PANEL, is_full_precision, with_budget
+from analysis.columns import (
+    DEFAULT_METRIC,
+    GROUP_ACCURACY,
+    GROUP_COUNT,
+    PANEL,
+    is_full_precision,
+    selection_of,
+    with_budget,
+)
 from fqsweep.errors import InputError
 from fqsweep.names import (
     ENERGY_KWH,
@@ -177,6 +186,21 @@ def load_layers(tracking_uri: str, run_ids: Iterable[str]) -> pd.DataFrame:
                 )
             )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "layer"])
+
+
+def load_selection(tracking_uri: str, runs: pd.DataFrame) -> str:
+    """The metric that chose while ``runs`` were searched, by the search space stored with each parent run.
+
+    ``val/acc_worst`` where no space can be read, or where the spaces of several sweeps do not agree.
+    """
+    client, found = _connect(tracking_uri), set()
+    for parent_id in runs["parent_run_id"].unique():
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # what the backend raises
+            paths = [item.path for item in client.list_artifacts(parent_id)]
+            space = next(path for path in paths if path.endswith((".yaml", ".yml")))
+            text = Path(client.download_artifacts(parent_id, space, folder)).read_text(encoding="utf-8")
+            found.add(selection_of(yaml.safe_load(text).get("search", {}).get("objectives", ())))
+    return found.pop() if len(found) == 1 else DEFAULT_METRIC
 
 
 def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

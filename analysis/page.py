@@ -87,7 +87,9 @@ def report_html(findings: Findings, *, front_png: bytes) -> str:
         chosen=[_chosen_row(row, findings.metric) for _, row in cells.head(MAX_ROWS).iterrows()],
         comparisons=findings.comparisons.head(MAX_ROWS).to_dict("records"),
         ranking=ranking_sentence(findings.ranking),
-        image_intervals=_image_intervals(cells),
+        test_key=on_test(findings.metric),
+        test_values=_test_values(cells, on_test(findings.metric)),
+        has_image_intervals=f"{on_test(findings.metric)}:images_low" in cells,
         num_searched=int((cells["num_runs"] > 1).sum()),
         costs=cost_rows(findings.runs),
         cost_sentences=cost_sentences(findings.runs),
@@ -96,14 +98,11 @@ def report_html(findings: Findings, *, front_png: bytes) -> str:
     )
 
 
-def _image_intervals(cells: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Run id -> accuracy of its worst group on test data, and the ends of its interval over images."""
-    columns = {
-        "value": "test/acc_worst",
-        "low": "test/acc_worst:images_low",
-        "high": "test/acc_worst:images_high",
-    }
-    return {row["run_id"]: {k: float(row[c]) for k, c in columns.items()} for row in cells.to_dict("records")}
+def _test_values(cells: pd.DataFrame, key: str) -> dict[str, dict[str, float]]:
+    """Run id -> its ``key`` on test data and, where cells have them, the ends of its interval over images."""
+    columns = {"value": key, "low": f"{key}:images_low", "high": f"{key}:images_high"}
+    known = {k: c for k, c in columns.items() if c in cells}
+    return {row["run_id"]: {k: float(row[c]) for k, c in known.items()} for row in cells.to_dict("records")}
 
 
 def front_html(findings: Findings) -> str:

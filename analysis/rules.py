@@ -22,17 +22,24 @@ from analysis.columns import (
     group_names,
     is_full_precision,
     is_maximized,
+    on_test,
     panel_title,
     panels,
     percent,
 )
 
 DEFAULT_SHARE = 0.1  # of full precision's file, where no limit in bytes is given
+# What the worst-served group may be judged by; the first, where the metric that chooses is another one.
+WORST = {"val/acc_worst": "accuracy", "val/balanced_acc_worst": "balanced accuracy", "val/auc_worst": "AUC"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What one rule takes in one panel; ``run_id`` is empty where it cannot choose, and ``reason`` says why."""
+    """What one rule takes in one panel; ``run_id`` is empty where it cannot choose, and ``reason`` says why.
+
+    Attributes:
+        worst_metric: what ``test_worst`` is: the key, on test data, by which the rule ``minimax`` chooses.
+    """
 
     rule: str
     panel: tuple[str, ...]
@@ -44,6 +51,7 @@ class Choice:
     packed_bytes: float
     test_overall: float
     test_worst: float
+    worst_metric: str
     reason: str
 
 
@@ -64,7 +72,8 @@ def choose_by_rules(cells: pd.DataFrame, *, metric: str, max_bytes: float | None
 
     Args:
         cells: the chosen run of each cell (``pareto.select_cells``).
-        metric: the validation metric of the rule under a limit in bytes.
+        metric: the validation metric of the rule under a limit in bytes, and of ``minimax`` where it is one of the
+            worst-served group (``WORST``).
         max_bytes: that limit; None for ``DEFAULT_SHARE`` of full precision's file.
     """
     found = []
@@ -82,37 +91,49 @@ def _limit(part: pd.DataFrame, max_bytes: float | None) -> float:
     return DEFAULT_SHARE * float(part.loc[is_full_precision(part), BYTES].mean())
 
 
+def worst_of(metric: str) -> str:
+    """What judges the worst-served group: ``metric`` where it does that, else accuracy.
+
+    >>> worst_of("val/auc_worst"), worst_of("val/eodd")
+    ('val/auc_worst', 'val/acc_worst')
+    """
+    return metric if metric in WORST else next(iter(WORST))
+
+
 def _rules(metric: str, limit: float) -> list[Callable[[tuple[str, ...], pd.DataFrame], Choice]]:
+    worst = worst_of(metric)
+
     def overall(panel: tuple[str, ...], part: pd.DataFrame) -> Choice:
-        return _take("best overall", panel, part, part["val/acc_overall"], "highest accuracy over all samples")
+        what = "highest accuracy over all samples"
+        return _take("best overall", panel, part, part["val/acc_overall"], what, worst)
 
     def minimax(panel: tuple[str, ...], part: pd.DataFrame) -> Choice:
-        return _take(
-            "minimax", panel, part, part["val/acc_worst"], "highest accuracy of the worst-served group"
-        )
+        what = f"highest {WORST[worst]} of the worst-served group"
+        return _take("minimax", panel, part, part[worst], what, worst)
 
     def ideal(panel: tuple[str, ...], part: pd.DataFrame) -> Choice:
         what = "least distance of the groups' accuracies to the best that any run gives each group"
-        return _take("distance to ideal", panel, part, -distance_to_ideal(part), what)
+        return _take("distance to ideal", panel, part, -distance_to_ideal(part), what, worst)
 
     def small(panel: tuple[str, ...], part: pd.DataFrame) -> Choice:
         if not math.isfinite(limit):
-            return _none(
-                "under a size", panel, "no limit in bytes: full precision was not run, and none was given"
-            )
+            reason = "no limit in bytes: full precision was not run, and none was given"
+            return _none("under a size", panel, reason, worst)
         fitting = part[part[BYTES] <= limit]
         value = fitting[metric] if is_maximized(metric) else -fitting[metric]
         what = f"best {metric} of the {len(fitting)} runs with at most {bytes_text(limit)}"
-        return _take("under a size", panel, fitting, value, what)
+        return _take("under a size", panel, fitting, value, what, worst)
 
     return [overall, minimax, ideal, small]
 
 
-def _take(rule: str, panel: tuple[str, ...], part: pd.DataFrame, value: pd.Series, what: str) -> Choice:
+def _take(
+    rule: str, panel: tuple[str, ...], part: pd.DataFrame, value: pd.Series, what: str, worst: str
+) -> Choice:
     """The run with the highest value; ties go to fewer bits, then to the smaller run id."""
     known = part.assign(_value=value)[value.notna()]
     if known.empty:
-        return _none(rule, panel, f"{what}: no run has it recorded")
+        return _none(rule, panel, f"{what}: no run has it recorded", worst)
     best = known.sort_values(["_value", BITS, "run_id"], ascending=[False, True, True]).iloc[0]
     return Choice(
         rule=rule,
@@ -124,14 +145,25 @@ def _take(rule: str, panel: tuple[str, ...], part: pd.DataFrame, value: pd.Serie
         true_bits=float(best[BITS]),
         packed_bytes=float(best[BYTES]),
         test_overall=float(best["test/acc_overall"]),
-        test_worst=float(best["test/acc_worst"]),
+        test_worst=float(best[on_test(worst)]),
+        worst_metric=on_test(worst),
         reason=f"{what}, on validation ({len(known)} runs)",
     )
 
 
-def _none(rule: str, panel: tuple[str, ...], reason: str) -> Choice:
+def _none(rule: str, panel: tuple[str, ...], reason: str, worst: str) -> Choice:
     numbers = dict.fromkeys(("true_bits", "packed_bytes", "test_overall", "test_worst"), math.nan)
-    return Choice(rule=rule, panel=panel, run_id="", variant="", budget="", seed=None, reason=reason, **numbers)
+    return Choice(
+        rule=rule,
+        panel=panel,
+        run_id="",
+        variant="",
+        budget="",
+        seed=None,
+        worst_metric=on_test(worst),
+        reason=reason,
+        **numbers,
+    )
 
 
 def rules_text(choices: list[Choice]) -> str:
@@ -146,7 +178,8 @@ def rules_text(choices: list[Choice]) -> str:
 def _sentence(choice: Choice) -> str:
     if not choice.run_id:
         return f"none, because {choice.reason}"
-    figures = f"worst group {percent(choice.test_worst)} %, overall {percent(choice.test_overall)} % on test"
+    worst, overall = percent(choice.test_worst), percent(choice.test_overall)
+    figures = f"{choice.worst_metric} {worst} %, test/acc_overall {overall} %"
     place = f"{choice.variant}, {budget_phrase(choice.budget)}, seed {choice.seed}, run {choice.run_id}"
     return f"{place}; {figures}. Why: {choice.reason}"
 

@@ -148,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--sweep", required=True)
     analyze.add_argument("--out", type=Path, required=True)
     analyze.add_argument(
-        "--metric", default=DEFAULT_SELECTION, help="chooses between runs (default: %(default)s)"
+        "--metric",
+        help="chooses between runs (default: what the sweep's search space chooses by, else "
+        f"{DEFAULT_SELECTION})",
     )
     analyze.set_defaults(command=_analyze)
 
@@ -259,14 +261,15 @@ def _own_command() -> str:
     return "fqsweep" if shutil.which("fqsweep") else shlex.quote(sys.argv[0])
 
 
-def _report(uri: str, sweep: str, out: Path, *, metric: str, parent_id: str | None) -> None:
+def _report(uri: str, sweep: str, out: Path, *, metric: str | None, parent_id: str | None) -> None:
     """Analyse in a process of its own: it needs neither torch nor Ray, and nothing here imports it.
 
     Args:
-        metric: the validation metric that chooses between runs.
+        metric: the validation metric that chooses between runs, None for that of the stored search space.
         parent_id: the parent run that gets the files, None for none.
     """
-    options = ["--tracking-uri", uri, "--sweep", sweep, "--out", str(out), "--metric", metric]
+    options = ["--tracking-uri", uri, "--sweep", sweep, "--out", str(out)]
+    options += ["--metric", metric] if metric else []
     options += ["--parent", parent_id] if parent_id else []
     print(_run_analysis("report", options), end="")
     if parent_id is not None:

@@ -101,6 +101,38 @@ def test_each_rule_takes_its_own_run():
     }
 
 
+@pytest.mark.parametrize(
+    ("metric", "taken", "key", "says"),
+    [
+        (
+            "val/balanced_acc_worst",
+            "ideal",
+            "balanced_acc_worst",
+            "highest balanced accuracy of the worst-served",
+        ),
+        ("val/auc_worst", "small", "auc_worst", "highest AUC of the worst-served"),
+        ("val/acc_overall", "minimax", "acc_worst", "highest accuracy of the worst-served"),
+    ],
+)
+def test_minimax_judges_the_worst_group_by_the_metric_that_chooses(metric, taken, key, says):
+    by_variant = {
+        "val/balanced_acc_worst": {"ideal": 0.9},
+        "val/auc_worst": {"small": 0.9},
+        "test/balanced_acc_worst": {"ideal": 0.66},
+        "test/auc_worst": {"small": 0.55},
+        "test/acc_worst": {"minimax": 0.44},
+    }
+    runs = three_runs()
+    runs = runs.assign(**{column: runs["variant"].map(v).fillna(0.3) for column, v in by_variant.items()})
+    choices = choose_by_rules(select_cells(runs, metric=metric), metric=metric)
+    (minimax,) = [choice for choice in choices if choice.rule == "minimax"]
+    assert (minimax.variant, minimax.worst_metric) == (taken, f"test/{key}")
+    assert minimax.test_worst == by_variant[f"test/{key}"][taken]
+    assert says in minimax.reason
+    assert f"test/{key} {100 * minimax.test_worst:.1f} %" in rules_text(choices)
+    assert {choice.worst_metric for choice in choices} == {f"test/{key}"}
+
+
 def test_the_distance_to_the_ideal_is_euclidean():
     cells = select_cells(three_runs(), metric=METRIC).set_index("variant").drop(index="fp32")
     assert distance_to_ideal(cells)["ideal"] == pytest.approx(math.hypot(0.95 - 0.90, 0.72 - 0.70))

@@ -182,6 +182,32 @@ def test_missing_test_figures_are_dashes_and_no_crash(tmp_path):
     assert "nan" not in Page((tmp_path / "report.html").read_text()).text.lower().replace("finance", "")
 
 
+def recommended_table(folder: Path) -> tuple[list[str], list[str]]:
+    """Heads and first row of the table of recommended runs."""
+    page = (folder / "report.html").read_text()
+    table = page.split("Recommended run under each budget</h3>")[1].split("</table>")[0]
+    first = table.split("<tbody>")[1].split("</tr>")[0]
+    return re.findall(r"<th scope=\"col\".*?>(.*?)</th>", table), re.findall(r"<t[hd].*?>(.*?)</t[hd]>", first)
+
+
+@pytest.mark.parametrize(("metric", "has_interval"), [("acc_worst", True), ("balanced_acc_worst", False)])
+def test_recommended_runs_show_the_metric_that_chose_on_both_kinds_of_data(tmp_path, metric, has_interval):
+    counts = {f"test/count_group/{name}": 100.0 for name in "ab"}
+    groups = {"test/acc_group/a": 0.75, "test/acc_group/b": 0.8} | counts
+    figures_of = {"test/acc_worst": 0.75, "val/balanced_acc_worst": 0.625, "test/balanced_acc_worst": 0.5}
+    runs = runs_of(run_row("baq", 1, 0, 0.875, **groups, **figures_of))
+    write_report(find(runs, sweep="s", metric=f"val/{metric}"), tmp_path)
+    heads, cells = recommended_table(tmp_path)
+    row = dict(zip(heads, cells, strict=True))
+    assert (row[f"val/{metric} %"], row[f"test/{metric} %"]) == (
+        ("87.5", "75.0") if metric == "acc_worst" else ("62.5", "50.0")
+    )
+    assert ("95 % over test images" in row) == has_interval
+    assert not has_interval or re.fullmatch(r"6\d\.\d to 8\d\.\d", row["95 % over test images"])
+    page = (tmp_path / "report.html").read_text()
+    assert ("bootstrap over test images" in page) == has_interval
+
+
 def test_the_text_table_fits_the_terminal(small):
     runs = small.assign(variant=small["variant"] + "-with-a-name-that-goes-on-and-on-and-on-and-on-and-on")
     lines = as_text(find(runs, sweep="s", metric=METRIC).points).splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,13 +10,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from runs_table import run_row, runs_of
+from synthetic_store import Spec, write_sweep
 
 from analysis import against, effects, fronts, paper, ranks, report, rules, show
+from analysis.columns import selection_of
 from analysis.effects import weight_effects
-from analysis.load import join_sweeps, load_csv, load_layers, load_run, load_runs
+from analysis.load import join_sweeps, load_csv, load_layers, load_run, load_runs, load_selection
 from analysis.show import run_text
+from fqsweep.config import SearchConfig
 from fqsweep.errors import InputError
 from fqsweep.main import main as fqsweep_main
+from fqsweep.main import selection_metric
 
 METRIC = "val/acc_worst"
 
@@ -131,6 +136,50 @@ def test_a_link_must_be_of_the_web(store, tmp_path, capsys):
     options = ["--tracking-uri", store.uri, "--sweep", "small", "--out", str(tmp_path)]
     assert report.main([*options, "--ui-url", "javascript:alert(1)"]) == 2
     assert "must start with http" in capsys.readouterr().err
+
+
+# --- what chooses --------------------------------------------------------------------------------
+
+BY_AUC = "search: {objectives: [bits/mean_weight, val/eodd, val/auc_worst, val/acc_worst]}"
+
+
+def stored_sweep(store, tmp_path: Path, name: str, space: str) -> None:
+    """A sweep of one run whose parent holds ``space``; nothing is stored where that is empty."""
+    parent = write_sweep(store.client, name, [Spec(variant="baq", budget_bits="1")])
+    if space:
+        (tmp_path / "space.yaml").write_text(space)
+        store.client.log_artifact(parent, str(tmp_path / "space.yaml"))
+
+
+def test_analyze_chooses_by_what_the_search_space_chose_by(store, tmp_path, capsys):
+    stored_sweep(store, tmp_path, "by auc", BY_AUC)
+    analyze = ["analyze", "--tracking-uri", store.uri, "--sweep", "by auc", "--out", str(tmp_path / "out")]
+    for more, metric in (([], "val/auc_worst"), (["--metric", "val/acc_avg"], "val/acc_avg")):
+        assert fqsweep_main([*analyze, *more]) == 0
+        assert json.loads((tmp_path / "out" / "recommended.json").read_text())["metric"] == metric
+
+
+@pytest.mark.parametrize("space", ["", "no: [yaml", "name: x", "search: {objectives: [val/none]}", "- a list"])
+def test_without_a_space_that_says_so_the_worst_groups_accuracy_chooses(store, tmp_path, space):
+    name = f"says {space}"
+    stored_sweep(store, tmp_path, name, space)
+    assert load_selection(store.uri, load_runs(store.uri, name)) == METRIC
+
+
+def test_sweeps_that_chose_differently_are_compared_by_the_default(store, tmp_path):
+    stored_sweep(store, tmp_path, "one", BY_AUC)
+    stored_sweep(store, tmp_path, "other", "search: {objectives: [val/acc_avg]}")
+    one, other = (load_runs(store.uri, name) for name in ("one", "other"))
+    assert load_selection(store.uri, one) == "val/auc_worst"
+    assert load_selection(store.uri, join_sweeps({"one": one, "other": other})) == METRIC
+
+
+@pytest.mark.parametrize(
+    "objectives",
+    [("bits/mean_weight", "val/auc_worst"), ("val/acc_gap", "val/balanced_acc", "val/acc_avg"), ("val/eodd",)],
+)
+def test_the_analysis_and_the_sweep_choose_by_the_same_metric(objectives):
+    assert selection_of(objectives) == selection_metric(SearchConfig(objectives=objectives))
 
 
 # --- servers that do not serve -------------------------------------------------------------------

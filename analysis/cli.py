@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.columns import DEFAULT_METRIC, check_selection_metric
+from analysis.columns import check_selection_metric
 from analysis.load import join_sweeps, load_csv, load_runs, load_selection
 from fqsweep.errors import InputError
 from fqsweep.files import write_bytes
+from fqsweep.names import DEFAULT_SELECTION
 
 
 def source_parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -38,10 +39,10 @@ def add_metric(parser: argparse.ArgumentParser, *, stored: bool = False) -> None
     Args:
         stored: without it, take the metric of the sweep's own search space (``metric_of_source``).
     """
-    default = f"that of the sweep's search space, else {DEFAULT_METRIC}" if stored else DEFAULT_METRIC
+    default = f"that of the sweep's search space, else {DEFAULT_SELECTION}" if stored else DEFAULT_SELECTION
     parser.add_argument(
         "--metric",
-        default=None if stored else DEFAULT_METRIC,
+        default=None if stored else DEFAULT_SELECTION,
         help=f"validation metric that chooses the run of each cell (default: {default})",
     )
 
@@ -50,7 +51,7 @@ def metric_of_source(arguments: argparse.Namespace, runs: pd.DataFrame) -> str:
     """The metric that was given, else the one that the search spaces of the runs' sweeps choose by."""
     if arguments.metric is not None:
         return str(arguments.metric)
-    return DEFAULT_METRIC if arguments.csv else load_selection(arguments.tracking_uri, runs)
+    return DEFAULT_SELECTION if arguments.csv else load_selection(arguments.tracking_uri, runs)
 
 
 def read_source(arguments: argparse.Namespace) -> pd.DataFrame:

@@ -17,7 +17,6 @@ POINT = (*PANEL, "variant", "budget")  # one marker of a figure, one row of a ta
 CELL = (*POINT, "seed")  # one cell of the grid
 BITS = "bits/mean_weight"
 BYTES = "size/packed_bytes"
-DEFAULT_METRIC = "val/acc_worst"
 GROUP_ACCURACY = "acc_group/"
 GROUP_COUNT = "count_group/"
 REFERENCE_VARIANT = "fp32"
@@ -37,16 +36,6 @@ def check_selection_metric(metric: str) -> str:
         raise InputError(f"Test data may not choose a model: instead of {metric!r} use val/{metric[5:]}.")
     nearest = difflib.get_close_matches(metric, allowed, n=1, cutoff=0.0)[0]
     raise InputError(f"The metric must be one of {', '.join(allowed)}, but is {metric!r}: use {nearest}?")
-
-
-def selection_of(objectives: Iterable[str]) -> str:
-    """What chooses between the runs of a search: its first objective that is to be maximised on validation data.
-
-    >>> selection_of(["bits/mean_weight", "val/auc_worst"]), selection_of(["bits/mean_weight"])
-    ('val/auc_worst', 'val/acc_worst')
-    """
-    rising = (key for key in objectives if key.startswith("val/") and is_maximized(key))
-    return next(rising, DEFAULT_METRIC)
 
 
 def on_test(metric: str) -> str:

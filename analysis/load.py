@@ -24,16 +24,15 @@ import pandas as pd
 import yaml
 
 from analysis.columns import (
-    DEFAULT_METRIC,
     GROUP_ACCURACY,
     GROUP_COUNT,
     PANEL,
     is_full_precision,
-    selection_of,
     with_budget,
 )
 from fqsweep.errors import InputError
 from fqsweep.names import (
+    DEFAULT_SELECTION,
     ENERGY_KWH,
     KIND_SWEEP,
     KIND_TRIAL,
@@ -45,6 +44,7 @@ from fqsweep.names import (
     TAG_PRUNED,
     TAG_SWEEP,
     metric_keys,
+    selection_of,
 )
 from fqsweep.stores import check_exists, fetch_artifact, find_run, search_runs, try_database, without_password
 
@@ -200,7 +200,7 @@ def load_selection(tracking_uri: str, runs: pd.DataFrame) -> str:
             space = next(path for path in paths if path.endswith((".yaml", ".yml")))
             text = Path(client.download_artifacts(parent_id, space, folder)).read_text(encoding="utf-8")
             found.add(selection_of(yaml.safe_load(text).get("search", {}).get("objectives", ())))
-    return found.pop() if len(found) == 1 else DEFAULT_METRIC
+    return found.pop() if len(found) == 1 else DEFAULT_SELECTION
 
 
 def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

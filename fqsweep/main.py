@@ -27,11 +27,11 @@ if __name__ == "__main__":
         sys.path.insert(0, str(_here.parent))
 
 from fqsweep import __version__
-from fqsweep.config import DatasetConfig, Fitzpatrick17kConfig, Isic2019Config, SearchConfig, SynthdermConfig
+from fqsweep.config import DatasetConfig, Fitzpatrick17kConfig, Isic2019Config, SynthdermConfig
 from fqsweep.errors import ClusterError, InputError, SweepInterrupted, TrackingError
 from fqsweep.files import SweepPaths
 from fqsweep.handover import hand_over, is_submitted_copy
-from fqsweep.names import DEFAULT_SELECTION, metric_of
+from fqsweep.names import DEFAULT_SELECTION, selection_of
 from fqsweep.space import find_space, load_space
 from fqsweep.stores import is_server, without_password
 
@@ -221,7 +221,7 @@ def _run(options: argparse.Namespace) -> int:
         again = f"{_own_command()} {shlex.join(sys.argv[1:])}"
         raise SweepInterrupted(f"stopped; what is finished is kept in {out}. To go on: {again}") from error
     if summary.counts["done"]:
-        metric = selection_metric(space.search)
+        metric = selection_of(space.search.objectives)
         try:
             _report(
                 summary.tracking_uri,
@@ -289,14 +289,6 @@ def _run_analysis(script: str, options: Sequence[str]) -> str:
     if ended.returncode != 0:
         raise RuntimeError(f"the analysis failed; run it again with: {shlex.join(command)}\n{ended.stderr}")
     return ended.stdout
-
-
-def selection_metric(search: SearchConfig) -> str:
-    """What chooses between runs: the first objective that is to be maximised on validation data."""
-    rising = [
-        key for key in search.objectives if key.startswith("val/") and metric_of(key).direction == "maximize"
-    ]
-    return rising[0] if rising else DEFAULT_SELECTION
 
 
 # --- the other commands --------------------------------------------------------------------------

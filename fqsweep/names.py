@@ -5,6 +5,7 @@ Nothing else in the project spells a key out: reports, tables and searches read 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -156,3 +157,13 @@ def metric_of(key: str) -> Metric:
         if metric.key == bare:
             return metric
     raise KeyError(key)
+
+
+def selection_of(objectives: Iterable[str]) -> str:
+    """What chooses between the runs of a search: its first objective that is to be maximised on validation data.
+
+    >>> selection_of(["bits/mean_weight", "val/acc_gap", "val/auc_worst"]), selection_of(["bits/mean_weight"])
+    ('val/auc_worst', 'val/acc_worst')
+    """
+    rising = (key for key in objectives if key.startswith("val/") and metric_of(key).direction == "maximize")
+    return next(rising, DEFAULT_SELECTION)

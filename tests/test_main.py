@@ -15,9 +15,8 @@ from PIL import Image
 
 from fqsweep.cells import expand_cells
 from fqsweep.checks import Checked, check_inputs
-from fqsweep.config import SearchConfig
 from fqsweep.files import SweepPaths, append_line, write_json
-from fqsweep.main import main, selection_metric
+from fqsweep.main import main
 from fqsweep.space import load_space
 from fqsweep.tasks import Task
 from fqsweep.work import perform
@@ -329,11 +328,6 @@ def test_data_list_and_verify_show_counts(photos: Path, capsys: pytest.CaptureFi
     assert "isic2019" in capsys.readouterr().out
     assert main(["data", "verify", str(photos / "bad.yaml"), "--data-dir", str(photos)]) == 0
     assert "photos: 80 images" in capsys.readouterr().out
-
-
-def test_the_metric_that_chooses_is_the_first_rising_objective_on_validation() -> None:
-    assert selection_metric(SearchConfig(objectives=("bits/mean_weight", "val/auc_worst"))) == "val/auc_worst"
-    assert selection_metric(SearchConfig(objectives=("bits/mean_weight",))) == "val/acc_worst"
 
 
 def test_real_isic_images_are_described(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,14 +13,11 @@ from runs_table import run_row, runs_of
 from synthetic_store import Spec, write_sweep
 
 from analysis import against, effects, fronts, paper, ranks, report, rules, show
-from analysis.columns import selection_of
 from analysis.effects import weight_effects
 from analysis.load import join_sweeps, load_csv, load_layers, load_run, load_runs, load_selection
 from analysis.show import run_text
-from fqsweep.config import SearchConfig
 from fqsweep.errors import InputError
 from fqsweep.main import main as fqsweep_main
-from fqsweep.main import selection_metric
 
 METRIC = "val/acc_worst"
 
@@ -172,14 +169,6 @@ def test_sweeps_that_chose_differently_are_compared_by_the_default(store, tmp_pa
     one, other = (load_runs(store.uri, name) for name in ("one", "other"))
     assert load_selection(store.uri, one) == "val/auc_worst"
     assert load_selection(store.uri, join_sweeps({"one": one, "other": other})) == METRIC
-
-
-@pytest.mark.parametrize(
-    "objectives",
-    [("bits/mean_weight", "val/auc_worst"), ("val/acc_gap", "val/balanced_acc", "val/acc_avg"), ("val/eodd",)],
-)
-def test_the_analysis_and_the_sweep_choose_by_the_same_metric(objectives):
-    assert selection_of(objectives) == selection_metric(SearchConfig(objectives=objectives))
 
 
 # --- servers that do not serve -------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from analysis import load
 from analysis.load import load_csv, load_runs
+from fqsweep import stores
 from fqsweep.errors import InputError
 from fqsweep.names import RUN_PARAMS, metric_keys
 
@@ -47,7 +48,7 @@ def test_missing_and_nan_metrics_are_named_with_their_runs(small):
 
 
 def test_paging_reads_every_run(store, small, monkeypatch):
-    monkeypatch.setattr(load, "PAGE_SIZE", 4)
+    monkeypatch.setattr(stores, "PAGE", 4)
     assert set(load_runs(store.uri, "small")["run_id"]) == set(small["run_id"])
 
 

@@ -46,7 +46,15 @@ from fqsweep.names import (
     metric_keys,
     selection_of,
 )
-from fqsweep.stores import check_exists, fetch_artifact, find_run, search_runs, try_database, without_password
+from fqsweep.stores import (
+    check_exists,
+    fetch_artifact,
+    fetch_space_file,
+    find_run,
+    search_runs,
+    try_database,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -196,9 +204,7 @@ def load_selection(tracking_uri: str, runs: pd.DataFrame) -> str:
     client, found = _connect(tracking_uri), set()
     for parent_id in runs["parent_run_id"].unique():
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # what the backend raises
-            paths = [item.path for item in client.list_artifacts(parent_id)]
-            space = next(path for path in paths if path.endswith((".yaml", ".yml")))
-            text = Path(client.download_artifacts(parent_id, space, folder)).read_text(encoding="utf-8")
+            text = fetch_space_file(client, tracking_uri, parent_id, folder).read_text(encoding="utf-8")
             found.add(selection_of(yaml.safe_load(text).get("search", {}).get("objectives", ())))
     return found.pop() if len(found) == 1 else DEFAULT_SELECTION
 

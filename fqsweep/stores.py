@@ -121,12 +121,19 @@ def fetch_artifact(client: Any, uri: str, run_id: str, name: str, folder: str) -
     return Path(client.download_artifacts(run_id, name, folder))
 
 
-def artifact_names(client: Any, uri: str, run_id: str) -> list[str]:
-    """The names of a run's own files, those in folders left out."""
-    beside = _artifacts_beside(uri, run_id)
+def fetch_space_file(client: Any, uri: str, parent_id: str, folder: str) -> Path:
+    """The search space that a sweep's parent run holds, downloaded to ``folder`` or where it lies.
+
+    Raises:
+        LookupError: the run holds none.
+    """
+    beside = _artifacts_beside(uri, parent_id)
     if beside is not None:
-        return sorted(path.name for path in beside.iterdir() if path.is_file())
-    return [item.path for item in client.list_artifacts(run_id) if not item.is_dir]
+        names = sorted(path.name for path in beside.iterdir() if path.is_file())
+    else:
+        names = [item.path for item in client.list_artifacts(parent_id)]
+    spaces = [name for name in names if name.endswith((".yaml", ".yml"))]
+    return fetch_artifact(client, uri, parent_id, spaces[0], folder)
 
 
 def _artifacts_beside(uri: str, run_id: str) -> Path | None:

@@ -54,9 +54,9 @@ from fqsweep.names import (
 )
 from fqsweep.results import TrialResult
 from fqsweep.stores import (
-    artifact_names,
     check_exists,
     fetch_artifact,
+    fetch_space_file,
     find_run,
     is_server,
     sqlite_file,
@@ -428,9 +428,7 @@ def fetch_space(uri: str, run_id: str, folder: Path) -> tuple[Path, dict[str, st
     with _reading(uri) as client:
         run = find_run(client, run_id, uri=uri)
         try:
-            parent_id = run.data.tags[TAG_PARENT]
-            names = [n for n in artifact_names(client, uri, parent_id) if n.endswith((".yaml", ".yml"))]
-            file = fetch_artifact(client, uri, parent_id, names[0], str(folder))
+            file = fetch_space_file(client, uri, run.data.tags[TAG_PARENT], str(folder))
         except (MlflowException, OSError, LookupError) as error:
             raise InputError(f"the sweep of run {run_id} at {uri} cannot be found: {error}") from error
     return file, dict(run.data.params)

@@ -151,6 +151,7 @@ def test_an_output_folder_that_was_moved_still_has_its_files(paths: SweepPaths, 
         assert load_layers(default_uri(moved), [run_id])["layer"].tolist() == ["conv1"]
         file, _ = fetch_space(default_uri(moved), run_id, tmp_path)
         assert file.read_text() == "name: t"
+        assert file.is_relative_to(moved.out), "where it lies now"
     finally:
         moved.out.rename(paths.out)
 

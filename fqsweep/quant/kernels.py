@@ -164,18 +164,15 @@ def _compiled(device_type: str) -> tuple[Kernels | None, str]:
     """Compile by use on a small problem; the reason where that fails."""
     if device_type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         return None, "no C++ compiler found"
-    found = Kernels("compiled", *[_compile(f) for f in (quantise, quantise_backward, mix, mix_backward)])
+    eager: list[Callable[..., Any]] = [quantise, quantise_backward, mix, mix_backward]
+    compiled = [_compile(function) for function in eager]
     try:
         with warnings.catch_warnings(), _quiet_compiler():
             warnings.simplefilter("ignore")
-            _try_out(found, torch.device(device_type))
+            _try_out(Kernels("compiled", *compiled), torch.device(device_type))
     except Exception as error:  # whatever a compiler can raise: it is not needed
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    safe = [
-        _or_eager(getattr(found, name), getattr(EAGER, name))
-        for name in ("quantise", "quantise_backward", "mix", "mix_backward")
-    ]
-    return Kernels("compiled", *safe), ""
+    return Kernels("compiled", *map(_or_eager, compiled, eager)), ""
 
 
 def _or_eager(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:

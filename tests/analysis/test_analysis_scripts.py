@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from runs_table import run_row, runs_of
 from synthetic_store import Spec, write_sweep
 
@@ -140,6 +143,15 @@ def test_a_link_must_be_of_the_web(store, tmp_path, capsys):
 BY_AUC = "search: {objectives: [bits/mean_weight, val/eodd, val/auc_worst, val/acc_worst]}"
 
 
+@pytest.fixture(scope="module")
+def own_store(store, tmp_path_factory):
+    """The session's store, copied: other tests list the sweeps of theirs."""
+    file = tmp_path_factory.mktemp("own_store") / "mlflow.db"
+    shutil.copy(store.uri.removeprefix("sqlite:///"), file)
+    uri = f"sqlite:///{file}"
+    return replace(store, uri=uri, client=MlflowClient(uri))
+
+
 def stored_sweep(store, tmp_path: Path, name: str, space: str) -> None:
     """A sweep of one run whose parent holds ``space``; nothing is stored where that is empty."""
     parent = write_sweep(store.client, name, [Spec(variant="baq", budget_bits="1")])
@@ -148,27 +160,27 @@ def stored_sweep(store, tmp_path: Path, name: str, space: str) -> None:
         store.client.log_artifact(parent, str(tmp_path / "space.yaml"))
 
 
-def test_analyze_chooses_by_what_the_search_space_chose_by(store, tmp_path, capsys):
-    stored_sweep(store, tmp_path, "by auc", BY_AUC)
-    analyze = ["analyze", "--tracking-uri", store.uri, "--sweep", "by auc", "--out", str(tmp_path / "out")]
+def test_analyze_chooses_by_what_the_search_space_chose_by(own_store, tmp_path, capsys):
+    stored_sweep(own_store, tmp_path, "by auc", BY_AUC)
+    analyze = ["analyze", "--tracking-uri", own_store.uri, "--sweep", "by auc", "--out", str(tmp_path / "out")]
     for more, metric in (([], "val/auc_worst"), (["--metric", "val/acc_avg"], "val/acc_avg")):
         assert fqsweep_main([*analyze, *more]) == 0
         assert json.loads((tmp_path / "out" / "recommended.json").read_text())["metric"] == metric
 
 
 @pytest.mark.parametrize("space", ["", "no: [yaml", "name: x", "search: {objectives: [val/none]}", "- a list"])
-def test_without_a_space_that_says_so_the_worst_groups_accuracy_chooses(store, tmp_path, space):
+def test_without_a_space_that_says_so_the_worst_groups_accuracy_chooses(own_store, tmp_path, space):
     name = f"says {space}"
-    stored_sweep(store, tmp_path, name, space)
-    assert load_selection(store.uri, load_runs(store.uri, name)) == METRIC
+    stored_sweep(own_store, tmp_path, name, space)
+    assert load_selection(own_store.uri, load_runs(own_store.uri, name)) == METRIC
 
 
-def test_sweeps_that_chose_differently_are_compared_by_the_default(store, tmp_path):
-    stored_sweep(store, tmp_path, "one", BY_AUC)
-    stored_sweep(store, tmp_path, "other", "search: {objectives: [val/acc_avg]}")
-    one, other = (load_runs(store.uri, name) for name in ("one", "other"))
-    assert load_selection(store.uri, one) == "val/auc_worst"
-    assert load_selection(store.uri, join_sweeps({"one": one, "other": other})) == METRIC
+def test_sweeps_that_chose_differently_are_compared_by_the_default(own_store, tmp_path):
+    stored_sweep(own_store, tmp_path, "one", BY_AUC)
+    stored_sweep(own_store, tmp_path, "other", "search: {objectives: [val/acc_avg]}")
+    one, other = (load_runs(own_store.uri, name) for name in ("one", "other"))
+    assert load_selection(own_store.uri, one) == "val/auc_worst"
+    assert load_selection(own_store.uri, join_sweeps({"one": one, "other": other})) == METRIC
 
 
 # --- servers that do not serve -------------------------------------------------------------------

@@ -133,7 +133,12 @@ class Tracker:
         return 1 + max((point.step for point in sent), default=-1), energy_kwh
 
     def end(self, *, done: bool) -> None:
-        """End the parent run; a later start of the same sweep opens it again."""
+        """End the parent run; a later start of the same sweep opens it again.
+
+        MLflow's HTTP client asks again by itself where a reply got lost, so that a server may have made a run
+        that nobody knows of: such a run is never ended, and is removed.
+        """
+        self._logged_before(f"tags.`{TAG_PARENT}` = '{self.parent_id}' and attributes.status != 'FINISHED'")
         status = RunStatus.FINISHED if done else RunStatus.FAILED
         self.client.set_terminated(self.parent_id, RunStatus.to_string(status))
 

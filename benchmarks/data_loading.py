@@ -285,7 +285,7 @@ def measure_trial(folder: Path) -> str:
     texts = []
     with ExitStack() as patches:
         patches.enter_context(patch.object(Setting, "score", timed(Setting.score, scored)))
-        for name in ("output_moments", "input_patches", "match_moments"):
+        for name in ("_calibrate", "match_moments"):
             patches.enter_context(
                 patch.object(fqsweep.trial, name, timed(getattr(fqsweep.trial, name), calibrated))
             )

@@ -44,10 +44,10 @@ from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
 from fqsweep.quant.costs import FULL_PRECISION_BITS, effective_gbops, fixed_packed_bytes, mean_weight_bits
 from fqsweep.quant.kernels import Kernels, choose_kernels
-from fqsweep.quant.moments import match_moments, output_moments
+from fqsweep.quant.moments import Moments, match_moments, noting_moments
 from fqsweep.quant.packed_model import load_model, shrink
 from fqsweep.quant.packing import pack_weights
-from fqsweep.quant.reconstruction import Reconstruction, input_patches
+from fqsweep.quant.reconstruction import Reconstruction, noting_patches
 from fqsweep.quant.removal import RemovalError
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.results import TrialResult
@@ -205,12 +205,7 @@ def _finetune(
         else None
     )
     steps = {name: torch.from_numpy(part) for name, part in units.split(step_ub).items()}
-    matched = images_to_match(setting) if matches_moments(cell) else None
-    moments = {} if matched is None else output_moments(parent, matched)
-    before = None
-    if matched is not None and reconstructs(cell):
-        patches = input_patches(parent, matched, names=[layer.name for layer in units.layers])
-        before = Reconstruction(patches, num_images=len(matched), rule=settings.scale)
+    matched, moments, before = _calibrate(setting, parent, units)
     loader = setting.training_batches(seed=cell.seed + 1)
     at_once = epochs > 0 and _quantises_at_once(setting, settings)
     one_launch = at_once and setting.device.type == "cuda"
@@ -260,6 +255,29 @@ def _finetune(
         )
     state = detach_quantisers(parent)
     return state, units.join(state.bits), log
+
+
+@torch.no_grad()
+def _calibrate(
+    setting: Setting, parent: nn.Module, units: UnitTable
+) -> tuple[torch.Tensor | None, dict[str, Moments], Reconstruction | None]:
+    """What the parent's layers see and say: images to match outputs on, their moments, and what re-fits weights.
+
+    Without images where outputs are not matched, and without what re-fits where weights stay.
+    """
+    if not matches_moments(setting.cell):
+        return None, {}, None
+    matched = images_to_match(setting)
+    refitted = [layer.name for layer in units.layers] if reconstructs(setting.cell) else []
+    with (
+        noting_moments(parent) as moments,
+        noting_patches(parent, names=refitted, num_images=len(matched)) as patches,
+    ):
+        parent(matched)
+    settings = setting.cell.point.settings
+    assert isinstance(settings, UniformMethod | Allocating)
+    before = Reconstruction(patches, num_images=len(matched), rule=settings.scale)
+    return matched, moments, before if patches else None
 
 
 def images_to_match(setting: Setting) -> torch.Tensor:

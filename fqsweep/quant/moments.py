@@ -16,8 +16,8 @@ Axes: b images, c output channels of a layer, k bit choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,25 +54,31 @@ class Lines:
     shift_kc: torch.Tensor
 
 
-@torch.no_grad()
-def output_moments(model: nn.Module, image_bchw: torch.Tensor) -> dict[str, Moments]:
-    """Moments of every quantisable layer's outputs, by the layer's name.
+@contextmanager
+def noting_moments(model: nn.Module) -> Iterator[dict[str, Moments]]:
+    """While open, a pass notes the moments of every quantisable layer's outputs, by the layer's name.
 
     Args:
-        model: in full precision and eval mode, which it stays in.
-        image_bchw: normalised images, all in one batch.
+        model: in full precision and eval mode; it goes through its images once, all in one batch.
     """
     found: dict[str, Moments] = {}
 
     def note(name: str) -> Any:
         def hook(layer: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-            found.setdefault(name, _moments(layer, output))
+            found.setdefault(name, _moments(layer, output.detach()))
 
         return hook
 
     with ExitStack() as hooks:
         for name, layer in quantisable_layers(model).items():
             hooks.enter_context(layer.register_forward_hook(note(name)))
+        yield found
+
+
+@torch.no_grad()
+def output_moments(model: nn.Module, image_bchw: torch.Tensor) -> dict[str, Moments]:
+    """What ``noting_moments`` notes on these normalised images."""
+    with noting_moments(model) as found:
         model(image_bchw)
     return found
 
@@ -89,7 +95,7 @@ def match_moments(
 
     Args:
         model: with quantisers attached, in eval mode.
-        target: what ``output_moments`` found before they were attached.
+        target: what ``noting_moments`` found before they were attached.
         image_bchw: the images that it found them on.
         before: called for each layer with its input, once all layers before it are corrected.
     """

@@ -13,8 +13,8 @@ weights multiplies, c output channels of a group.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,19 +36,22 @@ MOST_PLACES_AN_IMAGE = 16
 MOST_NUMBERS = 2**25  # of one layer, 128 MB: wide depthwise layers have short rows, and need fewer places
 
 
-@torch.no_grad()
-def input_patches(
-    model: nn.Module, image_bchw: torch.Tensor, *, names: Collection[str]
-) -> dict[str, torch.Tensor]:
-    """What the rows of weights of each layer multiply, at its sampled places: float32 (g, p, i), by name.
+@contextmanager
+def noting_patches(
+    model: nn.Module, *, names: Collection[str], num_images: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, a pass notes what the rows of weights of each layer multiply, at its sampled places.
 
     Layers that do more than convolve with their weight are left out, and those that the network uses more than once:
     one fit would serve one use.
 
     Args:
-        model: in full precision and eval mode, which it stays in.
-        image_bchw: normalised images, all in one batch.
+        model: in full precision and eval mode; it goes through its images once, all in one batch.
         names: of the layers that will be quantised.
+        num_images: of the batch.
+
+    Yields:
+        Name of a layer -> float32 (g, p, i); complete once closed.
     """
     found: dict[str, torch.Tensor] = {}
     used_again: set[str] = set()
@@ -58,7 +61,7 @@ def input_patches(
             if name in found:
                 used_again.add(name)
             else:
-                found[name] = _patches(layer, inputs[0], num_images=len(image_bchw))
+                found[name] = _patches(layer, inputs[0].detach(), num_images=num_images)
 
         return hook
 
@@ -66,15 +69,16 @@ def input_patches(
         for name, layer in quantisable_layers(model).items():
             if name in names and _only_multiplies(layer):
                 hooks.enter_context(layer.register_forward_pre_hook(note(name)))
-        model(image_bchw)
-    return {name: patches for name, patches in found.items() if name not in used_again}
+        yield found
+    for name in used_again:
+        del found[name]
 
 
 class Reconstruction:
     """Re-fits a layer's weights; ``match_moments`` calls it for each layer before that is used.
 
     Args:
-        wanted: what ``input_patches`` found in full precision; taken out layer by layer as it is used.
+        wanted: what ``noting_patches`` found in full precision; taken out layer by layer as it is used.
         num_images: on how many images.
         rule: how steps are chosen (``quant.steps``); ``curvature`` takes variances where the mean is matched.
     """
@@ -101,20 +105,21 @@ class Reconstruction:
         if name not in self.wanted:
             return
         now_gpi = _patches(layer, value, num_images=self.num_images)
-        off_gpi = self.wanted.pop(name) - now_gpi
-        if mean_is_matched:
-            now_gpi = _centred(now_gpi)
-            off_gpi = off_gpi - off_gpi.mean(dim=1, keepdim=True)
+        off_gpi = self.wanted.pop(name).sub_(now_gpi)
         chain: Any = layer.parametrizations
         original: torch.Tensor = chain.weight.original
         weight_gci = original.reshape(len(now_gpi), -1, now_gpi.shape[2])
-        change_gci = _ridge(now_gpi, off_gpi @ weight_gci.mT)
+        off_gpc = off_gpi @ weight_gci.mT
+        if mean_is_matched:
+            now_gpi = _centre(now_gpi)  # to which the mean that the outputs are off by is orthogonal
+        moment_gi = _mean_square(now_gpi)
+        change_gci = _ridge(now_gpi, off_gpc, moment_gi)
         keeps_u = quantiser.bits_u > 0
         weight_un = as_units(weight_gci + change_gci, len(keeps_u))
         original.copy_(
             torch.where(keeps_u[:, None], weight_un, as_units(original, len(keeps_u))).view_as(original)
         )
-        moment_un = as_units(now_gpi.square().mean(dim=1)[:, None].expand_as(weight_gci), len(keeps_u))
+        moment_un = as_units(moment_gi[:, None].expand_as(weight_gci), len(keeps_u))
         for is_one_u, widths in quantiser.reachable_widths():
             step_ub = choose_steps(
                 weight_un[is_one_u], widths, rule=self.rule, curvature_un=moment_un[is_one_u]
@@ -123,17 +128,27 @@ class Reconstruction:
                 quantiser.step_ub[is_one_u, bits] = step_ub[:, column]
 
 
-def _centred(value_gpi: torch.Tensor) -> torch.Tensor:
-    """Without its mean; a constant is 0, where float32 would leave a rest of it for weights to follow."""
-    centred_gpi = value_gpi - value_gpi.mean(dim=1, keepdim=True)
-    floor_g1i = (4 * FLOAT32_EPS) ** 2 * value_gpi.square().mean(dim=1, keepdim=True)
-    return torch.where(centred_gpi.square().mean(dim=1, keepdim=True) > floor_g1i, centred_gpi, 0.0)
+def _mean_square(value_gpi: torch.Tensor) -> torch.Tensor:
+    """Over places, (g, i)."""
+    return value_gpi.square().mean(dim=1)
 
 
-def _ridge(input_gpi: torch.Tensor, output_gpc: torch.Tensor) -> torch.Tensor:
-    """Weights (g, c, i) that take inputs nearest to outputs, with ``DAMPING``; solved on the shorter axis."""
+def _centre(value_gpi: torch.Tensor) -> torch.Tensor:
+    """Take its mean away, in place; a constant is 0, where float32 would leave a rest of it for weights to follow."""
+    floor_gi = (4 * FLOAT32_EPS) ** 2 * _mean_square(value_gpi)
+    value_gpi -= value_gpi.mean(dim=1, keepdim=True)
+    varies_gi = _mean_square(value_gpi) > floor_gi
+    return value_gpi.mul_(varies_gi[:, None])
+
+
+def _ridge(input_gpi: torch.Tensor, output_gpc: torch.Tensor, moment_gi: torch.Tensor) -> torch.Tensor:
+    """Weights (g, c, i) that take inputs nearest to outputs, with ``DAMPING``; solved on the shorter axis.
+
+    Args:
+        moment_gi: mean squares of the inputs.
+    """
     num_places, num_inputs = input_gpi.shape[1:]
-    damping = DAMPING * input_gpi.square().sum(dim=1).mean()
+    damping = DAMPING * num_places * moment_gi.mean()
     # Where no input varies there is nothing to fit: any damping gives zeros.
     damping = torch.where(damping > 0, damping, 1.0)
     if num_inputs <= num_places:
@@ -161,17 +176,31 @@ def _patches(layer: nn.Conv2d | nn.Linear, value: torch.Tensor, *, num_images: i
         value_pi = value.reshape(-1, value.shape[-1])
         most = min(MOST_PLACES_AN_IMAGE * num_images, MOST_NUMBERS // value.shape[-1])
         return value_pi[_sample(len(value_pi), most, value.device)].float()[None]
-    assert not isinstance(layer.padding, str)
-    shape = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     row = value.shape[1] * layer.kernel_size[0] * layer.kernel_size[1]
     most = max(1, min(MOST_PLACES_AN_IMAGE, MOST_NUMBERS // (row * len(value))))
-    at_once = max(1, MOST_NUMBERS // (row * value.shape[2] * value.shape[3]))
-    parts = []
-    for image_bchw in value.float().split(at_once):
-        patch_bnp = F.unfold(image_bchw, *shape)
-        place = _sample(patch_bnp.shape[2], most, value.device)
-        parts.append(patch_bnp[:, :, place].unflatten(1, (layer.groups, -1)))
+    at_once = max(1, MOST_NUMBERS // value[0].numel())
+    parts = [_patches_of_images(layer, image_bchw.float(), most=most) for image_bchw in value.split(at_once)]
     return torch.cat(parts).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _patches_of_images(layer: nn.Conv2d, image_bchw: torch.Tensor, *, most: int) -> torch.Tensor:
+    """Patches at sampled places, the same ones of each image: (b, g, i, p), as ``unfold`` orders them."""
+    assert not isinstance(layer.padding, str)
+    (high, wide), (pad_y, pad_x) = layer.kernel_size, layer.padding
+    padded_bchw = F.pad(image_bchw, (pad_x, pad_x, pad_y, pad_y)) if pad_y or pad_x else image_bchw
+    num_y, num_x = (
+        (padded_bchw.shape[axis + 2] - layer.dilation[axis] * (layer.kernel_size[axis] - 1) - 1)
+        // layer.stride[axis]
+        + 1
+        for axis in range(2)
+    )
+    place = _sample(num_y * num_x, most, image_bchw.device)
+    y_k = layer.dilation[0] * torch.arange(high, device=place.device)
+    x_k = layer.dilation[1] * torch.arange(wide, device=place.device)
+    y_kp = y_k[:, None] + layer.stride[0] * (place // num_x)
+    x_kp = x_k[:, None] + layer.stride[1] * (place % num_x)
+    patch_bcyxp = padded_bchw[:, :, y_kp[:, None], x_kp[None, :]]
+    return patch_bcyxp.flatten(1, 3).unflatten(1, (layer.groups, -1))
 
 
 def _sample(number: int, most: int, device: torch.device) -> torch.Tensor:

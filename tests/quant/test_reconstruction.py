@@ -15,7 +15,7 @@ from fqsweep.models import quantisable_layers
 from fqsweep.quant import reconstruction
 from fqsweep.quant.convert import attach_quantisers, quantisers_of
 from fqsweep.quant.moments import match_moments, output_moments
-from fqsweep.quant.reconstruction import DAMPING, Reconstruction, input_patches
+from fqsweep.quant.reconstruction import DAMPING, Reconstruction, noting_patches
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import list_units
 from tests.quant.test_convert import steps_of
@@ -52,7 +52,10 @@ def latent(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def patches_of(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    return input_patches(model, image, names=list(quantisable_layers(model)))
+    names = list(quantisable_layers(model))
+    with noting_patches(model, names=names, num_images=len(image)) as found, torch.no_grad():
+        model(image)
+    return found
 
 
 def reconstruct(rounded: nn.Module, model: nn.Module, image: torch.Tensor) -> None:
@@ -68,6 +71,26 @@ def distances(rounded: nn.Module, model: nn.Module, image: torch.Tensor) -> tupl
     with torch.no_grad():
         wanted = model(image)
         return float((matched(image) - wanted).square().mean()), float((both(image) - wanted).square().mean())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, padding=1, bias=False),
+        nn.Conv2d(4, 8, (3, 2), stride=(2, 3), padding=(2, 1), dilation=(1, 2), groups=2),
+        nn.Conv2d(4, 4, 1, stride=2, groups=4),
+    ],
+)
+def test_patches_are_what_the_rows_of_weights_multiply(
+    layer: nn.Conv2d, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconstruction, "MOST_PLACES_AN_IMAGE", 7)
+    image = torch.randn(5, 4, 9, 11, generator=torch.Generator().manual_seed(2))
+    (patch_gpi,) = patches_of(nn.Sequential(layer), image).values()
+    unfolded_bip = nn.functional.unfold(image, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    place = reconstruction._sample(unfolded_bip.shape[2], 7, image.device)
+    wanted_bgip = unfolded_bip[:, :, place].unflatten(1, (layer.groups, -1))
+    assert torch.equal(patch_gpi, wanted_bgip.permute(1, 0, 3, 2).flatten(1, 2))
 
 
 # Half of the first layer's channels are gone, the rest and the second layer are coarse.

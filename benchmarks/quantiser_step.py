@@ -186,7 +186,7 @@ def measure(device: torch.device, networks: list[str], sizes: list[int], batch: 
     rows = ["| network | image | variant | step (ms) | of FP32 |", "|---|---|---|---|---|"]
     one_launch = device.type != "cpu" and can_quantise_at_once(device, bit_gradient=None)
     wanted: KernelChoice = "eager" if one_launch else "compiled"
-    kernels, remark = choose_kernels(wanted, device, num_weights=1, num_steps=1)
+    kernels, remark = choose_kernels(wanted, device, num_weights=1, num_steps=1, at_once=not one_launch)
     if remark:
         print(remark)
     for network in networks:

@@ -216,6 +216,7 @@ def _finetune(
         setting.device,
         num_weights=int(units.num_weights_u.sum()),
         num_steps=epochs * loader.num_batches,
+        at_once=at_once,
     )
     if remark:
         recorder.note(remark)

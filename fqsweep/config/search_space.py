@@ -34,8 +34,8 @@ class TrainingRecipe(Record):
         ema_decay: evaluate and keep a running mean of the full-precision parent's weights with this decay a
             step, None for the weights themselves.
         calibration_images: how many images of the calibration split importance uses, None for all.
-        quantiser_kernels: ``compiled`` fuses the quantisers' arithmetic (on a CPU 20 s once a machine and 4 s once a
-            process); ``auto`` does so on a GPU and where training is long enough to earn that back.
+        quantiser_kernels: ``compiled`` fuses the quantisers' arithmetic, ``auto`` does so too, but on a CPU with the
+            bit gradient ``lsq`` only where training is long enough to earn 20 s of compilation back.
         precision: ``bf16`` computes in bfloat16 on a GPU.
         channels_last: memory layout of images and weights; ``auto`` uses it on a GPU.
     """

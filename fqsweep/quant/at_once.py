@@ -3,9 +3,10 @@
 Layer by layer, a quantiser is little arithmetic and much around it: graph nodes, views, and steps, limits and widths
 worked out for a few hundred units at a time. On a GPU with 20 to 60 layers the launches alone take longer than the
 arithmetic; on a CPU, with small images, what is around it takes half of the time or more. Here that is done once for
-the units of all layers. What remains, an ``Arithmetic``, is on GPUs one Triton program a unit of any layer
-(``OneLaunch``), which finds the unit's weights through a table of addresses, and on CPUs ``quant.kernels`` in a loop
-over layers (``EachLayer``). Sums over a unit may differ in the last place between the two.
+the units of all layers. What remains is an ``Arithmetic``: on GPUs one Triton program a unit of any layer
+(``OneLaunch``), on CPUs one call of a C++ function (``OneCall``), which find a unit's weights through tables of
+addresses, or ``quant.kernels`` in a loop over layers (``EachLayer``). All give the same levels; sums over a unit may
+differ in the last place.
 
 Axes: u units of the whole model; ``_u1`` is (u, 1).
 """
@@ -22,9 +23,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fqsweep.models import quantisable_layers
+from fqsweep.quant import at_once_native
 from fqsweep.quant.blocks import Blocks
 from fqsweep.quant.convert import LearnedBitsWeight, QuantisedWeight, lower_width, quantisers_of
-from fqsweep.quant.kernels import Kernels
+from fqsweep.quant.kernels import NATIVE, Kernels
 from fqsweep.quant.levels import limits_of
 from fqsweep.quant.units import as_units
 
@@ -67,10 +69,11 @@ class AtOnce:
 
     Args:
         model: with quantisers on its layers (``quant.convert.attach_quantisers``), all of them of one kind.
-        arithmetic: which class does it, called with the weights and their quantisers; by the device if None.
+        arithmetic: which class does it, called with the weights and their quantisers; if None, by the device and
+            the quantisers' kernels.
 
     Raises:
-        ValueError: the arithmetic refuses a weight (``OneLaunch``).
+        ValueError: the arithmetic refuses a weight (``OneLaunch``, ``OneCall``).
     """
 
     def __init__(self, model: nn.Module, arithmetic: Any = None) -> None:
@@ -79,7 +82,7 @@ class AtOnce:
         self.quantisers: list[QuantisedWeight] = list(by_name.values())
         self.weights = [_original(layers[name]) for name in by_name]
         if arithmetic is None:
-            arithmetic = EachLayer if self.weights[0].device.type == "cpu" else OneLaunch
+            arithmetic = _arithmetic_for(self.weights[0].device, self.quantisers[0].kernels)
         self.arithmetic: Arithmetic = arithmetic(self.weights, self.quantisers)
         self.step_ub = torch.cat([q.step_ub for q in self.quantisers])
         self._kept: tuple[int, Any] | None = None
@@ -127,6 +130,12 @@ class AtOnce:
 
     def _grid_at(self, width_u: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.step_ub.gather(1, width_u[:, None]), *limits_of(width_u)
+
+
+def _arithmetic_for(device: torch.device, kernels: Kernels) -> type:
+    if device.type != "cpu":
+        return OneLaunch
+    return OneCall if kernels is NATIVE else EachLayer
 
 
 def _original(layer: nn.Module) -> nn.Parameter:
@@ -242,8 +251,8 @@ def _shaped_as(weights: Tensors, values: Tensors) -> list[torch.Tensor]:
     return [value.view(weight.shape) for weight, value in zip(weights, values, strict=True)]
 
 
-class OneLaunch:
-    """The Triton kernels of ``quant.at_once_kernels``.
+class _InOneGo:
+    """All units of all layers through one function of ``self.launch`` a step; see ``Arithmetic``.
 
     A unit's weights must lie in one block of memory in any order (plain or channels-last layout), because every
     operation is element by element or a sum over the unit.
@@ -252,41 +261,94 @@ class OneLaunch:
         ValueError: they do not.
     """
 
-    needs_levels = False
+    needs_levels = False  # they are computed again, which costs less than to read them
+    launch: Callable[..., None]
 
     def __init__(self, weights: Tensors, quantisers: Sequence[QuantisedWeight]) -> None:
-        from fqsweep.quant import at_once_kernels
-
-        self.launch = at_once_kernels
         self.blocks = Blocks(weights, [len(q.bits_u) for q in quantisers])
+
+    def room_for_levels(self, weights: Tensors) -> list[torch.Tensor]:
+        """Where the quantised weights go."""
+        raise NotImplementedError
+
+    def room_for_gradients(self, weights: Tensors) -> list[torch.Tensor]:
+        """Where the weights' gradients go, which are handed over."""
+        raise NotImplementedError
 
     def quantise(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
         """See ``Arithmetic``."""
-        quantised = _room_like(weights)
-        self.launch.quantise(self.blocks, weights, quantised, *_contiguous(rows))
-        return quantised
+        return self._forward("quantise", weights, rows)
 
     def quantise_backward(
         self, grads: Tensors, weights: Tensors, _quantised: Tensors, *rows: torch.Tensor
     ) -> tuple[Tensors, Tensors]:
-        """See ``Arithmetic``; levels are computed again, which costs less than to read them."""
-        grad_weights, grad_rows = _room_like(weights), [torch.empty_like(rows[0])]
-        given = _laid_out_as(grads, weights)
-        self.launch.quantise_backward(self.blocks, weights, given, grad_weights, *_contiguous(rows), *grad_rows)
-        return grad_weights, grad_rows
+        """See ``Arithmetic``."""
+        return self._backward("quantise_backward", grads, weights, rows, num_grad_rows=1)
 
     def mix(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
         """See ``Arithmetic``."""
-        mixed = _room_like(weights)
-        self.launch.mix(self.blocks, weights, mixed, *_contiguous(rows))
-        return mixed
+        return self._forward("mix", weights, rows)
 
     def mix_backward(self, grads: Tensors, weights: Tensors, *rows: torch.Tensor) -> tuple[Tensors, Tensors]:
         """See ``Arithmetic``."""
-        grad_weights, grad_rows = _room_like(weights), [torch.empty_like(rows[0]) for _ in range(3)]
-        given = _laid_out_as(grads, weights)
-        self.launch.mix_backward(self.blocks, weights, given, grad_weights, *_contiguous(rows), *grad_rows)
-        return grad_weights, grad_rows
+        return self._backward("mix_backward", grads, weights, rows, num_grad_rows=3)
+
+    def _forward(self, name: str, weights: Tensors, rows: Tensors) -> Tensors:
+        room = self.room_for_levels(weights)
+        self.launch(name, self.blocks, [weights, room], _contiguous(rows))
+        return room
+
+    def _backward(
+        self, name: str, grads: Tensors, weights: Tensors, rows: Tensors, *, num_grad_rows: int
+    ) -> tuple[Tensors, Tensors]:
+        room, grad_rows = (
+            self.room_for_gradients(weights),
+            [torch.empty_like(rows[0]) for _ in range(num_grad_rows)],
+        )
+        layers = [weights, _laid_out_as(grads, weights), room]
+        self.launch(name, self.blocks, layers, [*_contiguous(rows), *grad_rows])
+        return room, grad_rows
+
+
+class OneLaunch(_InOneGo):
+    """The Triton kernels of ``quant.at_once_kernels``."""
+
+    def __init__(self, weights: Tensors, quantisers: Sequence[QuantisedWeight]) -> None:
+        from fqsweep.quant import at_once_kernels
+
+        super().__init__(weights, quantisers)
+        self.launch = at_once_kernels.run
+
+    def room_for_levels(self, weights: Tensors) -> list[torch.Tensor]:
+        return _room_like(weights)
+
+    def room_for_gradients(self, weights: Tensors) -> list[torch.Tensor]:
+        return _room_like(weights)
+
+
+class OneCall(_InOneGo):
+    """The C++ functions of ``quant.at_once_native``.
+
+    The quantised weights have one place for good, as a new one in every step would be pages to fill with zeros first.
+    They are new in every step: a graph of an earlier one cannot be gone through any more, and autograd says so.
+
+    Raises:
+        ValueError: see ``_InOneGo``.
+        NativeBuildError: this machine cannot build them.
+    """
+
+    def __init__(self, weights: Tensors, quantisers: Sequence[QuantisedWeight]) -> None:
+        super().__init__(weights, quantisers)
+        at_once_native.load_library()
+        self.launch = at_once_native.run
+        self.levels = [torch.empty_like(weight, requires_grad=False) for weight in weights]
+
+    def room_for_levels(self, weights: Tensors) -> list[torch.Tensor]:
+        torch.autograd.graph.increment_version(self.levels)
+        return [level.detach() for level in self.levels]
+
+    def room_for_gradients(self, weights: Tensors) -> list[torch.Tensor]:
+        return [torch.empty_like(weight) for weight in weights]
 
 
 def _contiguous(rows: Tensors) -> list[torch.Tensor]:

@@ -149,15 +149,21 @@ def _mix_backward(
     tl.store(grad_highs + unit, grad_high * share)
 
 
-def _launch(
-    kernel: Any,
-    blocks: Blocks,
-    weights: Sequence[torch.Tensor],
-    others: Sequence[Sequence[torch.Tensor]],
-    *rows: torch.Tensor,
+KERNELS = {
+    "quantise": _quantise,
+    "quantise_backward": _quantise_backward,
+    "mix": _mix,
+    "mix_backward": _mix_backward,
+}
+
+
+def run(
+    name: str, blocks: Blocks, layers: Sequence[Sequence[torch.Tensor]], rows: Sequence[torch.Tensor]
 ) -> None:
-    """Run a kernel over all units; ``others`` are lists of tensors laid out as the weights."""
+    """Run a kernel over all units; arguments as ``at_once_native.run``, of a GPU."""
+    weights, *others = layers
     addresses = [addresses_on([t.data_ptr() for t in tensors], blocks.device) for tensors in others]
+    kernel: Any = KERNELS[name]
     kernel[(blocks.num_units,)](
         blocks.layer_u,
         blocks.start_u,
@@ -167,23 +173,3 @@ def _launch(
         *rows,
         SIZE=WEIGHTS_AT_A_TIME,
     )
-
-
-def quantise(blocks: Blocks, weights: Any, outs: Any, *rows: torch.Tensor) -> None:
-    """Write the quantised weights; ``rows``: step, limit, offset, each (u,)."""
-    _launch(_quantise, blocks, weights, [outs], *rows)
-
-
-def quantise_backward(blocks: Blocks, weights: Any, grads: Any, outs: Any, *rows: torch.Tensor) -> None:
-    """Write the weights' gradients; ``rows``: step, limit, offset, and where the steps' gradients go."""
-    _launch(_quantise_backward, blocks, weights, [grads, outs], *rows)
-
-
-def mix(blocks: Blocks, weights: Any, outs: Any, *rows: torch.Tensor) -> None:
-    """Write the mixed weights; ``rows``: share, then step, limit, offset of the lower and the higher grid."""
-    _launch(_mix, blocks, weights, [outs], *rows)
-
-
-def mix_backward(blocks: Blocks, weights: Any, grads: Any, outs: Any, *rows: torch.Tensor) -> None:
-    """Write the weights' gradients; ``rows`` as ``mix``, and where those of share and steps go."""
-    _launch(_mix_backward, blocks, weights, [grads, outs], *rows)

@@ -1,10 +1,11 @@
-"""The quantiser's arithmetic: forward and backward as pure functions, eager or compiled.
+"""The quantiser's arithmetic: forward and backward as pure functions, and in which form a run uses them.
 
-Eager, every line below is a pass over the weights. Compiled (``torch.compile``), each function is one loop
-that reads the weights once; one compilation serves all shapes, but for layers of one unit and units of more than
-4,096 weights, which have their own. It is kept for the life of the process, and lies in the compiler's cache on disk
-for the next one. Both give the same levels; sums over a unit may differ in the last place, so which of the two a run
-uses is part of what determines it.
+Eager, every line below is a pass over the weights. Where all layers are quantised together (``quant.at_once``), the
+same formulas stand in C++ for CPUs and in Triton for GPUs. Where they cannot be, ``torch.compile`` makes each
+function one loop that reads the weights once; one compilation serves all shapes, but for layers of one unit and units
+of more than 4,096 weights, which have their own. It is kept for the life of the process, and lies in the compiler's
+cache on disk for the next one. All give the same levels; sums over a unit may differ in the last place, so which of
+them a run uses is part of what determines it.
 
 Axes: u units (rows), n weights of a unit (columns); ``_u1`` is (u, 1).
 """
@@ -23,14 +24,14 @@ from typing import Any
 import torch
 
 from fqsweep.config import KernelChoice
+from fqsweep.quant.at_once_native import NativeBuildError, load_library
 from fqsweep.quant.levels import round_to_levels
 
 Tensors = tuple[torch.Tensor, ...]
 logger = logging.getLogger(__name__)
 
-# On a CPU fused passes save 4 ns a weight and step at fixed widths and 15 ns at learned ones
-# (benchmarks/results/quantiser_step.md; more beside another trial). A process takes 3.5 s to load them, which a
-# sweep's workers do once for many trials; a machine's first one compiles for 20 s.
+# With ``torch.compile`` on a CPU: a process takes 3.5 s to load the kernels, a machine's first one compiles for 20 s,
+# and fused passes save 4 ns a weight and step at fixed widths and 15 ns at learned ones.
 COMPILING_PAYS_FROM_WEIGHTS = 300_000_000
 
 
@@ -136,10 +137,12 @@ class Kernels:
 
 
 EAGER = Kernels("eager", quantise, quantise_backward, mix, mix_backward)
+# Layer by layer the eager ones, as in an evaluation; of all layers at once ``quant.at_once_native``.
+NATIVE = Kernels("native", quantise, quantise_backward, mix, mix_backward)
 
 
 def choose_kernels(
-    wanted: KernelChoice, device: torch.device, *, num_weights: int, num_steps: int
+    wanted: KernelChoice, device: torch.device, *, num_weights: int, num_steps: int, at_once: bool
 ) -> tuple[Kernels, str]:
     """The kernels for a training run, and a remark where there is something to say.
 
@@ -149,14 +152,27 @@ def choose_kernels(
     Args:
         num_weights: quantised weights of the model.
         num_steps: training steps; without any there is nothing to compile for.
+        at_once: all layers are quantised together (``quant.at_once``).
     """
-    pays = device.type != "cpu" or num_weights * num_steps >= COMPILING_PAYS_FROM_WEIGHTS
-    if wanted == "eager" or num_steps == 0 or (wanted == "auto" and not pays):
+    if wanted == "eager" or num_steps == 0:
         return EAGER, ""
-    found, reason = _compiled(device.type)
+    if at_once and device.type == "cpu":
+        found, reason = _native()
+    elif wanted == "auto" and device.type == "cpu" and num_weights * num_steps < COMPILING_PAYS_FROM_WEIGHTS:
+        return EAGER, ""
+    else:
+        found, reason = _compiled(device.type)
     if found is None:
         return EAGER, f"quantiser kernels are not compiled ({reason}); the eager ones serve, slower"
     return found, ""
+
+
+def _native() -> tuple[Kernels | None, str]:
+    try:
+        load_library()
+    except NativeBuildError as error:
+        return None, str(error)
+    return NATIVE, ""
 
 
 @lru_cache(maxsize=4)

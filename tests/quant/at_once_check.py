@@ -2,7 +2,7 @@
 
 python tests/quant/at_once_check.py cpu|cuda        (cpu: with TRITON_INTERPRET=1, Triton's own interpreter)
 
-``compare`` with ``EachLayer`` is what a CPU does.
+``compare`` with ``EachLayer`` or ``OneCall`` is what a CPU does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fqsweep.quant.at_once import AtOnce, EachLayer, OneLaunch
-from fqsweep.quant.convert import attach_quantisers, quantisers_of
-from fqsweep.quant.kernels import EAGER, Kernels
+from fqsweep.quant.convert import attach_quantisers
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import list_units
 
@@ -59,10 +58,8 @@ def gradients_of(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tenso
     return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(device: torch.device, *, arithmetic: type, kernels: Kernels = EAGER, **options: object) -> None:
+def compare(device: torch.device, *, arithmetic: type, **options: object) -> None:
     plain = network(device, **options)  # type: ignore[arg-type]
-    for quantiser in quantisers_of(plain).values():
-        quantiser.kernels = kernels
     together = copy.deepcopy(plain)
     image = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(2)).to(device)
     wanted = gradients_of(plain, image)

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fqsweep.quant.at_once_native import NativeBuildError, load_library
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import attach_quantisers
 from fqsweep.quant.kernels import (
     COMPILING_PAYS_FROM_WEIGHTS,
     EAGER,
+    NATIVE,
     Kernels,
     _compiled,
     _or_eager,
@@ -52,7 +54,7 @@ def outcome(kernels: Kernels, weight, gradient, share, *grids) -> list[torch.Ten
 
 @pytest.fixture(scope="module")
 def compiled() -> Kernels:
-    kernels, remark = choose_kernels("compiled", CPU, num_weights=1, num_steps=1)
+    kernels, remark = choose_kernels("compiled", CPU, num_weights=1, num_steps=1, at_once=False)
     if kernels is EAGER:
         pytest.skip(remark)
     return kernels
@@ -82,13 +84,18 @@ def test_compiled_kernels_take_tensors_of_any_stride(compiled: Kernels) -> None:
         assert torch.allclose(eager, fused, rtol=1e-4, atol=1e-4)
 
 
-def test_without_a_compiler_the_eager_kernels_serve_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_without_a_compiler_the_eager_kernels_serve_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     _compiled.cache_clear()
+    load_library.cache_clear()
     try:
-        kernels, remark = choose_kernels("compiled", CPU, num_weights=1, num_steps=1)
+        kernels, remark = choose_kernels("compiled", CPU, num_weights=1, num_steps=1, at_once=at_once)
     finally:
         _compiled.cache_clear()
+        load_library.cache_clear()
     assert kernels is EAGER
     assert "no C++ compiler found" in remark and "eager ones serve" in remark
 
@@ -122,23 +129,32 @@ def test_without_memory_nothing_is_tried_that_takes_more() -> None:
         _or_eager(compiled, EAGER.quantise)(torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_nothing_is_compiled_for_a_model_that_is_not_trained(device: str) -> None:
+def test_nothing_is_compiled_for_a_model_that_is_not_trained(device: str, at_once: bool) -> None:
     for wanted in ("auto", "compiled"):
-        assert choose_kernels(wanted, torch.device(device), num_weights=10**9, num_steps=0) == (EAGER, "")
+        chosen = choose_kernels(wanted, torch.device(device), num_weights=10**9, num_steps=0, at_once=at_once)
+        assert chosen == (EAGER, "")
 
 
-def test_auto_compiles_on_a_cpu_only_for_long_training() -> None:
-    short, remark = choose_kernels("auto", CPU, num_weights=1000, num_steps=COMPILING_PAYS_FROM_WEIGHTS // 1001)
-    assert short is EAGER and remark == ""
+def test_of_all_layers_at_once_on_a_cpu_any_training_is_native_and_eager_ones_can_be_asked_for() -> None:
+    try:
+        load_library()
+    except NativeBuildError as error:
+        pytest.skip(str(error))
+    for wanted in ("auto", "compiled"):
+        assert choose_kernels(wanted, CPU, num_weights=1, num_steps=1, at_once=True) == (NATIVE, "")
+    assert choose_kernels("eager", CPU, num_weights=1, num_steps=1, at_once=True) == (EAGER, "")
 
 
-def test_auto_compiles_on_a_cpu_for_the_trainings_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_compiles_layer_by_layer_on_a_cpu_only_for_long_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_steps = COMPILING_PAYS_FROM_WEIGHTS // 1001
+    assert choose_kernels("auto", CPU, num_weights=1000, num_steps=num_steps, at_once=False) == (EAGER, "")
     compiled = Kernels("compiled", *[getattr(EAGER, name) for name in ("quantise", "quantise_backward")] * 2)
     monkeypatch.setattr("fqsweep.quant.kernels._compiled", lambda _device_type: (compiled, ""))
     # ResNet18 in the demo: two epochs of 23 steps.
-    assert choose_kernels("auto", CPU, num_weights=11_172_160, num_steps=46) == (compiled, "")
-    assert choose_kernels("eager", CPU, num_weights=11_172_160, num_steps=46) == (EAGER, "")
+    chosen = choose_kernels("auto", CPU, num_weights=11_172_160, num_steps=46, at_once=False)
+    assert chosen == (compiled, "")
 
 
 # --- nothing waits for the device ----------------------------------------------------------------

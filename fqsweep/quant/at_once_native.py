@@ -1,0 +1,124 @@
+"""The quantisers of all layers in one call on a CPU: ``at_once_native.cpp``, built once a machine and loaded.
+
+Compiling takes a second and a C++ compiler; the library then lies in the user's cache, under a name that says of
+which source, for which processor and by which compiler it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from fqsweep.quant.blocks import Blocks
+
+SOURCE = Path(__file__).with_name("at_once_native.cpp")
+COMPILERS = ("g++", "clang++", "c++")
+# Without contraction, as levels would not be those of the eager kernels; what is not a number needs no flags.
+FLAGS = (
+    "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd -shared -fPIC -pthread"
+)
+FOR_THIS_PROCESSOR = "-march=native"  # tried first; not every compiler knows it of every processor
+BUILD_SECONDS = 120
+
+
+class NativeBuildError(Exception):
+    """The library cannot be had on this machine; the message says why."""
+
+
+@lru_cache(maxsize=1)
+def load_library() -> ctypes.CDLL:
+    """The library, built if this machine has not built it before.
+
+    Raises:
+        NativeBuildError: no C++ compiler, or what it made cannot be used.
+    """
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise NativeBuildError("no C++ compiler found")
+    try:
+        return _load(_built(compiler, _cache_folder()))
+    except OSError:  # the cache cannot be written, or what lies there not be loaded
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return _load(_built(compiler, Path(folder)))
+            except OSError as error:
+                raise NativeBuildError(f"what {compiler} made cannot be loaded: {error}") from error
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fqsweep"
+
+
+def _built(compiler: str, folder: Path) -> Path:
+    """The library in this folder."""
+    source = SOURCE.read_bytes()
+    named = hashlib.sha256(b"\0".join((source, FLAGS.encode(), _version(compiler), _processor().encode())))
+    target = folder / f"at_once_native-{named.hexdigest()[:20]}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, made = tempfile.mkstemp(dir=folder, suffix=".so")  # its own name: processes may build side by side
+    os.close(handle)
+    try:
+        reason = ""
+        for flags in (f"{FLAGS} {FOR_THIS_PROCESSOR}", FLAGS):
+            command = [compiler, *flags.split(), str(SOURCE), "-o", made]
+            ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS)
+            if ended.returncode == 0:
+                os.replace(made, target)
+                return target
+            reason = (
+                ended.stderr.strip().splitlines()[0] if ended.stderr.strip() else f"exit {ended.returncode}"
+            )
+        raise NativeBuildError(f"{compiler} does not compile {SOURCE.name}: {reason}")
+    except subprocess.TimeoutExpired as error:
+        raise NativeBuildError(f"{compiler} takes longer than {BUILD_SECONDS} s") from error
+    finally:
+        Path(made).unlink(missing_ok=True)
+
+
+def _version(compiler: str) -> bytes:
+    return subprocess.run(
+        [compiler, "--version"], capture_output=True, check=False, timeout=BUILD_SECONDS
+    ).stdout
+
+
+def _processor() -> str:
+    """What this processor can do: a home folder may serve machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    told = ("flags", "Features", "model name", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(told)}))
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(path))
+
+
+def run(
+    name: str, blocks: Blocks, layers: Sequence[Sequence[torch.Tensor]], rows: Sequence[torch.Tensor]
+) -> None:
+    """Call one function of the library on all units; sums do not depend on the number of threads.
+
+    Args:
+        name: of the function, without its prefix.
+        layers: lists of a float32 tensor a layer, all laid out as ``blocks`` say: weights first, results last.
+        rows: float32 (u, 1), contiguous; the last ones are written where the function gives rows.
+    """
+    function = getattr(load_library(), f"fqsweep_{name}")
+    tables = [torch.tensor([tensor.data_ptr() for tensor in tensors]) for tensors in layers]
+    numbers = (blocks.num_units, torch.get_num_threads())
+    pointers = [blocks.layer_u, blocks.start_u, blocks.num_u, *tables, *rows]
+    function(*map(ctypes.c_int64, numbers), *[ctypes.c_void_p(pointer.data_ptr()) for pointer in pointers])

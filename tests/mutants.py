@@ -26,6 +26,7 @@ QUANTISER = ("tests/quant/test_grid.py", "tests/quant/test_convert.py", "tests/q
 IMPORTANCE = ("tests/test_importance.py", "tests/test_importance_matched.py")
 MOMENTS = ("tests/quant/test_moments.py",)
 RECONSTRUCTION = ("tests/quant/test_reconstruction.py",)
+AT_ONCE = ("tests/quant/test_at_once.py",)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Mutant:
 HULL, MINIMAX = "fqsweep/allocation/hull.py", "fqsweep/allocation/minimax.py"
 PROBLEM, GROUPS = "fqsweep/allocation/problem.py", "fqsweep/fairness.py"
 FILE, KERNELS = "fqsweep/quant/packing.py", "fqsweep/quant/kernels.py"
-REFIT = "fqsweep/quant/reconstruction.py"
+REFIT, NATIVE = "fqsweep/quant/reconstruction.py", "fqsweep/quant/at_once_native.cpp"
 BAQ, CONVERT, LEVELS = "fqsweep/quant/baq.py", "fqsweep/quant/convert.py", "fqsweep/quant/levels.py"
 
 MUTANTS = (
@@ -107,6 +108,13 @@ MUTANTS = (
     Mutant("fqsweep/importance.py", "(stretch_c - 1) * own_nc", "stretch_c * own_nc", IMPORTANCE),
     Mutant("fqsweep/importance.py", "+ shift_c * one_nc", "- shift_c * one_nc", IMPORTANCE),
     # Weights re-fitted to full precision's outputs.
+    Mutant(NATIVE, "weight / divisor - offset", "weight / divisor", AT_ONCE),
+    Mutant(NATIVE, "level > limit ? limit : level", "level", AT_ONCE),
+    Mutant(NATIVE, "? std::numeric_limits<float>::infinity()", "? limit * step", AT_ONCE),
+    Mutant(NATIVE, "along_level += level_sum;", "along_level = level_sum;", AT_ONCE),
+    Mutant(NATIVE, "low.step_gradient(low_level, low_weight) * (1.0f - share)", "low.step_gradient(low_level, low_weight) * share", AT_ONCE),
+    Mutant(NATIVE, "high_level - low_level", "low_level - high_level", AT_ONCE),
+    Mutant(NATIVE, "low_passed, high_passed, share", "high_passed, low_passed, share", AT_ONCE),
     Mutant(REFIT, "self.wanted.pop(name).sub_(now_gpi)", "now_gpi - self.wanted.pop(name)", RECONSTRUCTION),
     Mutant(REFIT, "keeps_u = quantiser.bits_u > 0", "keeps_u = quantiser.bits_u >= 0", RECONSTRUCTION),
     Mutant(REFIT, "DAMPING * num_places * moment_gi", "DAMPING * moment_gi", RECONSTRUCTION),

@@ -258,13 +258,15 @@ class _InOneGo:
     operation is element by element or a sum over the unit.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not, or are not float32.
     """
 
     needs_levels = False  # they are computed again, which costs less than to read them
     launch: Callable[..., None]
 
     def __init__(self, weights: Tensors, quantisers: Sequence[QuantisedWeight]) -> None:
+        if any(weight.dtype != torch.float32 for weight in weights):
+            raise ValueError("weights are read as float32, and some are not")
         self.blocks = Blocks(weights, [len(q.bits_u) for q in quantisers])
 
     def room_for_levels(self, weights: Tensors) -> list[torch.Tensor]:

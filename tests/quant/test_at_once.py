@@ -101,6 +101,11 @@ def test_a_weight_whose_units_are_scattered_in_memory_is_refused() -> None:
         Blocks([nn.Linear(5, 7).weight.T], [5])
 
 
+def test_weights_of_another_precision_are_refused_not_misread(library: None) -> None:
+    with pytest.raises(ValueError, match="read as float32"):
+        AtOnce(model_of(None).double())
+
+
 # --- one call ------------------------------------------------------------------------------------
 
 

@@ -19,3 +19,8 @@ class ClusterError(RuntimeError):
 
 class SweepInterrupted(RuntimeError):
     """The sweep was asked to stop; what is finished is kept and the same command goes on."""
+
+
+# What the command line ends with: all is done; some of it failed; bad input, nothing was started; the disk is full;
+# stopped; whoever read its output along left.
+EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 4, 130, 141

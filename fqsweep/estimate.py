@@ -118,16 +118,28 @@ def num_images(dataset: DatasetConfig, data_dir: Path | None) -> int:
     """Images of a data set: its own count, the rows of its CSV where that is at hand, else the official number."""
     if dataset.kind == "synthderm":
         return dataset.num_images
-    found = None
-    if data_dir is not None:
-        if dataset.kind == "isic2019":
-            found = _rows(data_dir / dataset.folder / "ISIC_2019_Training_GroundTruth.csv")
-        elif dataset.kind == "fitzpatrick17k":
-            found = _rows(data_dir / dataset.folder / "fitzpatrick17k.csv")
-        else:
-            found = _rows(data_dir / dataset.csv)
+    found = _counted(dataset, data_dir)
     count = found if found is not None else OFFICIAL_IMAGES.get(dataset.kind, 10_000)
     return min(count, dataset.max_images or count)
+
+
+def _counted(dataset: DatasetConfig, data_dir: Path | None) -> int | None:
+    """Rows of the data set's CSV; None where that is not at hand."""
+    if data_dir is None or dataset.kind == "synthderm":
+        return None
+    if dataset.kind == "isic2019":
+        return _rows(data_dir / dataset.folder / "ISIC_2019_Training_GroundTruth.csv")
+    if dataset.kind == "fitzpatrick17k":
+        return _rows(data_dir / dataset.folder / "fitzpatrick17k.csv")
+    return _rows(data_dir / dataset.csv)
+
+
+def _images_text(dataset: DatasetConfig, data_dir: Path | None) -> str:
+    text = f"{num_images(dataset, data_dir):,} images"
+    if dataset.kind == "synthderm" or _counted(dataset, data_dir) is not None:
+        return text
+    source = "of the official release" if dataset.kind in OFFICIAL_IMAGES else "assumed"
+    return f"{text} ({source}; --data-dir counts yours)"
 
 
 def estimate(space: SearchSpace, *, data_dir: Path | None, num_cores: int) -> Plan:
@@ -159,12 +171,13 @@ def estimate(space: SearchSpace, *, data_dir: Path | None, num_cores: int) -> Pl
     )
 
 
-def describe_plan(space: SearchSpace, plan: Plan) -> str:
+def describe_plan(space: SearchSpace, plan: Plan, *, data_dir: Path | None) -> str:
     """The plan for people: the grid's axes, a row for each method, what is shared, the expected time."""
     lines = [f"{space.name}: {plan.num_cells} cells, {plan.num_trials} trials"]
     for dataset in space.datasets:
         groups = ", ".join(dataset.group_attributes)
-        lines.append(f"  data set      {dataset.name} at {dataset.image_size} px, groups by {groups}")
+        images = _images_text(dataset, data_dir)
+        lines.append(f"  data set      {dataset.name}, {images}, at {dataset.image_size} px, groups by {groups}")
     lines.append(f"  architectures {', '.join(a.name for a in space.architectures)}")
     budgets = [f"{b:g} bit" for b in space.budgets_bits] + [f"{b:,} B" for b in space.budgets_bytes]
     lines.append(

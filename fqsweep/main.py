@@ -27,22 +27,26 @@ if __name__ == "__main__":
         sys.path.insert(0, str(_here.parent))
 
 from fqsweep import __version__
-from fqsweep.config import DatasetConfig, Fitzpatrick17kConfig, Isic2019Config, SynthdermConfig
-from fqsweep.errors import ClusterError, InputError, SweepInterrupted, TrackingError
+from fqsweep.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED_CELLS,
+    EXIT_INTERRUPTED,
+    EXIT_NO_SPACE,
+    EXIT_OK,
+    EXIT_PIPE,
+    ClusterError,
+    InputError,
+    SweepInterrupted,
+    TrackingError,
+)
 from fqsweep.files import SweepPaths
 from fqsweep.handover import hand_over, is_submitted_copy
 from fqsweep.names import DEFAULT_SELECTION, selection_of
 from fqsweep.space import find_space, load_space
 from fqsweep.stores import is_server, without_password
 
-EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 4, 130, 141
 DATA_DIR_VARIABLE = "FQSWEEP_DATA_DIR"
 PROJECT = Path(__file__).resolve().parents[1]
-WHOLE_SETS: dict[str, DatasetConfig] = {
-    "isic2019": Isic2019Config(kind="isic2019", group_attributes=("sex", "age")),
-    "fitzpatrick17k": Fitzpatrick17kConfig(kind="fitzpatrick17k", group_attributes=("skin_type", "skin_tone")),
-    "synthderm": SynthdermConfig(kind="synthderm", group_attributes=("skin_type", "skin_tone")),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -325,6 +329,7 @@ def _retry(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from fqsweep.cells import expand_cells
+    from fqsweep.data_commands import print_data_warnings
     from fqsweep.estimate import describe_plan, estimate
 
     space = load_space(find_space(options.space))
@@ -336,99 +341,22 @@ def _plan(options: argparse.Namespace) -> int:
         ]
         print(json.dumps({"name": space.name, **dataclasses.asdict(plan), "cells": cells}, indent=1))
     else:
-        print(describe_plan(space, plan), flush=True)
-        usable = [_print_data_warnings(dataset, options.data_dir) for dataset in space.datasets]
+        print(describe_plan(space, plan, data_dir=options.data_dir), flush=True)
+        usable = [print_data_warnings(dataset, options.data_dir) for dataset in space.datasets]
         return EXIT_OK if all(usable) else EXIT_BAD_INPUT
     return EXIT_OK
 
 
-def _print_data_warnings(dataset: DatasetConfig, data_dir: Path | None) -> bool:
-    """What to know of a data set before its figures are believed, where it is at hand; whether it can be used."""
-    from fqsweep.data import plan_dataset
-    from fqsweep.data.report import describe_thin_pairs
-
-    if data_dir is None and not isinstance(dataset, SynthdermConfig):
-        return True
-    try:
-        samples, splits = plan_dataset(dataset, data_dir=data_dir)
-    except InputError as error:
-        print(f"data set {dataset.name} cannot be used yet: {error}", file=sys.stderr)
-        return False
-    for line in describe_thin_pairs(dataset, samples, splits):
-        print(line)
-    return True
-
-
 def _data(options: argparse.Namespace) -> int:
-    if options.action == "list":
-        from fqsweep.data.report import describe_kinds
+    from fqsweep.data_commands import fetch, list_sets, pack, verify
 
-        print(describe_kinds(options.data_dir))
-        return EXIT_OK
+    if options.action == "list":
+        return list_sets(options)
     if options.name is None:
         raise InputError(
             f"data {options.action} needs a data set or a search space: fqsweep data {options.action} isic2019"
         )
-    title, datasets = _datasets_named(options.name)
-    actions = {"fetch": _fetch_data, "verify": _verify_data, "pack": _pack_data}
-    # A list, not a generator: every data set has its turn, whatever became of the one before.
-    return max([actions[options.action](dataset, title, options) for dataset in datasets])
-
-
-def _fetch_data(dataset: DatasetConfig, _title: str, options: argparse.Namespace) -> int:
-    from fqsweep.data.download import DownloadError
-    from fqsweep.data.fetch import FetchOptions, fetch_dataset
-
-    if options.data_dir is None:
-        raise InputError("data fetch needs a folder to fetch into: pass --data-dir")
-    how = FetchOptions(
-        mirror=options.mirror, accept_changed=options.accept_changed, retry_gone=options.retry_gone
-    )
-    try:
-        text, complete = fetch_dataset(dataset, options.data_dir, how)
-    except DownloadError as error:
-        print(f"fqsweep: {error}", file=sys.stderr)
-        return EXIT_FAILED_CELLS
-    print(text)
-    return EXIT_OK if complete else EXIT_FAILED_CELLS
-
-
-def _verify_data(dataset: DatasetConfig, _title: str, options: argparse.Namespace) -> int:
-    from fqsweep.data.meter import Meter
-    from fqsweep.data.verify import describe_findings, verify_dataset
-
-    found = verify_dataset(
-        dataset, data_dir=options.data_dir, fast=options.fast, on_progress=Meter(dataset.name, unit="images")
-    )
-    print(describe_findings(found))
-    return EXIT_OK if found.is_sound else EXIT_FAILED_CELLS
-
-
-def _pack_data(dataset: DatasetConfig, title: str, options: argparse.Namespace) -> int:
-    from fqsweep.data import open_dataset
-    from fqsweep.data.meter import Meter
-    from fqsweep.data.report import describe_set
-
-    packs = SweepPaths(options.out or Path("out") / title).packs
-    try:
-        packs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"output folder {packs.parent} cannot be written: {error.strerror}; give another --out"
-        ) from error
-    meter = Meter(f"packing {dataset.name}", unit="images")
-    packed = open_dataset(dataset, data_dir=options.data_dir, pack_dir=packs, on_progress=meter)
-    print(describe_set(dataset, packed.samples, packed.splits))
-    print(f"packed: {packed.image_nhwc.shape} in {packs}, split: {packed.digest}_splits.csv")
-    return EXIT_OK
-
-
-def _datasets_named(name: str) -> tuple[str, tuple[DatasetConfig, ...]]:
-    """A kind of data set with its default settings and all its group attributes, or those of a search space."""
-    if name in WHOLE_SETS:
-        return name, (WHOLE_SETS[name],)
-    space = load_space(find_space(name))
-    return space.name, space.datasets
+    return {"fetch": fetch, "verify": verify, "pack": pack}[options.action](options)
 
 
 def _analyze(options: argparse.Namespace) -> int:

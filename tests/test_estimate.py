@@ -114,6 +114,18 @@ def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_names_budgets_in_bits_and_in_bytes() -> None:
     space = load_space(find_space("demo")).model_copy(update={"budgets_bytes": (500_000,)})
-    text = describe_plan(space, estimate(space, data_dir=None, num_cores=2))
+    text = describe_plan(space, estimate(space, data_dir=None, num_cores=2), data_dir=None)
+    assert "data set      synthderm, 2,400 images, at 32 px" in text
     assert "budgets       0.5 bit; 1 bit; 2 bit; 4 bit; 500,000 B" in text
     assert re.search(r"static +0\.5; 1; 2; 4; 500,000 B +5 +5", text)
+
+
+def test_a_plan_says_whose_images_it_counts(tmp_path: Path) -> None:
+    space = load_space(find_space("isic2019_cpu"))
+    plan = estimate(space, data_dir=None, num_cores=2)
+    assert "25,331 images (of the official release; --data-dir counts yours)" in describe_plan(
+        space, plan, data_dir=tmp_path / "absent"
+    )
+    (tmp_path / "isic2019").mkdir()
+    (tmp_path / "isic2019" / "ISIC_2019_Training_GroundTruth.csv").write_text("image,MEL\na,1\nb,0\nc,0\n")
+    assert "isic2019, 3 images, at 48 px" in describe_plan(space, plan, data_dir=tmp_path)

@@ -24,6 +24,7 @@ ORDER = (
     ("trial",),
     (
         "checks",
+        "data_commands",
         "work",
         "actor",
         "estimate",

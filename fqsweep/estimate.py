@@ -177,7 +177,9 @@ def describe_plan(space: SearchSpace, plan: Plan, *, data_dir: Path | None) -> s
     for dataset in space.datasets:
         groups = ", ".join(dataset.group_attributes)
         images = _images_text(dataset, data_dir)
-        lines.append(f"  data set      {dataset.name}, {images}, at {dataset.image_size} px, groups by {groups}")
+        lines.append(
+            f"  data set      {dataset.name}, {images}, at {dataset.image_size} px, groups by {groups}"
+        )
     lines.append(f"  architectures {', '.join(a.name for a in space.architectures)}")
     budgets = [f"{b:g} bit" for b in space.budgets_bits] + [f"{b:,} B" for b in space.budgets_bytes]
     lines.append(

@@ -33,35 +33,30 @@ def source_parser(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_metric(parser: argparse.ArgumentParser, *, stored: bool = False) -> None:
-    """Add the option that says which validation metric chooses.
-
-    Args:
-        stored: without it, take the metric of the sweep's own search space (``metric_of_source``).
-    """
-    default = f"that of the sweep's search space, else {DEFAULT_SELECTION}" if stored else DEFAULT_SELECTION
+def add_metric(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says which validation metric chooses; ``read_source`` settles it where it is left open."""
     parser.add_argument(
         "--metric",
-        default=None if stored else DEFAULT_SELECTION,
-        help=f"validation metric that chooses the run of each cell (default: {default})",
+        help="validation metric that chooses the run of each cell (default: that of the sweep's search space, "
+        f"else {DEFAULT_SELECTION})",
     )
 
 
-def metric_of_source(arguments: argparse.Namespace, runs: pd.DataFrame) -> str:
-    """The metric that was given, else the one that the search spaces of the runs' sweeps choose by."""
-    if arguments.metric is not None:
-        return str(arguments.metric)
-    return DEFAULT_SELECTION if arguments.csv else load_selection(arguments.tracking_uri, runs)
-
-
 def read_source(arguments: argparse.Namespace) -> pd.DataFrame:
-    """The runs that the options name.
+    """The runs that the options name; a ``metric`` that was not given becomes the one that their sweeps choose by.
 
     Raises:
         InputError: the options are incomplete, or the runs cannot be read.
     """
     if getattr(arguments, "metric", None) is not None:
         check_selection_metric(arguments.metric)
+    runs = _runs_of(arguments)
+    if "metric" in arguments and arguments.metric is None:
+        arguments.metric = DEFAULT_SELECTION if arguments.csv else load_selection(arguments.tracking_uri, runs)
+    return runs
+
+
+def _runs_of(arguments: argparse.Namespace) -> pd.DataFrame:
     if arguments.csv:
         return join_sweeps({path.stem: load_csv(path) for path in arguments.csv})
     if not arguments.tracking_uri or not arguments.sweep:

@@ -79,8 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_metric(parser)
 
     def act(arguments: Any) -> None:
+        runs = cli.read_source(arguments)
         metrics = tuple(dict.fromkeys((arguments.metric, "val/acc_overall", "val/acc_gap")))
-        found = weight_effects(cli.read_source(arguments), metrics=metrics)
+        found = weight_effects(runs, metrics=metrics)
         print(found.to_string(index=False, float_format="{:+.2f}".format) if len(found) else NOTHING_SEARCHED)
 
     return cli.run(parser, act, argv)

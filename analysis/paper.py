@@ -112,8 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
 
     def act(arguments: Any) -> None:
+        runs = cli.read_source(arguments)
         metric = arguments.metric
-        points = mark_front(aggregate(select_cells(cli.read_source(arguments), metric=metric)), metric=metric)
+        points = mark_front(aggregate(select_cells(runs, metric=metric)), metric=metric)
         figure = front_figure(points, metric=metric)
         files = {f"figure.{kind}": figure_bytes(figure, kind) for kind in FORMATS}
         files["table.tex"] = as_latex(points, metric=metric).encode()

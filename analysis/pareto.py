@@ -202,8 +202,9 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_metric(parser)
 
     def act(arguments: Any) -> None:
+        runs = cli.read_source(arguments)
         metric = arguments.metric
-        points = mark_front(aggregate(select_cells(cli.read_source(arguments), metric=metric)), metric=metric)
+        points = mark_front(aggregate(select_cells(runs, metric=metric)), metric=metric)
         columns = [*POINT, BITS, metric, on_test(metric), "num_seeds"]
         print(points.loc[points["on_front"], columns].to_string(index=False))
         print(f"\nHypervolume up to {REFERENCE_BITS:g} bits and {REFERENCE_VALUE[is_maximized(metric)]:g}:")

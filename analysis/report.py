@@ -142,7 +142,7 @@ def _ui_url(arguments: Any) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Write the report and print the table and the headline."""
     parser = cli.source_parser("analysis.report", "Write the report of a sweep and print its headline.")
-    cli.add_metric(parser, stored=True)
+    cli.add_metric(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument(
         "--ui-url",
@@ -152,8 +152,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def act(arguments: Any) -> None:
         runs = cli.read_source(arguments)
-        metric = cli.metric_of_source(arguments, runs)
-        findings = find(runs, sweep=cli.title_of(arguments), metric=metric)
+        findings = find(runs, sweep=cli.title_of(arguments), metric=arguments.metric)
         if arguments.tracking_uri and not arguments.csv:
             findings = add_layers(findings, arguments.tracking_uri)
         findings = replace(findings, ui_url=_ui_url(arguments))

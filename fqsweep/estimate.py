@@ -139,7 +139,9 @@ def _images_text(dataset: DatasetConfig, data_dir: Path | None) -> str:
     if dataset.kind == "synthderm" or _counted(dataset, data_dir) is not None:
         return text
     source = "of the official release" if dataset.kind in OFFICIAL_IMAGES else "assumed"
-    return f"{text} ({source}; --data-dir counts yours)"
+    most = f"at most {dataset.max_images:,} " if dataset.max_images else ""
+    hint = "--data-dir counts yours" if data_dir is None else "its CSV is not in the data folder"
+    return f"{text} ({most}{source}; {hint})"
 
 
 def estimate(space: SearchSpace, *, data_dir: Path | None, num_cores: int) -> Plan:

@@ -145,7 +145,8 @@ class Tracker:
     def _logged_before(self, query: str) -> dict[str, str]:
         """Trial key -> run id of runs that are written; runs that were cut off are removed."""
         logged: dict[str, str] = {}
-        for run in _all_runs(self.client, self.experiment_id, query):
+        # All of them first: what is removed moves the pages that come after it.
+        for run in list(_all_runs(self.client, self.experiment_id, query)):
             key = run.data.tags.get(TAG_KEY)
             if run.info.status != "FINISHED" or key in logged:
                 self.client.delete_run(run.info.run_id)

@@ -107,7 +107,7 @@ MUTANTS = (
     Mutant("fqsweep/quant/moments.py", "num_steps == layer.weight.shape[0] and ", "", MOMENTS),
     Mutant("fqsweep/importance.py", "(stretch_c - 1) * own_nc", "stretch_c * own_nc", IMPORTANCE),
     Mutant("fqsweep/importance.py", "+ shift_c * one_nc", "- shift_c * one_nc", IMPORTANCE),
-    # Weights re-fitted to full precision's outputs.
+    # All layers in one call.
     Mutant(NATIVE, "weight / divisor - offset", "weight / divisor", AT_ONCE),
     Mutant(NATIVE, "level > limit ? limit : level", "level", AT_ONCE),
     Mutant(NATIVE, "? std::numeric_limits<float>::infinity()", "? limit * step", AT_ONCE),
@@ -115,6 +115,8 @@ MUTANTS = (
     Mutant(NATIVE, "low.step_gradient(low_level, low_weight) * (1.0f - share)", "low.step_gradient(low_level, low_weight) * share", AT_ONCE),
     Mutant(NATIVE, "high_level - low_level", "low_level - high_level", AT_ONCE),
     Mutant(NATIVE, "low_passed, high_passed, share", "high_passed, low_passed, share", AT_ONCE),
+    # Weights re-fitted to full precision's outputs.
+    Mutant(REFIT, "off_gpc -= off_gpc.mean", "off_gpc -= 0 * off_gpc.mean", RECONSTRUCTION),
     Mutant(REFIT, "self.wanted.pop(name).sub_(now_gpi)", "now_gpi - self.wanted.pop(name)", RECONSTRUCTION),
     Mutant(REFIT, "keeps_u = quantiser.bits_u > 0", "keeps_u = quantiser.bits_u >= 0", RECONSTRUCTION),
     Mutant(REFIT, "DAMPING * num_places * moment_gi", "DAMPING * moment_gi", RECONSTRUCTION),

@@ -123,9 +123,11 @@ def test_a_plan_names_budgets_in_bits_and_in_bytes() -> None:
 def test_a_plan_says_whose_images_it_counts(tmp_path: Path) -> None:
     space = load_space(find_space("isic2019_cpu"))
     plan = estimate(space, data_dir=None, num_cores=2)
-    assert "25,331 images (of the official release; --data-dir counts yours)" in describe_plan(
-        space, plan, data_dir=tmp_path / "absent"
-    )
+    nowhere, absent = (describe_plan(space, plan, data_dir=folder) for folder in (None, tmp_path / "absent"))
+    assert "25,331 images (of the official release; --data-dir counts yours)" in nowhere
+    assert "25,331 images (of the official release; its CSV is not in the data folder)" in absent
     (tmp_path / "isic2019").mkdir()
     (tmp_path / "isic2019" / "ISIC_2019_Training_GroundTruth.csv").write_text("image,MEL\na,1\nb,0\nc,0\n")
     assert "isic2019, 3 images, at 48 px" in describe_plan(space, plan, data_dir=tmp_path)
+    few = space.model_copy(update={"datasets": (space.datasets[0].model_copy(update={"max_images": 3000}),)})
+    assert "3,000 images (at most 3,000 of the official release" in describe_plan(few, plan, data_dir=None)

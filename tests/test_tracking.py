@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 
 from analysis.load import load_layers
 from fqsweep import spool as spool_module
+from fqsweep import tracking as tracking_module
 from fqsweep.errors import InputError, TrackingError
 from fqsweep.files import SweepPaths
 from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_KEY, TAG_PARENT, TAG_PRUNED, TAG_REASON, TAG_RECOMMENDED
@@ -22,7 +23,11 @@ from fqsweep.tracking import Tracker, default_uri, fetch_model, fetch_space, ope
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> SweepPaths:
-    folder = tmp_path_factory.mktemp("tracking") / "a folder's out"
+    return new_paths(tmp_path_factory.mktemp("tracking"))
+
+
+def new_paths(parent: Path) -> SweepPaths:
+    folder = parent / "a folder's out"
     (folder / "report").mkdir(parents=True)
     (folder / "space.yaml").write_text("name: t")
     (folder / "model.fqs").write_bytes(b"packed")
@@ -178,6 +183,26 @@ def test_a_second_try_after_a_cut_leaves_one_run(paths: SweepPaths) -> None:
         written = book.log_trial(result(cut_off), [], again=True)
         kept = children(paths, book.parent_id)[cut_off]
         assert kept == [begun if cut_off == "FINISHED" else written]
+
+
+def test_runs_that_were_cut_off_hide_none_that_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking_module, "PAGE", 2)
+    paths = new_paths(tmp_path)
+    book = tracker(paths)
+    for number in range(3):
+        book.log_trial(result(f"early {number}"), [])
+        tags = {TAG_PARENT: book.parent_id, TAG_KEY: f"cut {number}"}
+        book.client.create_run(book.experiment_id, tags=tags)
+        book.log_trial(result(f"late {number}"), [])
+    again = tracker(paths)
+    assert set(again.logged) == {f"{when} {number}" for when in ("early", "late") for number in range(3)}
+    again.client.create_run(again.experiment_id, tags={TAG_PARENT: again.parent_id, TAG_KEY: "early 0"})
+    again.end(done=True)
+    assert {key: len(runs) for key, runs in children(paths, book.parent_id).items()} == dict.fromkeys(
+        again.logged, 1
+    )
 
 
 class AwayTracker:

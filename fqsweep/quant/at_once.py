@@ -5,8 +5,8 @@ worked out for a few hundred units at a time. On a GPU with 20 to 60 layers the 
 arithmetic; on a CPU, with small images, what is around it takes half of the time or more. Here that is done once for
 the units of all layers. What remains is an ``Arithmetic``: on GPUs one Triton program a unit of any layer
 (``OneLaunch``), on CPUs one call of a C++ function (``OneCall``), which find a unit's weights through tables of
-addresses, or ``quant.kernels`` in a loop over layers (``EachLayer``). All give the same levels; sums over a unit may
-differ in the last place.
+addresses, or ``quant.kernels`` in a loop over layers (``EachLayer``). All give the same levels at whole widths;
+sums over a unit, and mixes of two levels, may differ in the last place.
 
 Axes: u units of the whole model; ``_u1`` is (u, 1).
 """
@@ -65,7 +65,7 @@ class Arithmetic(Protocol):
 
 
 class AtOnce:
-    """Quantises all layers of a model together; to be made anew when its quantisers change.
+    """Quantises all layers of a model together; to be made anew when its quantisers or their memory layout change.
 
     Args:
         model: with quantisers on its layers (``quant.convert.attach_quantisers``), all of them of one kind.
@@ -135,7 +135,7 @@ class AtOnce:
 def _arithmetic_for(device: torch.device, kernels: Kernels) -> type:
     if device.type != "cpu":
         return OneLaunch
-    return OneCall if kernels is NATIVE else EachLayer
+    return OneCall if kernels == NATIVE else EachLayer
 
 
 def _original(layer: nn.Module) -> nn.Parameter:
@@ -303,10 +303,8 @@ class _InOneGo:
     def _backward(
         self, name: str, grads: Tensors, weights: Tensors, rows: Tensors, *, num_grad_rows: int
     ) -> tuple[Tensors, Tensors]:
-        room, grad_rows = (
-            self.room_for_gradients(weights),
-            [torch.empty_like(rows[0]) for _ in range(num_grad_rows)],
-        )
+        room = self.room_for_gradients(weights)
+        grad_rows = [torch.empty_like(rows[0]) for _ in range(num_grad_rows)]
         layers = [weights, _laid_out_as(grads, weights), room]
         self.launch(name, self.blocks, layers, [*_contiguous(rows), *grad_rows])
         return room, grad_rows
@@ -346,6 +344,8 @@ class OneCall(_InOneGo):
         self.levels = [torch.empty_like(weight, requires_grad=False) for weight in weights]
 
     def room_for_levels(self, weights: Tensors) -> list[torch.Tensor]:
+        pairs = zip(self.levels, weights, strict=True)
+        assert all(level.stride() == weight.stride() for level, weight in pairs), "another memory layout"
         torch.autograd.graph.increment_version(self.levels)
         return [level.detach() for level in self.levels]
 

@@ -1,12 +1,15 @@
 // The quantisers of all layers in one call on a CPU: built, loaded and described by at_once_native.py.
 //
 // Units lie one behind another in blocks of memory; tables of addresses have an entry a layer. Everything is float32.
-// Formulas: quant/levels.py and quant/kernels.py; operations are theirs in their order, so levels are the same to the
-// last bit (compile without contraction). Only sums over a unit are in another order.
+// Formulas: quant/levels.py and quant/kernels.py; operations are theirs in their order, so levels of whole widths are the
+// same to the last bit (compile without contraction). Sums over a unit are in another order, and where torch mixes two
+// levels in one rounding, two are made here.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -49,11 +52,15 @@ inline float between(float low, float high, float share) {
     return share < 0.5f ? low + share * way : high - way * (1.0f - share);
 }
 
-// Calls work(unit) for all units, on as many threads, each with about as many weights.
+// A thread takes longer to start than so many weights take.
+constexpr int64_t WORTH_A_THREAD = 65536;
+
+// Calls work(unit) for all units, on at most as many threads, each with about as many weights.
 template <typename Work>
-void for_units(int64_t num_units, const int64_t* num_u, int64_t num_threads, const Work& work) {
+void for_units(int64_t num_units, const int64_t* num_u, int64_t most_threads, const Work& work) {
     int64_t total = 0;
     for (int64_t unit = 0; unit < num_units; ++unit) total += num_u[unit];
+    const int64_t num_threads = std::min(most_threads, 1 + total / WORTH_A_THREAD);
     std::vector<std::thread> threads;
     int64_t begin = 0, seen = 0;
     for (int64_t part = 1; part <= num_threads; ++part) {
@@ -62,8 +69,15 @@ void for_units(int64_t num_units, const int64_t* num_u, int64_t num_threads, con
         auto run = [=, &work] {
             for (int64_t unit = begin; unit < end; ++unit) work(unit);
         };
-        if (part == num_threads) run();
-        else threads.emplace_back(run);
+        if (part == num_threads) {
+            run();
+        } else {
+            try {
+                threads.emplace_back(run);
+            } catch (const std::system_error&) {  // the machine gives no more: this one does it
+                run();
+            }
+        }
         begin = end;
     }
     for (auto& thread : threads) thread.join();

@@ -47,12 +47,16 @@ def load_library() -> ctypes.CDLL:
         raise NativeBuildError("no C++ compiler found")
     try:
         return _load(_built(compiler, _cache_folder()))
-    except OSError:  # the cache cannot be written, or what lies there not be loaded
+    except (
+        OSError,
+        RuntimeError,
+    ):  # no home, or a cache that cannot be written or from which nothing can be loaded
+        pass
+    try:
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                return _load(_built(compiler, Path(folder)))
-            except OSError as error:
-                raise NativeBuildError(f"what {compiler} made cannot be loaded: {error}") from error
+            return _load(_built(compiler, Path(folder)))
+    except OSError as error:
+        raise NativeBuildError(f"what {compiler} makes cannot be kept or loaded: {error}") from error
 
 
 def _cache_folder() -> Path:
@@ -61,8 +65,8 @@ def _cache_folder() -> Path:
 
 def _built(compiler: str, folder: Path) -> Path:
     """The library in this folder."""
-    source = SOURCE.read_bytes()
-    named = hashlib.sha256(b"\0".join((source, FLAGS.encode(), _version(compiler), _processor().encode())))
+    version = _ask(compiler, "--version").stdout.encode()
+    named = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), FLAGS.encode(), version, _processor().encode())))
     target = folder / f"at_once_native-{named.hexdigest()[:20]}.so"
     if target.exists():
         return target
@@ -70,27 +74,25 @@ def _built(compiler: str, folder: Path) -> Path:
     handle, made = tempfile.mkstemp(dir=folder, suffix=".so")  # its own name: processes may build side by side
     os.close(handle)
     try:
-        reason = ""
         for flags in (f"{FLAGS} {FOR_THIS_PROCESSOR}", FLAGS):
-            command = [compiler, *flags.split(), str(SOURCE), "-o", made]
-            ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS)
+            ended = _ask(compiler, *flags.split(), str(SOURCE), "-o", made)
             if ended.returncode == 0:
                 os.replace(made, target)
                 return target
-            reason = (
-                ended.stderr.strip().splitlines()[0] if ended.stderr.strip() else f"exit {ended.returncode}"
-            )
+        reason = ended.stderr.strip().splitlines()[0] if ended.stderr.strip() else f"exit {ended.returncode}"
         raise NativeBuildError(f"{compiler} does not compile {SOURCE.name}: {reason}")
-    except subprocess.TimeoutExpired as error:
-        raise NativeBuildError(f"{compiler} takes longer than {BUILD_SECONDS} s") from error
     finally:
         Path(made).unlink(missing_ok=True)
 
 
-def _version(compiler: str) -> bytes:
-    return subprocess.run(
-        [compiler, "--version"], capture_output=True, check=False, timeout=BUILD_SECONDS
-    ).stdout
+def _ask(compiler: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [compiler, *options]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=BUILD_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise NativeBuildError(f"{compiler} takes longer than {BUILD_SECONDS} s") from error
 
 
 def _processor() -> str:

@@ -171,7 +171,7 @@ def attach_quantisers(
         bits_u: whole widths of all units.
         learn_bits: ``fracbits`` or ``lsq`` to make the widths learnable, None to keep them.
         smallest: the smallest width that learned bits may have.
-        kernels: eager or compiled arithmetic.
+        kernels: the form of the arithmetic (``quant.kernels``).
     """
     layers = quantisable_layers(model)
     for name, layer_bits in units.split(bits_u).items():

@@ -4,8 +4,8 @@ Eager, every line below is a pass over the weights. Where all layers are quantis
 same formulas stand in C++ for CPUs and in Triton for GPUs. Where they cannot be, ``torch.compile`` makes each
 function one loop that reads the weights once; one compilation serves all shapes, but for layers of one unit and units
 of more than 4,096 weights, which have their own. It is kept for the life of the process, and lies in the compiler's
-cache on disk for the next one. All give the same levels; sums over a unit may differ in the last place, so which of
-them a run uses is part of what determines it.
+cache on disk for the next one. All give the same levels at whole widths; sums over a unit and mixes of two levels may
+differ in the last place, so which of them a run uses is part of what determines it.
 
 Axes: u units (rows), n weights of a unit (columns); ``_u1`` is (u, 1).
 """
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fqsweep.config import KernelChoice
-from fqsweep.quant.at_once_native import NativeBuildError, load_library
+from fqsweep.quant.at_once_native import COMPILERS, NativeBuildError, load_library
 from fqsweep.quant.levels import round_to_levels
 
 Tensors = tuple[torch.Tensor, ...]
@@ -122,12 +122,12 @@ def mix_backward(
     return grad_weight, grad_share_u1, low_step * low_share_u1, high_step * share_u1
 
 
-# --- eager or compiled ---------------------------------------------------------------------------
+# --- in which form ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The four functions above in one of their two forms."""
+    """The four functions above in one of their forms."""
 
     name: str
     quantise: Callable[..., torch.Tensor]
@@ -178,7 +178,7 @@ def _native() -> tuple[Kernels | None, str]:
 @lru_cache(maxsize=4)
 def _compiled(device_type: str) -> tuple[Kernels | None, str]:
     """Compile by use on a small problem; the reason where that fails."""
-    if device_type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+    if device_type == "cpu" and not any(map(shutil.which, COMPILERS)):
         return None, "no C++ compiler found"
     eager: list[Callable[..., Any]] = [quantise, quantise_backward, mix, mix_backward]
     compiled = [_compile(function) for function in eager]

@@ -111,7 +111,10 @@ class Reconstruction:
         weight_gci = original.reshape(len(now_gpi), -1, now_gpi.shape[2])
         off_gpc = off_gpi @ weight_gci.mT
         if mean_is_matched:
-            now_gpi = _centre(now_gpi)  # to which the mean that the outputs are off by is orthogonal
+            now_gpi = _centre(now_gpi)
+            off_gpc -= off_gpc.mean(
+                dim=1, keepdim=True
+            )  # orthogonal to it, but not to the last bits of float32
         moment_gi = _mean_square(now_gpi)
         change_gci = _ridge(now_gpi, off_gpc, moment_gi)
         keeps_u = quantiser.bits_u > 0

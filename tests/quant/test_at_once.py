@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -109,9 +110,9 @@ def test_weights_of_another_precision_are_refused_not_misread(library: None) -> 
 # --- one call ------------------------------------------------------------------------------------
 
 
-def model_of(learn: str | None, *, channels: int = 5) -> nn.Module:
+def model_of(learn: str | None, *, channels: int = 5, classes: int = 7) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.ReLU(), nn.Flatten(), nn.Linear(channels * 36, 7))
+    model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.ReLU(), nn.Flatten(), nn.Linear(channels * 36, classes))
     units = list_units(model, granularity="channel")
     steps = {
         layer.name: choose_steps(
@@ -125,11 +126,11 @@ def model_of(learn: str | None, *, channels: int = 5) -> nn.Module:
 
 @pytest.mark.parametrize("learn", [None, "fracbits"])
 def test_the_number_of_threads_changes_no_bit(library: None, learn: str | None) -> None:
-    model, before = model_of(learn, channels=67), torch.get_num_threads()
+    model, before = model_of(learn, channels=67, classes=200), torch.get_num_threads()  # weights for 8 threads
     assert isinstance(AtOnce(model).arithmetic, OneCall)
     weights = [parameter for name, parameter in model.named_parameters() if name.endswith("original")]
     rows = [
-        torch.rand(67 + 7, 1, generator=torch.Generator().manual_seed(seed))
+        torch.rand(67 + 200, 1, generator=torch.Generator().manual_seed(seed))
         for seed in range(7 if learn else 3)
     ]
     found = []
@@ -215,14 +216,59 @@ def test_a_cache_that_cannot_be_used_costs_a_second_and_nothing_else(
     assert load_library().fqsweep_mix
 
 
+def test_without_a_home_it_is_built_for_this_process(
+    library: None, fresh_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert load_library().fqsweep_mix
+    assert not fresh_build.exists()
+
+
+def test_without_any_place_to_write_to_the_reason_is_said(
+    library: None, fresh_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(at_once_native.tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(NativeBuildError, match="cannot be kept or loaded: .*absent"):
+        load_library()
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (
+            "printf 'kein Platz f\\374r das' >&2; exit 3",
+            "does not compile at_once_native.cpp: kein Platz f.r das",
+        ),
+        ("exec sleep 20", "takes longer than 1 s"),
+    ],
+)
 def test_a_compiler_that_fails_says_why(
-    fresh_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
 ) -> None:
     compiler = tmp_path / "bin" / "g++"
     compiler.parent.mkdir()
-    compiler.write_text("#!/bin/sh\necho 'no space for that' >&2; exit 3\n")
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
-    monkeypatch.setenv("PATH", str(compiler.parent))
-    with pytest.raises(NativeBuildError, match="does not compile at_once_native.cpp: no space for that"):
+    monkeypatch.setenv("PATH", f"{compiler.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(at_once_native, "BUILD_SECONDS", 1)
+    with pytest.raises(NativeBuildError, match=reason):
         load_library()
-    assert not list(fresh_build.iterdir())
+    assert not fresh_build.exists() or not list(fresh_build.iterdir())
+
+
+def test_another_memory_layout_is_noticed(library: None) -> None:
+    model = model_of(None)
+    at_once = AtOnce(model)
+    model.to(memory_format=torch.channels_last)
+    with pytest.raises(AssertionError, match="another memory layout"):
+        at_once.quantise()
+
+
+def test_a_copy_of_a_model_is_quantised_in_one_call_too(library: None) -> None:
+    assert isinstance(AtOnce(copy.deepcopy(model_of(None))).arithmetic, OneCall)

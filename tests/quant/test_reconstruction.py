@@ -348,3 +348,23 @@ def test_steps_that_the_caller_holds_stay_as_they_are() -> None:
     attach_quantisers(rounded, units, steps, np.array(DROPPED))
     reconstruct(rounded, model, image)
     assert all(torch.equal(steps[name].nan_to_num(), given[name].nan_to_num()) for name in given)
+
+
+@pytest.mark.parametrize("places", [12, 300])
+def test_inputs_far_from_zero_cost_no_precision(places: int) -> None:
+    """Their mean is a hundred times what they vary by; float32 must not take one for the other."""
+    generator = torch.Generator().manual_seed(4)
+    model = nn.Sequential(nn.Linear(40, 6))
+    wanted_pi = 100 + torch.randn(places, 40, generator=generator)
+    now_pi = wanted_pi + 0.3 * torch.randn(places, 40, generator=generator) + 5
+    rounded = rounded_copy(model, [4] * 6)
+    before = latent(rounded, "0").double().clone()
+    reconstruction = Reconstruction({"0": wanted_pi[None].clone()}, num_images=places, rule="mse")
+    with torch.no_grad():
+        reconstruction("0", rounded[0], quantisers_of(rounded)["0"], now_pi, True)  # type: ignore[index]
+    centred = (now_pi - now_pi.mean(dim=0)).double()
+    ridge = Ridge(alpha=DAMPING * float(centred.square().sum(dim=0).mean()), fit_intercept=False)
+    off = ((wanted_pi - now_pi).double() @ before.T).numpy()
+    change = torch.from_numpy(ridge.fit(centred.numpy(), off - off.mean(axis=0)).coef_)
+    found = latent(rounded, "0").double() - before
+    assert float((found - change).norm() / change.norm()) < 1e-3

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import timm
@@ -49,6 +51,24 @@ def build_model(
         model = _create(config, num_classes, image_size)
     _check_size(model, config.name, image_size)
     return model
+
+
+def build_untrained(name: str, *, num_classes: int, image_size: int) -> nn.Module:
+    """An architecture with start values, to load weights into: made once a process, and copied.
+
+    Every copy has the same values, and no random number is drawn from the stream of the caller.
+
+    Raises:
+        InputError: as ``build_model``.
+    """
+    return copy.deepcopy(_template(name, num_classes, image_size))
+
+
+@lru_cache(maxsize=2)
+def _template(name: str, num_classes: int, image_size: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_model(ArchitectureConfig(name=name), num_classes=num_classes, image_size=image_size)
 
 
 def _check_known(name: str) -> None:

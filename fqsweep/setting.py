@@ -18,7 +18,7 @@ from fqsweep.data.records import Dataset, Groups
 from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport, score_probabilities
 from fqsweep.files import SweepPaths
-from fqsweep.models import Normalisation, build_model, normalisation_of
+from fqsweep.models import Normalisation, build_untrained, normalisation_of
 from fqsweep.training import predict
 
 EVALUATION_BATCH = 128
@@ -50,8 +50,11 @@ class Setting:
 
     def model_with(self, state: Mapping[str, torch.Tensor]) -> nn.Module:
         """The cell's network with these weights, on the setting's device in eval mode."""
-        untrained = self.cell.architecture.model_copy(update={"pretrained": False})
-        model = build_model(untrained, num_classes=self.num_classes, image_size=self.cell.dataset.image_size)
+        model = build_untrained(
+            self.cell.architecture.name,
+            num_classes=self.num_classes,
+            image_size=self.cell.dataset.image_size,
+        )
         model.load_state_dict(dict(state))
         return model.to(self.device).eval()
 

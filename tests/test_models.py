@@ -11,7 +11,7 @@ from torch import nn
 
 from fqsweep.config import ArchitectureConfig
 from fqsweep.errors import InputError
-from fqsweep.models import build_model, count_macs, normalisation_of, quantisable_layers
+from fqsweep.models import build_model, build_untrained, count_macs, normalisation_of, quantisable_layers
 
 ARCHITECTURES = [
     ("resnet18", 32),
@@ -134,3 +134,17 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     count_macs(model, image_size=8)
     assert model.training and not model.conv._forward_hooks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_networks_to_load_into_are_copies_and_draw_no_random_numbers() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, second = (build_untrained("test_resnet", num_classes=4, image_size=32) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.zero_()
+    third = build_untrained("test_resnet", num_classes=4, image_size=32)
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, third.state_dict()[name]), name
+    assert any(parameter.any() for parameter in third.parameters())

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fqsweep.config import ArchitectureConfig
-from fqsweep.models import Normalisation, build_model
+from fqsweep.models import Normalisation, build_untrained
 from fqsweep.quant.packing import (
     CHECKSUM,
     REMOVED,
@@ -60,10 +59,8 @@ def read_notes(metadata: Mapping[str, str]) -> ModelNotes:
     )
 
 
-def build_untrained(notes: ModelNotes) -> nn.Module:
-    """The network that the notes name, as its architecture says and with start values."""
-    architecture = ArchitectureConfig(name=notes.architecture)
-    return build_model(architecture, num_classes=len(notes.class_names), image_size=notes.image_size)
+def _untrained(notes: ModelNotes) -> nn.Module:
+    return build_untrained(notes.architecture, num_classes=len(notes.class_names), image_size=notes.image_size)
 
 
 def load_model(blob: bytes) -> nn.Module:
@@ -75,7 +72,7 @@ def load_model(blob: bytes) -> nn.Module:
         PackedFileError: the file cannot be read or does not say what it holds.
         InputError: this timm does not know the architecture.
     """
-    return load_weights(build_untrained(read_notes(read_metadata(blob))), unpack_weights(blob))
+    return load_weights(_untrained(read_notes(read_metadata(blob))), unpack_weights(blob))
 
 
 def shrink(blob: bytes) -> bytes:
@@ -91,7 +88,7 @@ def shrink(blob: bytes) -> bytes:
     metadata = read_metadata(blob)
     notes = read_notes(metadata)
     state = unpack_weights(blob)
-    build = partial(build_untrained, notes)
+    build = partial(_untrained, notes)
     small = remove_dropped_channels(
         state, build, image_size=notes.image_size, removable=_removable_channels(notes)
     )
@@ -104,7 +101,7 @@ def shrink(blob: bytes) -> bytes:
 @lru_cache(maxsize=8)
 def _removable_channels(notes: ModelNotes) -> Removable:
     """Traced once a process: a sweep has many trials of one network."""
-    return find_removable(partial(build_untrained, notes), image_size=notes.image_size)
+    return find_removable(partial(_untrained, notes), image_size=notes.image_size)
 
 
 def count_values(state: UnpackedWeights) -> int:

@@ -239,24 +239,25 @@ def test_without_any_place_to_write_to_the_reason_is_said(
 
 
 @pytest.mark.parametrize(
-    ("script", "reason"),
+    ("script", "seconds", "reason"),
     [
         (
             "printf 'kein Platz f\\374r das' >&2; exit 3",
+            60,
             "does not compile at_once_native.cpp: kein Platz f.r das",
         ),
-        ("exec sleep 20", "takes longer than 1 s"),
+        ("exec sleep 20", 1, "takes longer than 1 s"),
     ],
 )
 def test_a_compiler_that_fails_says_why(
-    fresh_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+    fresh_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, seconds: int, reason: str
 ) -> None:
     compiler = tmp_path / "bin" / "g++"
     compiler.parent.mkdir()
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", f"{compiler.parent}:/usr/bin:/bin")
-    monkeypatch.setattr(at_once_native, "BUILD_SECONDS", 1)
+    monkeypatch.setattr(at_once_native, "BUILD_SECONDS", seconds)
     with pytest.raises(NativeBuildError, match=reason):
         load_library()
     assert not fresh_build.exists() or not list(fresh_build.iterdir())

@@ -67,8 +67,7 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
         InputError: with the first data set or architecture that cannot be used.
     """
     from fqsweep.data import dataset_digest, plan_dataset
-    from fqsweep.models import build_model
-    from fqsweep.quant.units import quantisable_layers
+    from fqsweep.models import build_model, quantisable_layers
 
     _check_writable(paths.out)
     digests = {}

@@ -79,9 +79,12 @@ def check_exists(uri: str) -> None:
         raise InputError(f"The tracking URI {uri!r} is a folder: give its database, sqlite:///{uri}/mlflow.db.")
 
 
-def search_runs(client: Any, filter_string: str) -> Iterator[Any]:
-    """All runs of all experiments of an ``MlflowClient`` that match, page by page."""
-    experiments = [e.experiment_id for e in client.search_experiments()]
+def search_runs(client: Any, filter_string: str, *, experiment_id: str | None = None) -> Iterator[Any]:
+    """All runs of an ``MlflowClient`` that match, page by page, of one experiment or of all.
+
+    A run that is removed on the way moves the pages that come after it.
+    """
+    experiments = [experiment_id] if experiment_id else [e.experiment_id for e in client.search_experiments()]
     token: str | None = None
     while experiments:
         page = client.search_runs(experiments, filter_string, max_results=PAGE, page_token=token)

@@ -20,7 +20,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -30,7 +29,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 
 from fqsweep import __version__
@@ -59,6 +58,7 @@ from fqsweep.stores import (
     fetch_space_file,
     find_run,
     is_server,
+    search_runs,
     sqlite_file,
     try_database,
     without_password,
@@ -68,7 +68,6 @@ MAX_BATCH = 900
 MAX_TAG = 5000  # characters of a tag that MLflow takes
 MAX_DIGEST = 36  # characters of a digest that MLflow keeps
 MODEL_FOLDER = "model"  # of a run: its packed model as an MLflow model
-PAGE = 1000
 
 
 class Tracker:
@@ -146,7 +145,7 @@ class Tracker:
         """Trial key -> run id of runs that are written; runs that were cut off are removed."""
         logged: dict[str, str] = {}
         # All of them first: what is removed moves the pages that come after it.
-        for run in list(_all_runs(self.client, self.experiment_id, query)):
+        for run in list(search_runs(self.client, query, experiment_id=self.experiment_id)):
             key = run.data.tags.get(TAG_KEY)
             if run.info.status != "FINISHED" or key in logged:
                 self.client.delete_run(run.info.run_id)
@@ -167,18 +166,6 @@ def _with_bits(metrics: Mapping[str, float], result: TrialResult) -> dict[str, f
     fixed = {BITS: result.metrics[BITS]} if BITS in result.metrics else {}
     learned = {BITS: metrics[LEARNED_BITS]} if LEARNED_BITS in metrics else {}
     return {name: value for name, value in metrics.items() if name != LEARNED_BITS} | (learned or fixed)
-
-
-def _all_runs(client: MlflowClient, experiment_id: str, query: str) -> Iterator[Any]:
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment_id], query, ViewType.ACTIVE_ONLY, max_results=PAGE, page_token=token
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def default_uri(paths: SweepPaths) -> str:
@@ -336,7 +323,7 @@ def publish_report(uri: str, parent_id: str, folder: Path) -> None:
         TAG_REASON: reasons,
     }
     experiment_id = client.get_run(parent_id).info.experiment_id
-    for run in _all_runs(client, experiment_id, f"tags.`{TAG_PARENT}` = '{parent_id}'"):
+    for run in search_runs(client, f"tags.`{TAG_PARENT}` = '{parent_id}'", experiment_id=experiment_id):
         for tag, values in wanted.items():
             value, now = values.get(run.info.run_id), run.data.tags.get(tag)
             if value is not None and value != now:

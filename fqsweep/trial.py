@@ -269,7 +269,8 @@ def _calibrate(
     if not matches_moments(setting.cell):
         return None, {}, None
     matched = images_to_match(setting)
-    refitted = [layer.name for layer in units.layers] if reconstructs(setting.cell) else []
+    refits = reconstructs(setting.cell)
+    refitted = [layer.name for layer in units.layers] if refits else []
     with (
         noting_moments(parent) as moments,
         noting_patches(parent, names=refitted, num_images=len(matched)) as patches,
@@ -277,8 +278,8 @@ def _calibrate(
         parent(matched)
     settings = setting.cell.point.settings
     assert isinstance(settings, UniformMethod | Allocating)
-    before = Reconstruction(patches, num_images=len(matched), rule=settings.scale)
-    return matched, moments, before if patches else None
+    before = Reconstruction(patches, num_images=len(matched), rule=settings.scale) if refits else None
+    return matched, moments, before
 
 
 def images_to_match(setting: Setting) -> torch.Tensor:

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from analysis.load import load_layers
 from fqsweep import spool as spool_module
-from fqsweep import tracking as tracking_module
+from fqsweep import stores
 from fqsweep.errors import InputError, TrackingError
 from fqsweep.files import SweepPaths
 from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_KEY, TAG_PARENT, TAG_PRUNED, TAG_REASON, TAG_RECOMMENDED
@@ -188,7 +188,7 @@ def test_a_second_try_after_a_cut_leaves_one_run(paths: SweepPaths) -> None:
 def test_runs_that_were_cut_off_hide_none_that_was_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking_module, "PAGE", 2)
+    monkeypatch.setattr(stores, "PAGE", 2)
     paths = new_paths(tmp_path)
     book = tracker(paths)
     for number in range(3):

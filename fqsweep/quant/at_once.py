@@ -14,6 +14,7 @@ Axes: u units of the whole model; ``_u1`` is (u, 1).
 from __future__ import annotations
 
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -251,7 +252,7 @@ def _shaped_as(weights: Tensors, values: Tensors) -> list[torch.Tensor]:
     return [value.view(weight.shape) for weight, value in zip(weights, values, strict=True)]
 
 
-class _InOneGo:
+class _InOneGo(ABC):
     """All units of all layers through one function of ``self.launch`` a step; see ``Arithmetic``.
 
     A unit's weights must lie in one block of memory in any order (plain or channels-last layout), because every
@@ -269,13 +270,13 @@ class _InOneGo:
             raise ValueError("weights are read as float32, and some are not")
         self.blocks = Blocks(weights, [len(q.bits_u) for q in quantisers])
 
+    @abstractmethod
+    def room_for_gradients(self, weights: Tensors) -> list[torch.Tensor]:
+        """New tensors of the weights' shapes and layouts, to be filled and handed over."""
+
     def room_for_levels(self, weights: Tensors) -> list[torch.Tensor]:
         """Where the quantised weights go."""
-        raise NotImplementedError
-
-    def room_for_gradients(self, weights: Tensors) -> list[torch.Tensor]:
-        """Where the weights' gradients go, which are handed over."""
-        raise NotImplementedError
+        return self.room_for_gradients(weights)
 
     def quantise(self, weights: Tensors, *rows: torch.Tensor) -> Tensors:
         """See ``Arithmetic``."""
@@ -318,9 +319,6 @@ class OneLaunch(_InOneGo):
 
         super().__init__(weights, quantisers)
         self.launch = at_once_kernels.run
-
-    def room_for_levels(self, weights: Tensors) -> list[torch.Tensor]:
-        return _room_like(weights)
 
     def room_for_gradients(self, weights: Tensors) -> list[torch.Tensor]:
         return _room_like(weights)

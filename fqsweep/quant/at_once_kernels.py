@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fqsweep.quant.blocks import Blocks, addresses_on
+from fqsweep.quant.blocks import Blocks
 
 WEIGHTS_AT_A_TIME = 1024
 # Adding and taking away 1.5 * 2^23 rounds a float32 below 2^22 to the nearest whole number, halves to even.
@@ -161,15 +161,12 @@ def run(
     name: str, blocks: Blocks, layers: Sequence[Sequence[torch.Tensor]], rows: Sequence[torch.Tensor]
 ) -> None:
     """Run a kernel over all units; arguments as ``at_once_native.run``, of a GPU."""
-    weights, *others = layers
-    addresses = [addresses_on([t.data_ptr() for t in tensors], blocks.device) for tensors in others]
     kernel: Any = KERNELS[name]
     kernel[(blocks.num_units,)](
         blocks.layer_u,
         blocks.start_u,
         blocks.num_u,
-        blocks.weight_addresses(weights),
-        *addresses,
+        *blocks.addresses(layers),
         *rows,
         SIZE=WEIGHTS_AT_A_TIME,
     )

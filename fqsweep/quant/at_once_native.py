@@ -6,6 +6,7 @@ which source, for which processor and by which compiler it is.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -23,10 +24,10 @@ from fqsweep.quant.blocks import Blocks
 
 SOURCE = Path(__file__).with_name("at_once_native.cpp")
 COMPILERS = ("g++", "clang++", "c++")
-# Without contraction, as levels would not be those of the eager kernels; what is not a number needs no flags.
-FLAGS = (
-    "-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd -shared -fPIC -pthread"
-)
+LIBRARY = "-std=c++17 -O3 -shared -fPIC -pthread"
+# Without contraction, as levels would not be those of the eager kernels.
+ARITHMETIC = "-ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd"
+FLAGS = f"{LIBRARY} {ARITHMETIC}"
 FOR_THIS_PROCESSOR = "-march=native"  # tried first; not every compiler knows it of every processor
 BUILD_SECONDS = 120
 
@@ -42,21 +43,22 @@ def load_library() -> ctypes.CDLL:
     Raises:
         NativeBuildError: no C++ compiler, or what it made cannot be used.
     """
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    compiler = find_compiler()
     if compiler is None:
         raise NativeBuildError("no C++ compiler found")
-    try:
-        return _load(_built(compiler, _cache_folder()))
-    except (
-        OSError,
-        RuntimeError,
-    ):  # no home, or a cache that cannot be written or from which nothing can be loaded
-        pass
+    # No home (RuntimeError), or a cache that cannot be written or from which nothing can be loaded.
+    with contextlib.suppress(OSError, RuntimeError):
+        return ctypes.CDLL(str(_built(compiler, _cache_folder())))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return _load(_built(compiler, Path(folder)))
+            return ctypes.CDLL(str(_built(compiler, Path(folder))))
     except OSError as error:
         raise NativeBuildError(f"what {compiler} makes cannot be kept or loaded: {error}") from error
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler of this machine; None where there is none."""
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
 
 
 def _cache_folder() -> Path:
@@ -105,10 +107,6 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(told)}))
 
 
-def _load(path: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(path))
-
-
 def run(
     name: str, blocks: Blocks, layers: Sequence[Sequence[torch.Tensor]], rows: Sequence[torch.Tensor]
 ) -> None:
@@ -120,7 +118,6 @@ def run(
         rows: float32 (u, 1), contiguous; the last ones are written where the function gives rows.
     """
     function = getattr(load_library(), f"fqsweep_{name}")
-    tables = [torch.tensor([tensor.data_ptr() for tensor in tensors]) for tensors in layers]
     numbers = (blocks.num_units, torch.get_num_threads())
-    pointers = [blocks.layer_u, blocks.start_u, blocks.num_u, *tables, *rows]
+    pointers = [blocks.layer_u, blocks.start_u, blocks.num_u, *blocks.addresses(layers), *rows]
     function(*map(ctypes.c_int64, numbers), *[ctypes.c_void_p(pointer.data_ptr()) for pointer in pointers])

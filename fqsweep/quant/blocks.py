@@ -32,23 +32,25 @@ class Blocks:
         self.layer_u, self.start_u, self.num_u = (torch.cat(part).to(device) for part in (layer, start, num))
         self.num_units = len(self.layer_u)
         self.device = device
-        self._addresses: tuple[list[int], torch.Tensor] | None = None
+        self._weights: tuple[list[int], torch.Tensor] | None = None
 
-    def weight_addresses(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Addresses of the layers' weights, int64; copied to the device only where they have changed."""
-        found = [weight.data_ptr() for weight in weights]
-        if self._addresses is None or self._addresses[0] != found:
-            self._addresses = (found, addresses_on(found, self.device))
-        return self._addresses[1]
+    def addresses(self, layers: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """Addresses of tensors on the device, int64, a table a list; the host does not wait for the copy.
+
+        Args:
+            layers: lists of a tensor a layer, the first of the weights; those are copied only where they have moved.
+        """
+        weights, *others = [[tensor.data_ptr() for tensor in tensors] for tensors in layers]
+        if self._weights is None or self._weights[0] != weights:
+            self._weights = (weights, self._table(weights))
+        return [self._weights[1], *map(self._table, others)]
+
+    def _table(self, addresses: list[int]) -> torch.Tensor:
+        table = torch.tensor(addresses, dtype=torch.int64)
+        return table if self.device.type == "cpu" else table.pin_memory().to(self.device, non_blocking=True)
 
 
 def _is_dense(weight: torch.Tensor) -> bool:
     return weight.is_contiguous() or (
         weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     )
-
-
-def addresses_on(addresses: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Addresses as an int64 tensor on the device; the host does not wait for the copy."""
-    table = torch.tensor(addresses, dtype=torch.int64)
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)

@@ -13,7 +13,6 @@ Axes: u units (rows), n weights of a unit (columns); ``_u1`` is (u, 1).
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from fqsweep.config import KernelChoice
-from fqsweep.quant.at_once_native import COMPILERS, NativeBuildError, load_library
+from fqsweep.quant.at_once_native import NativeBuildError, find_compiler, load_library
 from fqsweep.quant.levels import round_to_levels
 
 Tensors = tuple[torch.Tensor, ...]
@@ -122,7 +121,7 @@ def mix_backward(
     return grad_weight, grad_share_u1, low_step * low_share_u1, high_step * share_u1
 
 
-# --- in which form ---------------------------------------------------------------------------
+# --- in which form -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def _native() -> tuple[Kernels | None, str]:
 @lru_cache(maxsize=4)
 def _compiled(device_type: str) -> tuple[Kernels | None, str]:
     """Compile by use on a small problem; the reason where that fails."""
-    if device_type == "cpu" and not any(map(shutil.which, COMPILERS)):
+    if device_type == "cpu" and find_compiler() is None:
         return None, "no C++ compiler found"
     eager: list[Callable[..., Any]] = [quantise, quantise_backward, mix, mix_backward]
     compiled = [_compile(function) for function in eager]

@@ -112,9 +112,8 @@ class Reconstruction:
         off_gpc = off_gpi @ weight_gci.mT
         if mean_is_matched:
             now_gpi = _centre(now_gpi)
-            off_gpc -= off_gpc.mean(
-                dim=1, keepdim=True
-            )  # orthogonal to it, but not to the last bits of float32
+            # Orthogonal to what is left, but in float32 not to the last bits.
+            off_gpc -= off_gpc.mean(dim=1, keepdim=True)
         moment_gi = _mean_square(now_gpi)
         change_gci = _ridge(now_gpi, off_gpc, moment_gi)
         keeps_u = quantiser.bits_u > 0

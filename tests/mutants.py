@@ -18,7 +18,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 COPIED = ("fqsweep", "analysis", "tests", "search_spaces", "docs", "pyproject.toml")
-ALLOCATION = ("tests/test_allocation.py",)
+ALLOCATION = ("tests/test_allocation.py", "tests/test_quantile.py")
 FAIRNESS = ("tests/test_fairness.py",)
 TRAINING = ("tests/test_training.py",)
 PACKING = ("tests/quant/test_packing.py",)

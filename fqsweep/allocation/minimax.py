@@ -12,7 +12,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from fqsweep.allocation.hull import EXACT_BELOW_UNITS, Relaxed, fill, relax
 from fqsweep.allocation.problem import Float, Int, spent, weighted_cost, worst_cost
 
-MAX_CUTS = 60
+MAX_CUTS = 200  # after those of single groups; far more than a handful of groups needs
 CUT_TOLERANCE = 1e-4
 
 
@@ -46,7 +46,7 @@ def _cut_planes(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float) -
     best_index, best_value, bound = None, np.inf, -np.inf
     queue = [np.full(num_groups, 1 / num_groups), *(list(np.eye(num_groups)) if num_groups > 1 else [])]
     share_k = np.ones(1)
-    for _ in range(MAX_CUTS):
+    for _ in range(len(queue) + MAX_CUTS):
         weight_g = queue.pop(0)
         relaxed = relax(weighted_cost(cost_gub, weight_g), size_ub, capacity)
         bound = max(bound, relaxed.value + float(weight_g @ offset_g))

@@ -72,16 +72,22 @@ def headlines(points: pd.DataFrame, comparisons: pd.DataFrame, *, metric: str) -
     for panel, part in panels(points):
         lead = leaders(part, metric=metric)
         if not lead.empty:
-            leader = lead.iloc[_headline_row(part, lead, metric=metric)]
-            answers.append(_answer(panel, part, leader, _of_panel(comparisons, panel), metric=metric))
+            answers.append(_answer(panel, part, lead, _of_panel(comparisons, panel), metric=metric))
     return answers
 
 
-def _headline_row(part: pd.DataFrame, lead: pd.DataFrame, *, metric: str) -> int:
-    """The first (smallest) budget within ``HEADLINE_LOSS_FRAC`` of the best validation value, fp32 included."""
-    sign = 1 if is_maximized(metric) else -1
-    best = (sign * part[metric]).max()
-    return int((sign * lead[metric] >= best - HEADLINE_LOSS_FRAC).to_numpy().argmax())
+def _headline(part: pd.DataFrame, lead: pd.DataFrame, *, metric: str) -> tuple[pd.Series, str]:
+    """The leader of the first (smallest) budget that costs little, and a sentence where every budget costs more.
+
+    Little is ``HEADLINE_LOSS_FRAC`` of the best validation value, fp32 included; where none does, the best is shown.
+    """
+    value = lead[metric] if is_maximized(metric) else -lead[metric]
+    best = (part[metric] if is_maximized(metric) else -part[metric]).max()
+    near = (value >= best - HEADLINE_LOSS_FRAC).to_numpy()
+    if near.any():
+        return lead.iloc[int(near.argmax())], ""
+    far = f"No budget comes within {100 * HEADLINE_LOSS_FRAC:g} points of the best {metric}"
+    return lead.iloc[int(value.to_numpy().argmax())], f"{far}: the one that comes nearest is shown."
 
 
 def _of_panel(frame: pd.DataFrame, panel: Sequence[str]) -> pd.DataFrame:
@@ -91,8 +97,9 @@ def _of_panel(frame: pd.DataFrame, panel: Sequence[str]) -> pd.DataFrame:
 
 
 def _answer(
-    panel: tuple[str, ...], part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, metric: str
+    panel: tuple[str, ...], part: pd.DataFrame, leads: pd.DataFrame, pairs: pd.DataFrame, *, metric: str
 ) -> Answer:
+    leader, far = _headline(part, leads, metric=metric)
     budget = str(leader["budget"])
     pairs = pairs[pairs["budget"] == budget]
     serves = "serves the worst group best" if metric.endswith("worst") else f"has the best {metric}"
@@ -100,7 +107,7 @@ def _answer(
     lead = f"only {leader['variant']} was run" if alone else f"{leader['variant']} {serves}"
     figure, reference = _figure(leader, on_test(metric)), _against_reference(part, leader, on_test(metric))
     sentence = f"At {budget_phrase(budget)}, {lead}: {figure}{reference}."
-    evidence = _evidence(part, leader, pairs, metric=metric)
+    evidence = ((far,) if far else ()) + _evidence(part, leader, pairs, metric=metric)
     return Answer(
         panel=panel, budget=budget, variant=str(leader["variant"]), sentence=sentence, evidence=evidence
     )
@@ -116,7 +123,8 @@ def _figure(point: pd.Series, key: str) -> str:
 
 
 def _against_reference(part: pd.DataFrame, leader: pd.Series, key: str) -> str:
-    reference = part[is_full_precision(part)]
+    """How far from full precision; nothing where that is not over the same seeds."""
+    reference = part[is_full_precision(part) & (part["seeds"] == leader["seeds"])]
     if reference.empty or not math.isfinite(reference.iloc[0][key] - leader[key]):
         return ""
     points = 100 * float(leader[key] - reference.iloc[0][key])
@@ -192,7 +200,7 @@ def _image_noise(leader: pd.Series) -> str:
 
 
 def _fewer_seeds(part: pd.DataFrame, leader: pd.Series) -> str:
-    at_budget = _beside(part, leader)
+    at_budget = pd.concat([part[is_full_precision(part)], _beside(part, leader)])
     if at_budget["seeds"].nunique() <= 1:
         return ""
     counts = _listing([f"{v} {n}" for v, n in zip(at_budget["variant"], at_budget["num_seeds"], strict=True)])

@@ -167,6 +167,27 @@ def test_the_headline_names_unequal_seeds():
     assert "Not all variants finished the same seeds" in text
 
 
+def test_the_headline_takes_the_smallest_budget_that_costs_little():
+    fp32 = run_row("fp32", NAN, 0, 0.85)
+    text = sentences(runs_of(fp32, *[run_row("a", bits, 0, 0.80 + bits / 100) for bits in (1, 3, 4, 5)]))
+    assert "At 3 bits per weight" in text and "No budget" not in text
+
+
+def test_the_headline_says_that_every_budget_costs_much_and_takes_the_best():
+    fp32 = run_row("fp32", NAN, 0, 0.85)
+    text = sentences(runs_of(fp32, *[run_row("a", bits, 0, 0.60 + bits / 100) for bits in (1, 8, 4)]))
+    assert "At 8 bits per weight" in text
+    assert "No budget comes within 2 points of the best val/acc_worst" in text
+
+
+def test_the_headline_compares_with_full_precision_over_the_same_seeds_alone():
+    fp32 = [run_row("fp32", NAN, s, v) for s, v in enumerate((0.9, 0.9, 0.6))]
+    text = sentences(runs_of(*fp32, *[run_row("a", 1, s, 0.9) for s in (0, 1)]))
+    assert "full precision." not in text and "(fp32 3 and a 2)" in text
+    text = sentences(runs_of(*fp32[:2], *[run_row("a", 1, s, 0.9) for s in (0, 1)]))
+    assert "0.0 points above full precision." in text
+
+
 def test_full_precision_alone_gives_a_report_and_no_answer(tmp_path):
     findings = find(runs_of(run_row("fp32", NAN, 0, 0.9)), sweep="s", metric=METRIC)
     assert "nothing to compare yet" in summary_text(findings)

@@ -28,12 +28,14 @@ def cost_sentences(runs: pd.DataFrame) -> list[str]:
     """Time, sharing, early stopping and energy in words.
 
     Args:
-        runs: ``load.load_runs``; its ``attrs`` hold what was stopped early and the energy.
+        runs: ``load.load_runs``; its ``attrs`` hold what was stopped early, the time of shared work and the energy.
     """
     total = duration_text(float(runs[TIME].sum(min_count=1)))
-    taken = f"All finished trials took {total} together; shared work such as full-precision training is in the trial "
+    shared_s = runs.attrs.get("shared_s", math.nan)
+    beside = "are not in it" if math.isnan(shared_s) else f"took {duration_text(shared_s)} more"
+    taken = f"All finished trials took {total} together; full-precision training and cost tables, which they share, "
     spared = early_stopping(runs, runs.attrs.get("pruned", []))
-    return [taken + "that did it.", _sharing(runs), *spared, _energy(runs.attrs.get("energy_kwh", math.nan))]
+    return [f"{taken}{beside}.", _sharing(runs), *spared, _energy(runs.attrs.get("energy_kwh", math.nan))]
 
 
 def _sharing(runs: pd.DataFrame) -> str:

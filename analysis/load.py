@@ -3,7 +3,8 @@
 Columns: ``run_id``, ``key``, ``parent_run_id``, ``experiment_id``, ``start_time`` (ms), ``budget``, every
 parameter of ``fqsweep.names.RUN_PARAMS`` and every metric under its full key. What was left out or looks
 odd is in ``frame.attrs["notes"]``, a list of sentences; ``attrs["pruned"]`` are the rows of trials that were stopped
-early, ``attrs["energy_kwh"]`` what the driver's machine counted (NaN: nothing).
+early, ``attrs["energy_kwh"]`` what the driver's machine counted and ``attrs["shared_s"]`` what full-precision parents
+and cost tables took (NaN: not known).
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ from fqsweep.names import (
     KIND_TRIAL,
     NO_VALUE,
     RUN_PARAMS,
+    SHARED_S,
     TAG_KEY,
     TAG_KIND,
     TAG_PARENT,
     TAG_PRUNED,
+    TAG_RETIRED,
     TAG_SWEEP,
     metric_keys,
     selection_of,
@@ -97,6 +100,8 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
         raise _unreadable(tracking_uri, error) from error
     trials = [run for run in children if run.data.tags.get(TAG_KIND) == KIND_TRIAL]
     num_trials = len(trials)
+    retired = [run for run in trials if run.data.tags.get(TAG_RETIRED) == "true"]
+    trials = [run for run in trials if run.data.tags.get(TAG_RETIRED) != "true"]
     # They have no test metrics and take no part.
     pruned = [run for run in trials if run.data.tags.get(TAG_PRUNED) == "true"]
     trials = [run for run in trials if run.data.tags.get(TAG_PRUNED) != "true"]
@@ -109,11 +114,16 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     if len(finished) < len(trials):
         unfinished = [run for run in trials if run.info.status != "FINISHED"]
         notes.append(f"Left out: {_status_counts(unfinished)} of {num_trials} trial runs.")
+    if retired:
+        notes.append(
+            f"Of an earlier version of the search space and left out: {len(retired)} of {num_trials} trial runs."
+        )
     if pruned:
         notes.append(f"Stopped early and left out: {len(pruned)} of {num_trials} trial runs.")
     frame = _typed(pd.DataFrame([_row(run) for run in finished]), notes)
     frame.attrs["pruned"] = [_row(run) for run in pruned]
     frame.attrs["energy_kwh"] = parent.data.metrics.get(ENERGY_KWH, math.nan)
+    frame.attrs["shared_s"] = parent.data.metrics.get(SHARED_S, math.nan)
     return frame
 
 
@@ -230,7 +240,8 @@ def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         for name, f in frames.items()
         for row in f.attrs.get("pruned", [])
     ]
-    joined.attrs["energy_kwh"] = sum(f.attrs.get("energy_kwh", math.nan) for f in frames.values())
+    for what in ("energy_kwh", "shared_s"):
+        joined.attrs[what] = sum(f.attrs.get(what, math.nan) for f in frames.values())
     return joined
 
 
@@ -275,11 +286,12 @@ def _latest_parent(
 
 
 def _no_such_sweep(sweep: str, known: set[str], tracking_uri: str) -> str:
+    store = without_password(tracking_uri, of=tracking_uri)
     if not known:
-        return f"Sweep {sweep!r} must exist, but {tracking_uri!r} holds no sweep at all."
+        return f"Sweep {sweep!r} must exist, but {store!r} holds no sweep at all."
     nearest = difflib.get_close_matches(sweep, sorted(known), n=1, cutoff=0.0)
     listed = ", ".join(repr(name) for name in sorted(known)[:20])
-    return f"Sweep {sweep!r} must exist, but {tracking_uri!r} holds {listed}: use {nearest[0]!r}?"
+    return f"Sweep {sweep!r} must exist, but {store!r} holds {listed}: use {nearest[0]!r}?"
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -92,6 +92,17 @@ def allowed_choices(settings: Allocating, units: UnitTable, choices: tuple[int, 
     return allowed_ub
 
 
+def smallest_mean_bits(settings: Allocating, units: UnitTable) -> float:
+    """The mean bits of the smallest allocation that the method's choices and the limits of layers allow.
+
+    Raises:
+        TrialError: as ``allowed_choices``.
+    """
+    choice_b = np.array(settings.measured_choices)
+    smallest_u = choice_b[allowed_choices(settings, units, settings.measured_choices).argmax(axis=1)]
+    return float(units.num_weights_u @ smallest_u / units.num_weights_u.sum())
+
+
 def _layers_fitting(pattern: str, units: UnitTable, *, option: str) -> list[LayerUnits]:
     by_name = {layer.name: layer for layer in units.layers}
     try:

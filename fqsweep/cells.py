@@ -67,8 +67,10 @@ class MethodPoint(Record):
 
     @property
     def free_weights(self) -> dict[str, WeightRange]:
-        """The weights that Optuna searches."""
-        found = {}
+        """The weights that Optuna searches; none where nothing is fine-tuned with them."""
+        found: dict[str, WeightRange] = {}
+        if isinstance(self.settings, UniformMethod) and not self.settings.finetune[0]:
+            return found
         for name in ("fairness_weight", "bitrate_weight"):
             value = getattr(self.settings, name, None)
             if isinstance(value, WeightRange):
@@ -233,21 +235,16 @@ def trial_key(cell: Cell, *, number: int, weights: dict[str, float]) -> str:
 def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
     """The parameters recorded for a trial: the same keys for every method."""
     settings = cell.point.settings
-    finetunes = not isinstance(settings, Fp32Method) and not (
-        isinstance(settings, UniformMethod) and not settings.finetune[0]
-    )
+    epochs = finetune_epochs(cell)
 
     def option(name: str) -> str:
         if name in weights:
             return f"{weights[name]:.6g}"
         value = getattr(settings, name, None)
-        if value is None or (
-            not finetunes and name in ("fairness_weight", "regulariser", "distillation_weight")
-        ):
+        if value is None or (not epochs and name in ("fairness_weight", "regulariser", "distillation_weight")):
             return NO_VALUE
         return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
 
-    epochs = finetune_epochs(cell)
     return {
         "dataset": cell.dataset.name,
         "architecture": cell.architecture.name,
@@ -311,9 +308,14 @@ def reconstructs(cell: Cell) -> bool:
 
 
 def finetune_epochs(cell: Cell) -> int:
-    """Epochs of fine-tuning in this cell: the method's own, else the recipe's, 0 where it does none."""
-    settings = cell.point.settings
+    """Epochs of fine-tuning in this cell."""
+    return epochs_of(cell.point, cell.recipe)
+
+
+def epochs_of(point: MethodPoint, recipe: TrainingRecipe) -> int:
+    """Epochs of fine-tuning: the method's own, else the recipe's, 0 where it does none."""
+    settings = point.settings
     if isinstance(settings, Fp32Method) or (isinstance(settings, UniformMethod) and not settings.finetune[0]):
         return 0
     own = settings.finetune_epochs
-    return cell.recipe.finetune_epochs if own is None else own
+    return recipe.finetune_epochs if own is None else own

@@ -13,12 +13,16 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fqsweep.cells import method_points
-from fqsweep.config import SearchSpace, content_hash
-from fqsweep.errors import InputError
+from fqsweep.cells import budgets_of, method_points
+from fqsweep.config import Allocating, SearchSpace, content_hash
+from fqsweep.errors import InputError, TrialError
 from fqsweep.files import SweepPaths, write_bytes, write_json
 from fqsweep.space import load_space
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
                 untrained, num_classes=len(samples.class_names), image_size=dataset.image_size, device="meta"
             )
             _check_patterns(space, architecture.name, list(quantisable_layers(model)))
+            _check_budgets(space, architecture.name, model)
             if (
                 isinstance(architecture.pretrained, str)
                 and not Path(architecture.pretrained).expanduser().is_file()
@@ -105,6 +110,28 @@ def _check_patterns(space: SearchSpace, architecture: str, layers: list[str]) ->
                     matching_names(pattern, layers)
                 except ValueError as error:
                     raise InputError(f"{point.variant}: {option}: {error} (of {architecture})") from error
+
+
+def _check_budgets(space: SearchSpace, architecture: str, model: nn.Module) -> None:
+    """Every budget holds what pinned and limited layers take at least."""
+    from fqsweep.assignment import smallest_mean_bits
+    from fqsweep.quant.units import list_units
+
+    for point in method_points(space):
+        settings = point.settings
+        if not isinstance(settings, Allocating):
+            continue
+        try:
+            units = list_units(model, granularity=settings.granularity, exempt=settings.exempt)
+            smallest = smallest_mean_bits(settings, units)
+        except TrialError as error:
+            raise InputError(f"{point.variant}: {error} (of {architecture})") from error
+        for budget_bits, _ in budgets_of(space, point):
+            if budget_bits is not None and budget_bits < smallest * (1 - 1e-9):
+                raise InputError(
+                    f"{point.variant}: a budget of {budget_bits:g} bits is below what pin and limits take of "
+                    f"{architecture} ({smallest:.4g}); raise the budget, or pin and limit less"
+                )
 
 
 def _check_writable(out: Path) -> None:

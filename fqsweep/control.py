@@ -27,6 +27,7 @@ from fqsweep.search import SweepState, cell_stage
 
 # A look at the lock takes it for a moment: a driver that starts waits that long for it.
 LOCK_WAIT_S = 1.0
+HOW_ENDED = {"done": "ended by itself", "stopped": "was stopped", "killed": "was killed"}
 
 
 # --- one driver ----------------------------------------------------------------------------------
@@ -100,6 +101,7 @@ class Status:
 
     Attributes:
         cells: number by state. ``trials``: ended, wanted, of them stopped early, attempts that were lost.
+        driver: who holds the folder now; ``driver_ending``: how the last one ended (``HOW_ENDED``).
         failures: title and reason of each failure, and what could not run because of it.
         running: title, seconds since its start and newest epoch of each running task.
         saved_runs: parents and cost tables that would have been made without sharing, less those that are;
@@ -109,7 +111,7 @@ class Status:
 
     name: str
     driver: str | None
-    driver_ended: bool
+    driver_ending: str
     cells: dict[str, int]
     trials: dict[str, int]
     failures: list[dict[str, Any]]
@@ -129,6 +131,7 @@ def write_plan(paths: SweepPaths, name: str, state: SweepState) -> None:
             "title": c.cell.title,
             "wanted": c.wanted,
             "needs": c.needs,
+            "repeats": c.repeats,
             "cost": state.expected(c.key),
         }
         for c in state.cells
@@ -167,7 +170,7 @@ def look(paths: SweepPaths) -> Status:
     return Status(
         name=plan["name"],
         driver=describe_holder(paths) if held else None,
-        driver_ended=book.ended,
+        driver_ending=book.ending,
         cells=cells,
         trials=trials,
         failures=failures,
@@ -186,10 +189,16 @@ def _by_cell(lines: dict[str, Any]) -> Counter[str]:
 
 def _count_cells(cells: list[dict[str, Any]], book: Ledger, *, held: bool) -> dict[str, int]:
     done, failed, running = _by_cell(book.done), _by_cell(book.failed), _by_cell(book.running)
+    whole = _by_cell({key: line for key, line in book.done.items() if line["event"] == "done"})
+    fruitless = {
+        c["key"] for c in cells if not whole[c["key"]] and done[c["key"]] + failed[c["key"]] >= c["wanted"]
+    }
     counts = dict.fromkeys(("done", "failed", "running", "waiting"), 0)
     for cell in cells:
         key = cell["key"]
-        blocked = done[key] < cell["wanted"] and any(need in book.failed for need in cell["needs"])
+        # Its parent or cost table failed, or the search whose weights it repeats found none.
+        lacking = any(need in book.failed for need in cell["needs"]) or cell.get("repeats") in fruitless
+        blocked = done[key] < cell["wanted"] and lacking
         stage = cell_stage(cell["wanted"], done[key], failed[key] + blocked, running=held and running[key] > 0)
         counts[stage] += 1
     return counts
@@ -257,7 +266,7 @@ def describe(status: Status) -> str:
         f"{trials['ended']} of {trials['wanted']} trials",
         f"driver: {status.driver}"
         if status.driver
-        else f"driver: none runs; the last one {_how_ended(status)}",
+        else f"driver: none runs; the last one {HOW_ENDED.get(status.driver_ending, status.driver_ending)}",
         f"shared: {status.shared_done} of {status.shared_wanted} parents and cost tables made; "
         f"sharing saves {status.saved_runs} such runs",
     ]
@@ -274,10 +283,6 @@ def describe(status: Status) -> str:
         more = f" (blocks {len(failure['blocked'])} cells)" if failure["blocked"] else ""
         lines.append(f"failed: {failure['title']}: {failure['reason']}{more}")
     return "\n".join(lines)
-
-
-def _how_ended(status: Status) -> str:
-    return "ended by itself" if status.driver_ended else "was stopped or killed"
 
 
 # --- cancel and retry ----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The driver's books: state, ledger, studies, MLflow. No Ray, no torch.
 
-Order on the end of a trial: its own folder (by the worker), the study, the ledger, MLflow (by the spool's thread).
-Each step can be found done or not done at the next start.
+Order on the end of a trial: its own folder (by the worker), the study, the ledger; MLflow meanwhile, by the spool's
+thread. Each step can be found done or not done at the next start.
 """
 
 from __future__ import annotations
@@ -202,6 +202,8 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
                     driver.note_end(task, result, 0.0)
             elif task.key in book.failed:
                 driver.state.adopt_failure(task, str(book.failed[task.key].get("reason", "")))
+            elif task.weights and cell.repeats is None and studies.try_again(cell.cell, task.number):
+                driver.paths.checkpoint(task.key).unlink(missing_ok=True)  # the next try has another key
 
 
 def _whole(paths: SweepPaths, task: Task) -> Path:

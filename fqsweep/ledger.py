@@ -1,8 +1,8 @@
 """The ledger of a sweep: what happened, one JSON line an event, written by the driver alone; and reading it back.
 
-Events: ``begin`` and ``end`` of a driver; of a task ``start`` (not synced: it only shows what runs), ``done``,
-``pruned``, ``lost`` (an attempt failed, the task comes again), ``failed`` (for good), ``retry`` (a failure was
-cleared by ``fqsweep retry``). No torch, no Ray.
+Events: ``begin`` and ``end`` of a driver (``how``: ``done`` or ``stopped``); of a task ``start`` (not synced: it
+only shows what runs), ``done``, ``pruned``, ``lost`` (an attempt failed, the task comes again), ``failed`` (for
+good), ``retry`` (a failure was cleared by ``fqsweep retry``). No torch, no Ray.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Ledger:
         done: lines of tasks that are done or were stopped early.
         failed: lines of tasks that failed for good and were not cleared.
         running: lines of tasks that started under the last driver and have not ended.
-        begin: the last driver's first line; ``ended`` says whether it wrote its last.
+        begin: the last driver's first line; ``ending``: ``done``, ``stopped``, or ``killed`` where it wrote no last.
     """
 
     done: dict[str, Line] = field(default_factory=dict)
@@ -53,7 +53,14 @@ class Ledger:
     running: dict[str, Line] = field(default_factory=dict)
     num_lost: int = 0
     begin: Line | None = None
-    ended: bool = False
+    ending: str = "killed"
+
+    @property
+    def shared_s(self) -> float:
+        """What full-precision parents and cost tables took together."""
+        return float(
+            sum(line.get("seconds", 0.0) for line in self.done.values() if line.get("kind") != "trial")
+        )
 
 
 def replay(lines: Iterable[Line]) -> Ledger:
@@ -75,9 +82,9 @@ def replay(lines: Iterable[Line]) -> Ledger:
         elif event == "lost":
             book.num_lost += 1
         elif event == "begin":
-            book.begin, book.ended, book.running = line, False, {}
+            book.begin, book.ending, book.running = line, "killed", {}
         elif event == "end":
-            book.ended, book.running = True, {}
+            book.ending, book.running = str(line.get("how", "done")), {}
     return book
 
 

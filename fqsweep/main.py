@@ -218,11 +218,11 @@ def _run(options: argparse.Namespace) -> int:
                 tracking_uri=options.tracking_uri,
                 address=options.address,
                 max_concurrent=options.max_concurrent,
-                command=(*shlex.split(_own_command()), *sys.argv[1:]),
+                command=(*shlex.split(_own_command()), *_own_arguments(options.tracking_uri)),
             )
         )
     except KeyboardInterrupt as error:
-        again = f"{_own_command()} {shlex.join(sys.argv[1:])}"
+        again = f"{_own_command()} {shlex.join(_own_arguments(options.tracking_uri))}"
         raise SweepInterrupted(f"stopped; what is finished is kept in {out}. To go on: {again}") from error
     if summary.counts["done"]:
         metric = selection_of(space.search.objectives)
@@ -253,6 +253,7 @@ def _print_end(options: argparse.Namespace, out: Path, uri: str, counts: dict[st
     )
     if counts["done"]:
         print(f"report:   {(out / 'report' / 'report.html').resolve()}")
+    uri = without_password(uri, of=uri)
     print(f"tracking: {uri}")
     where = f"--tracking-uri {shlex.quote(uri)}" if options.tracking_uri else f"--out {shlex.quote(str(out))}"
     print(f"open the MLflow UI with: {_own_command()} ui {where}")
@@ -263,6 +264,11 @@ def _own_command() -> str:
     if Path(sys.argv[0]).name == "main.py":
         return f"{shlex.quote(sys.executable)} {shlex.quote(sys.argv[0])}"
     return "fqsweep" if shutil.which("fqsweep") else shlex.quote(sys.argv[0])
+
+
+def _own_arguments(tracking_uri: str | None) -> list[str]:
+    """What this program was called with, to be shown and kept: without the password of a tracking URI."""
+    return [without_password(word, of=tracking_uri or "") for word in sys.argv[1:]]
 
 
 def _report(uri: str, sweep: str, out: Path, *, metric: str | None, parent_id: str | None) -> None:

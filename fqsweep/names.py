@@ -116,12 +116,14 @@ TAG_KEY = "fqsweep.key"
 TAG_SWEEP = "fqsweep.sweep"
 TAG_KIND = "fqsweep.kind"
 TAG_PRUNED = "pruned"
+TAG_RETIRED = "retired"  # its cell is no longer in the search space
 TAG_FRONT = "front"
 TAG_RECOMMENDED = "recommended"
 TAG_REASON = "recommended.reason"
 TAG_PARENT = "mlflow.parentRunId"
 # Of the parent run: what the counters of the driver's machine added up to, GPUs and CPU packages together.
 ENERGY_KWH = "energy/counted_kwh"
+SHARED_S = "time/shared_s"  # of the parent run: what parents and cost tables took together
 BITS = "bits/mean_weight"
 LEARNED_BITS = "bits/learned_mean"  # of an epoch, while bits are learned
 KIND_SWEEP = "sweep"

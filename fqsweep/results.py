@@ -17,7 +17,7 @@ class TrialResult:
         metrics: every key of ``names.metric_keys`` and the groups' own; all finite.
         history: one mapping an epoch of this trial's own training (the parent's for fp32).
         layers: one row a layer, columns ``trial.BITS_COLUMNS``.
-        pruned: the trial was stopped early: ``metrics`` holds validation of its last epoch and times alone.
+        pruned: the trial was stopped early: ``metrics`` holds its time alone, ``history`` its epochs so far.
     """
 
     key: str

@@ -358,7 +358,7 @@ class SweepState:
         ended = self.done | self.failed
         left = sum(self._cost[key] for key in self.shared if key not in ended)
         for state in self.cells:
-            left += (state.wanted - state.done - state.failed) * self._cost[state.key]
+            left += max(0, state.wanted - state.done - state.failed) * self._cost[state.key]
         running = list(self.running.values())
         return left - 0.5 * sum(self._cost[t.cell.key if t.kind == "trial" else t.key] for t in running)
 

@@ -17,14 +17,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fqsweep.cells import budgets_of, expand_cells, method_points, points_of
-from fqsweep.config import (
-    Allocating,
-    Fp32Method,
-    SearchConfig,
-    SearchSpace,
-    UniformMethod,
-)
+from fqsweep.cells import MethodPoint, budgets_of, epochs_of, expand_cells, method_points, points_of
+from fqsweep.config import Allocating, SearchConfig, SearchSpace
 from fqsweep.errors import InputError
 from fqsweep.names import METHODS
 
@@ -247,24 +241,32 @@ def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
     yield from _check_unique(("budgets_bits",), [f"{b:g}" for b in space.budgets_bits])
     yield from _check_unique(("budgets_bytes",), [str(b) for b in space.budgets_bytes])
     yield from _check_unique(("methods",), [point.variant for point in method_points(space)])
+    yield from _check_unique(("search", "objectives"), list(space.search.objectives))
     yield from _check_distinct_rows(space)
     for index, method in enumerate(space.methods):
-        if isinstance(method, Fp32Method | UniformMethod):
-            continue
         for point in points_of(method):
-            settings = point.settings
-            assert isinstance(settings, Allocating)
-            if not budgets_of(space, point):
-                yield ("methods", index), f"{point.method} spends a budget: give budgets_bits or budgets_bytes"
-            smallest = min(settings.choices)
-            own: Location = ("methods", index, "budgets_bits") if settings.budgets_bits else ("budgets_bits",)
-            for place, (budget, _) in enumerate(budgets_of(space, point)):
-                if budget is not None and budget < smallest:
-                    text = f"budget {budget:g} is below the smallest bit choice of {point.variant} ({smallest})"
-                    yield (
-                        (*own, place),
-                        f"{text}; raise it, add smaller choices, or give the method budgets_bits",
-                    )
+            yield from _check_row(space, point, index)
+
+
+def _check_row(space: SearchSpace, point: MethodPoint, index: int) -> Iterator[tuple[Location, str]]:
+    """A row has epochs for the weights that it searches, and budgets that its choices can keep."""
+    if point.free_weights and not epochs_of(point, space.recipe):
+        free = " and ".join(point.free_weights)
+        yield ("methods", index), f"{point.variant} is not fine-tuned: {free} must be a number, not a range"
+    settings = point.settings
+    if not isinstance(settings, Allocating):
+        return
+    own: Location = ("methods", index)
+    for name in ("budgets_bits", "budgets_bytes"):
+        yield from _check_unique((*own, name), [f"{b:g}" for b in getattr(settings, name) or ()])
+    if not budgets_of(space, point):
+        yield own, f"{point.method} spends a budget: give budgets_bits or budgets_bytes"
+    smallest = min(settings.choices)
+    where: Location = (*own, "budgets_bits") if settings.budgets_bits else ("budgets_bits",)
+    for place, (budget, _) in enumerate(budgets_of(space, point)):
+        if budget is not None and budget < smallest:
+            text = f"budget {budget:g} is below the smallest bit choice of {point.variant} ({smallest})"
+            yield (*where, place), f"{text}; raise it, add smaller choices, or give the method budgets_bits"
 
 
 def _check_repeat_seeds(space: SearchSpace) -> Iterator[tuple[Location, str]]:

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from fqsweep.cells import Cell
 from fqsweep.config import SearchConfig, WeightRange, content_hash
 from fqsweep.files import write_bytes
-from fqsweep.names import metric_of
+from fqsweep.names import metric_of, selection_of
 
 WARM_START = "fqsweep:warm_start"
 
@@ -80,6 +80,23 @@ class OptunaStudies:
         self._study(cell).tell(number, state=TrialState.FAIL, skip_if_finished=True)
         self._let_go(cell)
 
+    def try_again(self, cell: Cell, number: int) -> bool:
+        """The values of a trial that failed come again, once, under a number of their own.
+
+        Returns:
+            whether the trial had failed.
+        """
+        study = self._study(cell)
+        trials = study.get_trials(deepcopy=False)
+        if trials[number].state != TrialState.FAIL:
+            return False
+        wanted = trials[number].params
+        if wanted not in (
+            later.system_attrs.get("fixed_params", later.params) for later in trials[number + 1 :]
+        ):
+            study.enqueue_trial(dict(wanted))
+        return True
+
     def _let_go(self, cell: Cell) -> None:
         """A study whose trials have all ended is in the journal; a sweep may have thousands, each with a sampler."""
         trials = self._study(cell).get_trials(deepcopy=False)
@@ -125,9 +142,10 @@ class OptunaStudies:
         return sorted(others, key=lambda other: abs(math.log((other.budget_bits or budget) / budget)))
 
     def _worth(self, values: list[float]) -> float:
-        """The first objective on ``val/``, else the first; more is better."""
+        """The objective that chooses between runs, else the first; more is better."""
         keys = self.config.objectives
-        place = next((n for n, key in enumerate(keys) if key.startswith("val/")), 0)
+        chooses = selection_of(keys)
+        place = keys.index(chooses) if chooses in keys else 0
         return values[place] if _direction(keys[place]) == "maximize" else -values[place]
 
     def _study(self, cell: Cell) -> optuna.Study:

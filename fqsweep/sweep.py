@@ -47,15 +47,16 @@ from fqsweep.faults import is_no_space, no_space
 from fqsweep.files import SweepPaths
 from fqsweep.forgetting import ForgetfulProgress, ForgetfulScheduler
 from fqsweep.gpus import MOST_TASKS_A_GPU, GpuShares
-from fqsweep.ledger import note_driver
+from fqsweep.ledger import note_driver, read_ledger
 from fqsweep.machine import MachineWatch
+from fqsweep.names import SHARED_S
 from fqsweep.progress import Display
 from fqsweep.search import plan_sweep
 from fqsweep.space import load_space
 from fqsweep.spool import Spool
 from fqsweep.studies import OptunaStudies
 from fqsweep.tasks import Outcome, Task
-from fqsweep.tracking import Tracker, default_uri, open_tracker
+from fqsweep.tracking import Tracker, default_uri, open_tracker, reaching
 
 TICK_S = 1.0
 LOOK_AT_RAY_S = 5.0
@@ -179,22 +180,28 @@ def _run(options: SweepOptions) -> SweepSummary:
             costs=costs,
             shares=GpuShares(space.resources.gpus_per_trial, total=0),
         )
+        how = "stopped"
         try:
             adopt_finished(driver, studies)
+            with reaching(uri):
+                tracker.retire_all_but(state.done)
             if not state.finished:
                 with _watching(tracker, paths):
                     _run_with_ray(driver, space, options)
             if driver.trouble is not None:
                 raise driver.trouble
             driver.spool.finish()
+            how = "done"
         finally:
             driver.spool.stop()
             with contextlib.suppress(OSError):  # a full disk must not hide what it ended
-                note_driver(paths, "end")
+                note_driver(paths, "end", how=how)
         failures = [f"{failure.task.title}: {failure.reason}" for failure in state.failures]
         failures += [f"{title}: its prerequisite failed" for f in state.failures for title in f.blocked]
-        tracker.log_numbers({f"cells/{name}": float(number) for name, number in state.counts().items()})
-        tracker.end(done=not failures)
+        with reaching(uri):
+            tracker.log_numbers({f"cells/{name}": float(number) for name, number in state.counts().items()})
+            tracker.log_numbers({SHARED_S: read_ledger(paths).shared_s})
+            tracker.end(done=not failures)
     return SweepSummary(counts=state.counts(), failures=failures, tracking_uri=uri, parent_id=tracker.parent_id)
 
 

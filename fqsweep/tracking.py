@@ -16,9 +16,10 @@ import os
 import sqlite3
 import subprocess
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -33,7 +34,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunS
 from mlflow.exceptions import MlflowException
 
 from fqsweep import __version__
-from fqsweep.errors import InputError
+from fqsweep.errors import InputError, TrackingError
+from fqsweep.faults import is_no_space
 from fqsweep.files import SweepPaths, write_bytes
 from fqsweep.names import (
     BITS,
@@ -49,10 +51,12 @@ from fqsweep.names import (
     TAG_PRUNED,
     TAG_REASON,
     TAG_RECOMMENDED,
+    TAG_RETIRED,
     TAG_SWEEP,
 )
 from fqsweep.results import TrialResult
 from fqsweep.stores import (
+    ARTIFACTS,
     check_exists,
     fetch_artifact,
     fetch_space_file,
@@ -78,6 +82,8 @@ class Tracker:
         self.experiment_id = experiment_id
         self.parent_id = parent_id
         self.sweep = sweep
+        self.retired: set[str] = set()
+        self._here = threading.Lock()  # over what is known of runs that are there: two threads look at them
         self.logged = self._logged_before(f"tags.`{TAG_PARENT}` = '{parent_id}'")
 
     def log_trial(self, result: TrialResult, files: Sequence[Path], *, again: bool = False) -> str | None:
@@ -90,6 +96,8 @@ class Tracker:
             query = f"tags.`{TAG_PARENT}` = '{self.parent_id}' and tags.`{TAG_KEY}` = '{result.key}'"
             self.logged |= self._logged_before(query)
         if result.key in self.logged:
+            with self._here:
+                self._retire(result.key, is_over=False)
             return None
         tags = {
             TAG_PARENT: self.parent_id,
@@ -119,6 +127,20 @@ class Tracker:
         self.client.set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED), end_time=now)
         self.logged[result.key] = run_id
         return run_id
+
+    def retire_all_but(self, keys: Collection[str]) -> None:
+        """Tag the runs of trials that the search space no longer has, and take the tag from those that are back."""
+        for key in list(self.logged):
+            with self._here:
+                self._retire(key, is_over=key not in keys)
+
+    def _retire(self, key: str, *, is_over: bool) -> None:
+        if is_over and key not in self.retired:
+            self.client.set_tag(self.logged[key], TAG_RETIRED, "true")
+            self.retired.add(key)
+        elif not is_over and key in self.retired:
+            self.client.delete_tag(self.logged[key], TAG_RETIRED)
+            self.retired.discard(key)
 
     def log_numbers(self, numbers: Mapping[str, float], step: int = 0) -> None:
         """Metrics of the sweep as a whole, on the parent run."""
@@ -151,6 +173,8 @@ class Tracker:
                 self.client.delete_run(run.info.run_id)
             elif key is not None:
                 logged[key] = run.info.run_id
+                if TAG_RETIRED in run.data.tags:
+                    self.retired.add(key)
         return logged
 
 
@@ -228,11 +252,14 @@ def _experiment(client: MlflowClient, uri: str, paths: SweepPaths) -> str:
     if found is not None:
         if found.lifecycle_stage != "active":
             raise InputError(
-                f"experiment {DEFAULT_EXPERIMENT!r} at {uri} is deleted; restore it or use another URI"
+                f"experiment {DEFAULT_EXPERIMENT!r} at {without_password(uri, of=uri)} is deleted; restore it or use "
+                "another URI"
             )
         return str(found.experiment_id)
     # With a database alone the artifacts would follow the working directory; a server has a place of its own.
-    location = None if is_server(uri) else paths.artifacts.resolve().as_uri()
+    file = sqlite_file(uri)
+    beside = paths.artifacts if file is None else file.parent / ARTIFACTS
+    location = None if is_server(uri) else beside.resolve().as_uri()
     kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI has another page for language models
     return str(client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=location, tags=kind))
 
@@ -242,14 +269,23 @@ def _parent(client: MlflowClient, experiment_id: str, sweep: str, paths: SweepPa
     noted = paths.out / "parent_run.txt"
     if noted.exists():
         parent_id = noted.read_text().strip()
-        with contextlib.suppress(MlflowException):
-            client.get_run(parent_id)
+        if _is_active(client, parent_id):
             client.update_run(parent_id, status="RUNNING")
             return parent_id
     tags = {TAG_KIND: KIND_SWEEP, TAG_SWEEP: sweep, **_who()}
     parent_id = str(client.create_run(experiment_id, tags=tags, run_name=sweep).info.run_id)
     write_bytes(noted, parent_id.encode())
     return parent_id
+
+
+def _is_active(client: MlflowClient, run_id: str) -> bool:
+    """Whether a run is there. That a store does not answer is no word that it is not."""
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
 
 
 def _log_facts(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) -> None:
@@ -300,6 +336,26 @@ def _log_data(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) ->
         client.log_inputs(parent_id, datasets=inputs)
 
 
+@contextlib.contextmanager
+def reaching(uri: str) -> Iterator[None]:
+    """What goes wrong at the store is said in one line that tells how to go on.
+
+    Raises:
+        TrackingError: the store did not answer or refused; results are in the output folder.
+        OSError: ``errno.ENOSPC``: the disk of its database is full.
+    """
+    try:
+        yield
+    except Exception as error:  # what the store raises: MLflow, SQLAlchemy, requests
+        if is_no_space(error):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrackingError(
+            f"MLflow at {without_password(uri, of=uri)} did not take it: {without_password(first, of=uri)}\n"
+            "every finished trial is kept in the output folder; when MLflow is back, run the same command again"
+        ) from error
+
+
 def publish_report(uri: str, parent_id: str, folder: Path) -> None:
     """Put the report on the parent run, its answer as the description, and tag the front's and the recommended runs.
 
@@ -308,30 +364,34 @@ def publish_report(uri: str, parent_id: str, folder: Path) -> None:
 
     Args:
         folder: with ``front.csv`` (columns ``on_front`` and ``run_ids``), ``recommended.json`` and ``answer.md``.
+
+    Raises:
+        TrackingError, OSError: see ``reaching``.
     """
-    client = MlflowClient(tracking_uri=uri)
-    for file in sorted(folder.iterdir()):
-        if file.is_file():
-            client.log_artifact(parent_id, str(file))
-    client.set_tag(
-        parent_id, "mlflow.note.content", (folder / "answer.md").read_text(encoding="utf-8")[:MAX_TAG]
-    )
-    reasons = _recommended_runs(folder)
-    wanted = {
-        TAG_FRONT: _runs_on_front(folder),
-        TAG_RECOMMENDED: dict.fromkeys(reasons, "true"),
-        TAG_REASON: reasons,
-    }
-    experiment_id = client.get_run(parent_id).info.experiment_id
-    for run in search_runs(client, f"tags.`{TAG_PARENT}` = '{parent_id}'", experiment_id=experiment_id):
-        for tag, values in wanted.items():
-            value, now = values.get(run.info.run_id), run.data.tags.get(tag)
-            if value is not None and value != now:
-                client.set_tag(run.info.run_id, tag, value)
-            elif value is None and now is not None:
-                client.delete_tag(run.info.run_id, tag)
-    for run_id in reasons:
-        _add_model(client, run_id)
+    with reaching(uri):
+        client = MlflowClient(tracking_uri=uri)
+        for file in sorted(folder.iterdir()):
+            if file.is_file():
+                client.log_artifact(parent_id, str(file))
+        client.set_tag(
+            parent_id, "mlflow.note.content", (folder / "answer.md").read_text(encoding="utf-8")[:MAX_TAG]
+        )
+        reasons = _recommended_runs(folder)
+        wanted = {
+            TAG_FRONT: _runs_on_front(folder),
+            TAG_RECOMMENDED: dict.fromkeys(reasons, "true"),
+            TAG_REASON: reasons,
+        }
+        experiment_id = client.get_run(parent_id).info.experiment_id
+        for run in search_runs(client, f"tags.`{TAG_PARENT}` = '{parent_id}'", experiment_id=experiment_id):
+            for tag, values in wanted.items():
+                value, now = values.get(run.info.run_id), run.data.tags.get(tag)
+                if value is not None and value != now:
+                    client.set_tag(run.info.run_id, tag, value)
+                elif value is None and now is not None:
+                    client.delete_tag(run.info.run_id, tag)
+        for run_id in reasons:
+            _add_model(client, run_id)
 
 
 def _add_model(client: MlflowClient, run_id: str) -> None:
@@ -423,5 +483,6 @@ def fetch_space(uri: str, run_id: str, folder: Path) -> tuple[Path, dict[str, st
         try:
             file = fetch_space_file(client, uri, run.data.tags[TAG_PARENT], str(folder))
         except (MlflowException, OSError, LookupError) as error:
-            raise InputError(f"the sweep of run {run_id} at {uri} cannot be found: {error}") from error
+            where = without_password(uri, of=uri)
+            raise InputError(f"the sweep of run {run_id} at {where} cannot be found: {error}") from error
     return file, dict(run.data.params)

@@ -18,7 +18,7 @@ from fqsweep.baseline import ensure_baseline, ensure_importance
 from fqsweep.cells import finetune_epochs, run_params
 from fqsweep.faults import limit_time, outcome_of
 from fqsweep.files import AttemptPaths, SweepPaths, append_line, publish, read_lines, write_json
-from fqsweep.results import TrialResult
+from fqsweep.results import TrialResult, read_result
 from fqsweep.setting import open_setting
 from fqsweep.stopping import is_unpromising
 from fqsweep.tasks import Ending, Outcome, Task
@@ -93,7 +93,7 @@ def perform(
         log = LogFile(paths.log(task.key))
         log.note(f"start: {task.title}")
         torch.set_num_threads(num_threads)
-        if device.startswith("cuda"):
+        if device.startswith("cuda") and torch.cuda.is_available():  # without one the task itself says so
             torch.cuda.reset_peak_memory_stats()
         with limit_time(paths.log(task.key), time_limit_s):
             ending = _do(task, paths=paths, data_dir=data_dir, device=device, log=log)
@@ -118,6 +118,11 @@ def _peak_gpu_frac(device: str) -> float:
 
 
 def _do(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: str, log: LogFile) -> Ending:
+    if task.kind == "trial" and paths.result(task.key).exists():
+        log.note(
+            "done before: its result stands"
+        )  # a repeat whose search was longer this time and chose the same
+        return "pruned" if read_result(paths.result(task.key)).pruned else "done"
     if task.kind == "trial" and (paths.baseline(task.cell.baseline_key) / "meta.json").exists():
         return _do_trial(task, paths=paths, data_dir=data_dir, device=device)
     setting = open_setting(task.cell, paths=paths, data_dir=data_dir, device=device)

@@ -28,13 +28,16 @@ from engine import (
     write_cheap,
 )
 from lossy_proxy import LossyProxy
+from mlflow import MlflowClient
 from ray_cluster import ClusterProcess
 from small_disk import fill_up, mounted
 from sweeps import child_named, descendants, done_trials, events, parent_of, wait_for, write_tiny
 
 from fqsweep.control import ask_to_stop, clear_failures, look
 from fqsweep.files import SweepPaths
-from fqsweep.names import TAG_KEY
+from fqsweep.names import TAG_KEY, TAG_RETIRED
+from fqsweep.stores import search_runs
+from fqsweep.tracking import default_uri
 
 pytestmark = pytest.mark.slow
 # Two seeds: fp32, uniform, two budgets of static (two trials each) and of baq.
@@ -177,10 +180,18 @@ def test_a_running_sweep_is_seen_from_outside_and_stops_when_asked(
     assert wait_driver(driver) == 130, said(out)
     assert time.monotonic() - start < 15
     status = look(SweepPaths(out))
-    assert status.driver is None and status.driver_ended and status.running == []
+    assert status.driver is None and status.driver_ending == "stopped" and status.running == []
     (out / "go").touch()
     assert run_driver(space, out, address=cluster.address) == 0
     assert_books_agree(space, out, trials=NUM_TRIALS)
+    assert look(SweepPaths(out)).driver_ending == "done"
+    # Runs of cells that left the search space are marked, and are as they were when the cells are back.
+    whole = space.read_text()
+    for text, num_retired in ((whole.replace("seeds: [0, 1]", "seeds: [0]"), NUM_TRIALS // 2), (whole, 0)):
+        space.write_text(text)
+        assert run_driver(space, out, address=cluster.address) == 0
+        client = MlflowClient(default_uri(SweepPaths(out)))
+        assert len(list(search_runs(client, f"tags.{TAG_RETIRED} = 'true'"))) == num_retired
 
 
 def test_a_node_that_dies_gives_its_trials_to_the_others(tmp_path: Path, cluster: ClusterProcess) -> None:

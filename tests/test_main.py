@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,27 @@ def test_a_pattern_that_fits_no_layer_is_refused_before_anything_is_trained(
 
 
 @pytest.mark.usefixtures("checks_here")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            'limits: {"*": {min: 4}}',
+            r"static: a budget of 2 bits is below what pin and limits take of .* \(4\)",
+        ),
+        ('pin: {"*": 3}', r"static: a budget of 2 bits is below what pin and limits take of .* \(3\)"),
+        ('choices: [0, 4], limits: {"*": {min: 1, max: 3}}', r"leave layer .* none of the choices \[0, 4\]"),
+    ],
+)
+def test_a_budget_that_layers_cannot_keep_is_refused_before_anything_is_trained(
+    photos: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    edit(photos, "{method: static}", f"{{method: static, {option}}}")
+    assert run(photos) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (photos / "out" / "ledger.jsonl").exists()
+
+
+@pytest.mark.usefixtures("checks_here")
 def test_data_that_changed_since_the_sweep_began_is_refused(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,12 +315,27 @@ def test_status_of_a_killed_sweep_counts_from_the_ledger(
     assert main(["status", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "1 done, 2 failed, 1 waiting of 4 cells; 1 of 4 trials" in shown
-    assert "driver: none runs; the last one was stopped or killed" in shown
+    assert "driver: none runs; the last one was killed" in shown
     assert "failed: t: loss is nan" in shown and "failed: parent q: no (blocks 1 cells)" in shown
     assert main(["status", str(tmp_path), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert status["cells"] == {"done": 1, "failed": 2, "running": 0, "waiting": 1}
     assert (status["shared_done"], status["shared_wanted"], status["saved_runs"]) == (1, 2, 2)
+
+
+def test_status_of_a_search_without_a_result_calls_what_would_repeat_it_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = begun_sweep(tmp_path)
+    plan = json.loads(paths.plan.read_text())
+    plan["cells"] += [
+        {"key": f"repeat {key}", "title": "r", "wanted": 1, "needs": ["p"], "cost": 2.0, "repeats": key}
+        for key in "abc"
+    ]
+    write_json(paths.plan, plan)
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    # Cell a has a result and b may have one; c failed, and so has nothing to repeat.
+    assert json.loads(capsys.readouterr().out)["cells"] == {"done": 1, "failed": 3, "running": 0, "waiting": 3}
 
 
 def test_status_takes_less_than_two_seconds_of_a_core(tmp_path: Path) -> None:

@@ -146,6 +146,8 @@ def test_what_a_method_does_not_have_is_recorded_as_none(tmp_path: Path) -> None
     plain = run_params(cell_of(space, "fp32"), weights={})
     assert {plain[name] for name in ("budget_bits", "fairness_weight", "importance", "choices")} == {"none"}
     untuned = run_params(cell_of(space, "uniform"), weights={})
+    no_epoch = small_space(tmp_path, ("bitrate_weight: 0.01", "fairness_weight: 0.5\n    finetune_epochs: 0"))
+    assert run_params(cell_of(no_epoch, "baq"), weights={})["fairness_weight"] == "none"
     assert (untuned["fairness_weight"], untuned["budget_bits"], untuned["finetune_epochs"]) == (
         "none",
         "4",
@@ -265,6 +267,25 @@ WRONG = [
     ("seeds: [0, 1]", "seeds: []", "9: seeds: "),
     ("cell: 2}", "cell: 2, repeat_seeds: [1, 5]}", "search.repeat_seeds[0]: 1 stands in seeds too"),
     ("cell: 2}", "cell: 2, repeat_seeds: [5, 5]}", "search.repeat_seeds[1]: '5' stands here twice"),
+    (
+        "cell: 2}",
+        "cell: 2, repeat_seeds: [5], objectives: [bits/mean_weight]}",
+        "give objectives one that rises there, such as val/acc_worst",
+    ),
+    ("cell: 2}", "cell: 2, objectives: []}", "search.objectives: "),
+    ("cell: 2}", "cell: 2, objectives: [val/acc_gap, val/acc_gap]}", "'val/acc_gap' stands here twice"),
+    ("seeds: [0, 1]", "seeds: [0, -1]", "seeds[1]: Input should be greater than or equal to 0"),
+    ("bitrate_weight: 0.01", "budgets_bits: [2, 2.0]", "methods[3].budgets_bits[1]: '2' stands here twice"),
+    (
+        "bitrate_weight: 0.01",
+        "regulariser: none\n    fairness_weight: 0.1",
+        "fairness_weight weighs the regulariser: name one",
+    ),
+    (
+        "start: 0.25}",
+        "start: 0.25}\n    finetune_epochs: 0",
+        "methods[2]: static is not fine-tuned: fairness_weight must be a number, not a range",
+    ),
     ("method: baq", "method: bqa", "method 'bqa' is not known; did you mean 'baq'?"),
     ("  - method: fp32\n", "  - label: x\n", "methods[0]: method is required"),
     ("kind: synthderm", "kind: synthdrem", "kind 'synthdrem' is not known; did you mean 'synthderm'?"),

@@ -157,6 +157,31 @@ def test_a_neighbouring_budget_gives_its_best_weights_to_the_next_study_once(tmp
     assert again.ask(three)[1] not in (asked[1][1], {"fairness_weight": 0.25})
 
 
+def test_the_weights_that_are_repeated_are_those_that_the_report_chooses(tmp_path: Path) -> None:
+    config = SearchConfig(objectives=("val/acc_gap", "val/auc_worst"))
+    cell = searched_cell(small_space(tmp_path))
+    studies = OptunaStudies(config, tmp_path / "journal")
+    asked = [studies.ask(cell)[1] for _ in range(2)]
+    studies.tell(cell, 0, {"val/acc_gap": 0.01, "val/auc_worst": 0.6})
+    studies.tell(cell, 1, {"val/acc_gap": 0.05, "val/auc_worst": 0.9})
+    assert studies.chosen(cell) == asked[1]
+
+
+def test_the_values_of_a_trial_that_failed_come_again_once(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    cell = searched_cell(space)
+    studies = OptunaStudies(space.search, tmp_path / "journal")
+    asked = [studies.ask(cell) for _ in range(3)]
+    studies.tell(cell, 0, METRICS)
+    studies.give_up(cell, 1)
+    again = OptunaStudies(space.search, tmp_path / "journal")
+    assert [again.try_again(cell, number) for number, _ in asked] == [False, True, False]
+    assert again.try_again(cell, 1), "a driver that starts once more asks once more"
+    assert again.ask(cell) == asked[2], "what was running comes first"
+    assert again.ask(cell) == (3, asked[1][1])
+    assert again.ask(cell)[1] not in [weights for _, weights in asked]
+
+
 def test_weights_of_another_seed_are_no_neighbours(tmp_path: Path) -> None:
     space = small_space(tmp_path)
     first, second = [c for c in expand_cells(space) if c.point.free_weights and c.budget_bits == 1]

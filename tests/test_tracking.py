@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from analysis.load import load_layers
 from fqsweep import spool as spool_module
 from fqsweep import stores
 from fqsweep.errors import InputError, TrackingError
 from fqsweep.files import SweepPaths
-from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_KEY, TAG_PARENT, TAG_PRUNED, TAG_REASON, TAG_RECOMMENDED
+from fqsweep.names import (
+    RUN_PARAMS,
+    TAG_FRONT,
+    TAG_KEY,
+    TAG_PARENT,
+    TAG_PRUNED,
+    TAG_REASON,
+    TAG_RECOMMENDED,
+    TAG_RETIRED,
+)
 from fqsweep.results import TrialResult
 from fqsweep.spool import Spool
-from fqsweep.tracking import Tracker, default_uri, fetch_model, fetch_space, open_tracker, publish_report
+from fqsweep.tracking import (
+    Tracker,
+    default_uri,
+    fetch_model,
+    fetch_space,
+    open_tracker,
+    publish_report,
+    reaching,
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +111,70 @@ def test_a_run_that_was_cut_off_is_removed_and_written_anew(paths: SweepPaths) -
 
 def test_the_same_folder_keeps_its_parent_run(paths: SweepPaths) -> None:
     assert tracker(paths).parent_id == tracker(paths).parent_id
+
+
+def test_a_parent_run_that_was_deleted_gets_a_successor(tmp_path: Path) -> None:
+    paths = new_paths(tmp_path)
+    first = tracker(paths)
+    first.client.delete_run(first.parent_id)
+    assert tracker(paths).parent_id != first.parent_id
+    assert tracker(paths).parent_id == tracker(paths).parent_id
+
+
+def test_a_store_that_does_not_answer_is_no_word_that_the_parent_run_is_gone(
+    paths: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent_id = tracker(paths).parent_id
+
+    def away(*_given: object) -> None:
+        raise MlflowException("database is locked", error_code=TEMPORARILY_UNAVAILABLE)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "get_run", away)
+        with pytest.raises(InputError, match="database is locked"):
+            tracker(paths)
+    assert tracker(paths).parent_id == parent_id
+
+
+def test_runs_that_the_search_space_no_longer_has_are_marked_until_they_are_back(tmp_path: Path) -> None:
+    paths = new_paths(tmp_path)
+    book = tracker(paths)
+    for key in ("stays", "goes", "returns"):
+        book.log_trial(result(key), [])
+
+    def retired() -> set[str]:
+        runs = stores.search_runs(book.client, f"tags.{TAG_RETIRED} = 'true'")
+        return {run.data.tags[TAG_KEY] for run in runs}
+
+    book.retire_all_but({"stays"})
+    assert retired() == {"goes", "returns"}
+    again = tracker(paths)
+    assert again.log_trial(result("returns"), []) is None
+    again.retire_all_but({"stays", "returns"})
+    assert retired() == {"goes"}
+    tracker(paths).retire_all_but({"stays", "returns", "goes"})
+    assert retired() == set()
+
+
+def test_what_goes_wrong_at_the_store_is_told_in_one_line_without_a_password() -> None:
+    uri = "http://me:secret@host:5000"
+    expected = pytest.raises(TrackingError, match="MLflow at http://host:5000 did not take it: no answer from")
+    with expected as told, reaching(uri):
+        raise MlflowException(f"no answer from {uri}\nand more")
+    assert "secret" not in str(told.value) and "run the same command again" in str(told.value)
+    with pytest.raises(OSError, match="full"), reaching(uri):
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_files_of_runs_lie_beside_a_database_that_several_sweeps_share(tmp_path: Path) -> None:
+    first, second = (new_paths(tmp_path / name) for name in "ab")
+    for paths in (first, second):
+        uri = f"sqlite:///{tmp_path}/mlflow.db"
+        space = paths.out / "space.yaml"
+        book = open_tracker(uri, paths=paths, sweep="t", space_file=space, facts={})
+        book.log_trial(result("one"), [paths.out / "model.fqs"])
+        assert not paths.artifacts.exists()
+    assert len(list((tmp_path / "mlartifacts").rglob("model.fqs"))) == 2
 
 
 def test_a_report_tags_its_runs_and_takes_old_tags_away(paths: SweepPaths) -> None:

@@ -105,6 +105,14 @@ class Finetuning(Record):
             raise ValueError("reconstruct leaves mean and spread to match_moments: set that to true too")
         return self
 
+    @model_validator(mode="after")
+    def _fairness_weight_has_a_regulariser(self) -> Finetuning:
+        if self.regulariser == "none" and self.fairness_weight != 0:
+            raise ValueError(
+                "fairness_weight weighs the regulariser: name one (gap, group_dro), or leave the weight out"
+            )
+        return self
+
 
 class Fp32Method(Record):
     """The full-precision parent itself."""

@@ -10,10 +10,12 @@ from pydantic import BeforeValidator, Field, model_validator
 from fqsweep.config.datasets import DatasetConfig
 from fqsweep.config.methods import ArchitectureConfig, Budget, BudgetBytes, MethodConfig
 from fqsweep.config.records import Record, named
+from fqsweep.names import DEFAULT_SELECTION, metric_keys, selection_of
 
 KernelChoice = Literal["auto", "eager", "compiled"]
 Schedule = Literal["cosine", "step", "constant"]
 EarlyStopping = Literal["none", "median", "halving"]
+Seed = Annotated[int, Field(ge=0)]
 
 
 class TrainingRecipe(Record):
@@ -73,22 +75,25 @@ class SearchConfig(Record):
     """
 
     trials_per_cell: int = Field(default=4, ge=1)
-    objectives: tuple[str, ...] = ("val/acc_worst", "bits/mean_weight")
+    objectives: tuple[str, ...] = Field(default=("val/acc_worst", "bits/mean_weight"), min_length=1)
     sampler: Literal["tpe", "nsga2"] = "tpe"
     early_stopping: EarlyStopping = "median"
-    repeat_seeds: tuple[int, ...] = ()
-    seed: int = 0
+    repeat_seeds: tuple[Seed, ...] = ()
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _validation_only(self) -> SearchConfig:
-        from fqsweep.names import metric_keys
-
         for key in self.objectives:
             if key.startswith("test/"):
                 raise ValueError(f"{key}: test data may not choose a model; use val/{key[5:]}")
             if key not in metric_keys():
                 near = difflib.get_close_matches(key, metric_keys(), n=3, cutoff=0.5) or metric_keys()
                 raise ValueError(f"{key!r} is no objective; near: {', '.join(near)}")
+        if self.repeat_seeds and selection_of(self.objectives) not in self.objectives:
+            raise ValueError(
+                "repeat_seeds take the weights that are best on validation data: give objectives one that rises "
+                f"there, such as {DEFAULT_SELECTION}"
+            )
         return self
 
 
@@ -122,7 +127,7 @@ class SearchSpace(Record):
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     budgets_bits: tuple[Budget, ...] = ()
     budgets_bytes: tuple[BudgetBytes, ...] = ()
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[Seed, ...] = Field(min_length=1)
     recipe: TrainingRecipe = TrainingRecipe()
     search: SearchConfig = SearchConfig()
     resources: Resources = Resources()

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from synthetic_store import SCRIPT_NAME, Spec, grid, write_sweep
 
 from analysis.load import load_runs
-from fqsweep.names import DEFAULT_EXPERIMENT, TAG_PRUNED
+from fqsweep.names import DEFAULT_EXPERIMENT, TAG_PRUNED, TAG_RETIRED
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         Spec(variant=SCRIPT_NAME, budget_bits="1", seed=2),
         Spec(variant="baq", budget_bits="1", seed=7, status="FAILED"),
         Spec(variant="pruned", budget_bits="1", seed=7, tags={TAG_PRUNED: "true"}),
+        Spec(variant="retired", budget_bits="1", seed=7, tags={TAG_RETIRED: "true"}),
+        Spec(variant="retired", budget_bits="1", seed=7, tags={TAG_RETIRED: "true", TAG_PRUNED: "true"}),
     ]
     parent = write_sweep(client, "small", specs, start_ms=2_000)
     write_sweep(client, "unfinished", [Spec(variant="baq", budget_bits="1", status="FAILED")])

@@ -25,9 +25,15 @@ def stopped(budget_bits: float, seconds: float) -> dict[str, object]:
 
 def test_trials_of_one_network_share_it():
     text = " ".join(cost_sentences(runs()))
-    assert "All finished trials took 23 min together" in text
+    assert "All finished trials took 23 min together" in text and "which they share, are not in it." in text
     assert "4 finished quantised trials start from 2 full-precision networks" in text
     assert "2 more would have been trained" in text
+
+
+def test_the_time_of_shared_work_is_told_beside_that_of_the_trials():
+    known = runs()
+    known.attrs["shared_s"] = 600.0
+    assert "cost tables, which they share, took 10 min more." in cost_sentences(known)[0]
 
 
 def test_early_stopping_spares_what_finished_trials_of_its_kind_took_on_top():

@@ -7,6 +7,7 @@ The driver runs it in a process of its own, because it needs torch and the drive
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -65,7 +66,8 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
     """Everything that can be known to be wrong before a trial starts.
 
     Returns:
-        facts for the parent run: data set name and configuration -> digest of images, labels, groups, splits.
+        facts for the parent run: data set name and configuration -> digest of images, labels, groups, splits; and
+        architecture -> digest of the file of its pretrained weights.
 
     Raises:
         InputError: with the first data set or architecture that cannot be used.
@@ -81,21 +83,22 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
         same = content_hash(dataset.model_dump(mode="json", exclude={"name"}))
         digests[f"data/{dataset.name}/{same}"] = dataset_digest(samples, splits, dataset.image_size)
         for architecture in space.architectures:
+            if isinstance(architecture.pretrained, str):
+                build_model(architecture, num_classes=len(samples.class_names), image_size=dataset.image_size)
+                digests[f"weights/{architecture.name}"] = _digest(Path(architecture.pretrained).expanduser())
             untrained = architecture.model_copy(update={"pretrained": False})
             model = build_model(
                 untrained, num_classes=len(samples.class_names), image_size=dataset.image_size, device="meta"
             )
             _check_patterns(space, architecture.name, list(quantisable_layers(model)))
             _check_budgets(space, architecture.name, model)
-            if (
-                isinstance(architecture.pretrained, str)
-                and not Path(architecture.pretrained).expanduser().is_file()
-            ):
-                raise InputError(
-                    f"architecture {architecture.name}: no file {architecture.pretrained} (pretrained)"
-                )
     _check_unchanged(paths, digests)
     return digests
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_patterns(space: SearchSpace, architecture: str, layers: list[str]) -> None:
@@ -152,8 +155,8 @@ def _check_unchanged(paths: SweepPaths, digests: dict[str, str]) -> None:
     changed = [name for name, digest in digests.items() if before.get(name, digest) != digest]
     if changed:
         raise InputError(
-            f"{', '.join(changed)}: the images or labels have changed since {paths.out} was begun; "
-            "use another --out, or put the data back"
+            f"{', '.join(changed)}: the images, labels or weights have changed since {paths.out} was begun; "
+            "use another --out, or put the files back"
         )
     write_json(noted, {**before, **digests})
 

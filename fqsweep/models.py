@@ -90,10 +90,17 @@ def _create(config: ArchitectureConfig, num_classes: int, image_size: int) -> nn
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
     else:
         options["pretrained"] = config.pretrained
+    before = torch.get_rng_state()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _create_at_size(config.name, options, image_size)
+            model = _create_at_size(config.name, options, image_size)
+            if isinstance(config.pretrained, str):
+                with torch.random.fork_rng(devices=[]):
+                    torch.set_rng_state(before)
+                    start = _create_at_size(config.name, {"num_classes": num_classes}, image_size)
+                _check_all_loaded(model, start, config)
+            return model
     except InputError:
         raise
     except Exception as error:
@@ -107,6 +114,29 @@ def _create(config: ArchitectureConfig, num_classes: int, image_size: int) -> nn
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
             "give a local file, or pretrained: false to train from scratch"
         ) from error
+
+
+def _check_all_loaded(model: nn.Module, start: nn.Module, config: ArchitectureConfig) -> None:
+    """Every weight but the classifier's came from the file: timm passes over names that it does not find.
+
+    Args:
+        start: the network with the same random start values, into which nothing was loaded.
+    """
+    own = model.pretrained_cfg["classifier"]
+    classifier = (own,) if isinstance(own, str) else tuple(own)
+    given = dict(start.named_parameters())
+    random = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and not name.startswith(classifier) and given[name].min() < given[name].max()
+    }
+    untouched = [name for name, parameter in random.items() if torch.equal(parameter, given[name])]
+    if untouched:
+        first = ", ".join(untouched[:3]) + (", ..." if len(untouched) > 3 else "")
+        raise InputError(
+            f"architecture {config.name}: {config.pretrained} holds no weights for {len(untouched)} of "
+            f"{len(random)} layers ({first}); its names must be those of timm's {config.name}, without a prefix"
+        )
 
 
 def _create_at_size(name: str, options: dict[str, object], image_size: int) -> nn.Module:

@@ -89,6 +89,27 @@ def test_a_pretrained_file_that_is_absent_or_no_weights_is_refused(tmp_path: Pat
         build_model(junk, num_classes=2, image_size=32)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_a_pretrained_file_whose_names_do_not_fit_is_refused(tmp_path: Path, name: str) -> None:
+    size = 160 if "vit" in name else 32
+    weights = build_model(ArchitectureConfig(name=name), num_classes=7, image_size=size).state_dict()
+    one = next(key for key, value in weights.items() if key.endswith("weight") and value.ndim > 1)
+    file = tmp_path / "weights.safetensors"
+    config = ArchitectureConfig(name=name, pretrained=str(file))
+    half = {key: value for key, value in weights.items() if key != one}
+    for content in ({f"backbone.{key}": value for key, value in weights.items()}, half):
+        save_file(content, file)
+        with pytest.raises(InputError, match=f"holds no weights for .*{one}.*must be those of timm's {name}"):
+            build_model(config, num_classes=2, image_size=size)
+    save_file(weights, file)
+    torch.manual_seed(3)
+    build_model(config, num_classes=2, image_size=size)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    build_model(ArchitectureConfig(name=name), num_classes=2, image_size=size)
+    assert torch.equal(drawn, torch.rand(1)), "the check draws nothing from the caller's stream"
+
+
 def test_networks_from_scratch_have_a_plain_normalisation_and_pretrained_ones_their_own() -> None:
     assert normalisation_of(ArchitectureConfig(name="resnet18")).mean == (0.5, 0.5, 0.5)
     own = normalisation_of(ArchitectureConfig(name="resnet18", pretrained=True))

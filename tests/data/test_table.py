@@ -148,6 +148,20 @@ def test_crossed_attributes_make_a_group_of_each_pair(folder: Path) -> None:
     assert samples.groups["age"].names == ("<40", "40-59", "60+", "unknown")
 
 
+def test_images_of_a_class_called_none_take_part(folder: Path) -> None:
+    path = folder / "table.csv"
+    path.write_text(path.read_text().replace(",10,", ",none,"))
+    samples = describe_samples(config(unknown_groups="keep"), data_dir=folder)
+    assert samples.class_names == ("2", "none") and len(samples) == 4
+
+
+def test_a_group_called_none_is_unknown_and_ranges_are_names(folder: Path) -> None:
+    path = folder / "table.csv"
+    path.write_text(path.read_text().replace(",71,", ",none,").replace(",30,", ",3_0,"))
+    age = describe_samples(config(unknown_groups="keep"), data_dir=folder).groups["age"]
+    assert age.names == ("3_0", "55", "unknown")
+
+
 def test_classes_can_be_dropped_by_name(folder: Path) -> None:
     samples = describe_samples(config(drop_classes=("10",), unknown_groups="keep"), data_dir=folder)
     assert samples.class_names == ("2",)

@@ -62,7 +62,9 @@ def test_a_byte_order_mark_and_spaces_do_not_hide_a_column(tmp_path: Path) -> No
 @pytest.mark.parametrize("rows", ["1,2,3\n4,5,6", "1,2,\n4,5,", "1,2,3,4\n5,6", "1,2,3\n4,5"])
 def test_rows_longer_than_the_header_are_refused(tmp_path: Path, rows: str) -> None:
     (tmp_path / "t.csv").write_text(f"file,label\n{rows}\n")
-    with pytest.raises(InputError, match=r"t\.csv: its rows have more cells than its header .*\(2\); name every"):
+    with pytest.raises(
+        InputError, match=r"t\.csv: its rows have more cells than its header .*\(2\); name every"
+    ):
         read_table(tmp_path / "t.csv", columns=["file", "label"])
 
 

@@ -150,8 +150,8 @@ def _lone_classes(samples: Samples, splits: Splits, attributes: Sequence[str]) -
 
 def _one_class_each(group_n: np.ndarray, label_n: np.ndarray) -> bool:
     """Whether all images of a group are of one class, in every group."""
-    pairs = np.unique(np.stack([group_n, label_n]), axis=1)
-    return pairs.shape[1] == len(np.unique(group_n))
+    pairs = set(zip(group_n.tolist(), label_n.tolist(), strict=True))
+    return len(pairs) == len({group for group, _ in pairs})
 
 
 def thin_pairs(

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,10 +33,12 @@ class Checked:
     Attributes:
         facts: data set name and configuration -> digest of images, labels, groups, splits.
         macs: ``<architecture>@<pixels>`` -> multiply-accumulates an image.
+        warnings: what to know of the data before their figures are believed, a line each.
     """
 
     facts: dict[str, str]
     macs: dict[str, float]
+    warnings: list[str] = field(default_factory=list)
 
 
 def check_in_own_process(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Checked:
@@ -62,23 +64,27 @@ def check_in_own_process(space_file: Path, paths: SweepPaths, data_dir: Path | N
     return Checked(**json.loads(ended.stdout.splitlines()[-1]))
 
 
-def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -> dict[str, str]:
+def check_inputs(
+    space: SearchSpace, paths: SweepPaths, data_dir: Path | None
+) -> tuple[dict[str, str], list[str]]:
     """Everything that can be known to be wrong before a trial starts.
 
     Returns:
-        facts for the parent run: data set name and configuration -> digest of images, labels, groups, splits; and
-        architecture -> digest of the file of its pretrained weights.
+        facts for the parent run: data set name and configuration -> digest of images, labels, groups, splits, and
+        architecture -> digest of the file of its pretrained weights; and what to know of the data, a line each.
 
     Raises:
         InputError: with the first data set or architecture that cannot be used.
     """
     from fqsweep.data import dataset_digest, plan_dataset
+    from fqsweep.data.report import describe_warnings
     from fqsweep.models import build_model, quantisable_layers
 
     _check_writable(paths.out)
-    digests = {}
+    digests, warnings = {}, []
     for dataset in space.datasets:
         samples, splits = plan_dataset(dataset, data_dir=data_dir)
+        warnings += describe_warnings(dataset, samples, splits)
         # Another configuration is another data set with cells of its own: only the same one must not change.
         same = content_hash(dataset.model_dump(mode="json", exclude={"name"}))
         digests[f"data/{dataset.name}/{same}"] = dataset_digest(samples, splits, dataset.image_size)
@@ -93,7 +99,7 @@ def check_inputs(space: SearchSpace, paths: SweepPaths, data_dir: Path | None) -
             _check_patterns(space, architecture.name, list(quantisable_layers(model)))
             _check_budgets(space, architecture.name, model)
     _check_unchanged(paths, digests)
-    return digests
+    return digests, warnings
 
 
 def _digest(file: Path) -> str:
@@ -168,13 +174,13 @@ def main(arguments: list[str]) -> int:
     space = load_space(Path(arguments[0]))
     data_dir = Path(arguments[2]) if len(arguments) > 2 else None
     try:
-        facts = check_inputs(space, SweepPaths(Path(arguments[1])), data_dir)
+        facts, warnings = check_inputs(space, SweepPaths(Path(arguments[1])), data_dir)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     sizes = {dataset.image_size for dataset in space.datasets}
     macs = {f"{a.name}@{size}": macs_per_image(a.name, size) for a in space.architectures for size in sizes}
-    print(json.dumps(asdict(Checked(facts=facts, macs=macs))))
+    print(json.dumps(asdict(Checked(facts=facts, macs=macs, warnings=warnings))))
     return 0
 
 

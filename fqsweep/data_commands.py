@@ -12,9 +12,9 @@ from fqsweep.data import open_dataset, plan_dataset
 from fqsweep.data.download import DownloadError
 from fqsweep.data.fetch import FetchOptions, fetch_dataset
 from fqsweep.data.meter import Meter
-from fqsweep.data.report import describe_kinds, describe_set, describe_thin_pairs
+from fqsweep.data.report import describe_kinds, describe_set, describe_warnings
 from fqsweep.data.verify import describe_findings, verify_dataset
-from fqsweep.errors import EXIT_FAILED_CELLS, EXIT_OK, InputError
+from fqsweep.errors import EXIT_BAD_INPUT, EXIT_FAILED_CELLS, EXIT_OK, InputError
 from fqsweep.files import SweepPaths
 from fqsweep.space import find_space, load_space
 
@@ -92,7 +92,7 @@ def print_data_warnings(dataset: DatasetConfig, data_dir: Path | None) -> bool:
     except InputError as error:
         print(f"data set {dataset.name} cannot be used yet: {error}", file=sys.stderr)
         return False
-    for line in describe_thin_pairs(dataset, samples, splits):
+    for line in describe_warnings(dataset, samples, splits):
         print(line)
     return True
 
@@ -100,7 +100,15 @@ def print_data_warnings(dataset: DatasetConfig, data_dir: Path | None) -> bool:
 def _each(options: argparse.Namespace, action: Callable[[DatasetConfig, str], int]) -> int:
     """The worst exit code; every data set has its turn, whatever became of the one before."""
     title, datasets = _datasets_named(options.name)
-    return max([action(dataset, title) for dataset in datasets])
+
+    def code_of(dataset: DatasetConfig) -> int:
+        try:
+            return action(dataset, title)
+        except InputError as error:
+            print(f"fqsweep: {error}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+
+    return max([code_of(dataset) for dataset in datasets])
 
 
 def _datasets_named(name: str) -> tuple[str, tuple[DatasetConfig, ...]]:

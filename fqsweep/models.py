@@ -122,7 +122,7 @@ def _check_all_loaded(model: nn.Module, start: nn.Module, config: ArchitectureCo
     Args:
         start: the network with the same random start values, into which nothing was loaded.
     """
-    own = model.pretrained_cfg["classifier"]
+    own = timm.get_pretrained_cfg(config.name).classifier
     classifier = (own,) if isinstance(own, str) else tuple(own)
     given = dict(start.named_parameters())
     random = {

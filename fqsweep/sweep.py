@@ -160,6 +160,8 @@ def _run(options: SweepOptions) -> SweepSummary:
     space = load_space(options.space_file)
     paths = SweepPaths(options.out.resolve())
     checked = check_in_own_process(options.space_file, paths, options.data_dir)
+    for line in checked.warnings:
+        print(line, flush=True)
     with only_driver(paths, options.command):
         uri = options.tracking_uri or default_uri(paths)
         tracker = open_tracker(

@@ -65,7 +65,8 @@ def checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks in this process, which has loaded torch already; the other tests start one for them."""
 
     def check(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Checked:
-        return Checked(facts=check_inputs(load_space(space_file), paths, data_dir), macs={})
+        facts, warnings = check_inputs(load_space(space_file), paths, data_dir)
+        return Checked(facts=facts, macs={}, warnings=warnings)
 
     monkeypatch.setattr("fqsweep.sweep.check_in_own_process", check)
 
@@ -382,3 +383,29 @@ def test_plan_warns_of_classes_with_few_test_images_in_a_group(
     assert main(["plan", str(photos / "bad.yaml"), "--data-dir", str(photos)]) == 2
     shown = capsys.readouterr()
     assert "bad: 2 cells, 2 trials" in shown.out and "data set photos cannot be used yet" in shown.err
+
+
+def test_plan_and_run_say_what_is_left_out(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from filelock import FileLock
+
+    table = pd.read_csv(photos / "photos.csv")
+    table.loc[3, "sex"], table.loc[4, "diagnosis"] = "none", ""
+    table.to_csv(photos / "photos.csv", index=False)
+    assert main(["plan", str(photos / "bad.yaml"), "--data-dir", str(photos)]) == 0
+    planned = capsys.readouterr().out
+    (photos / "out").mkdir()
+    with FileLock(photos / "out" / "driver.lock"):  # so that nothing is started
+        assert run(photos) == 2
+    for shown in (planned, capsys.readouterr().out):
+        assert (
+            "photos: 1 images without a label are left out.\nphotos: 1 images of unknown sex are left" in shown
+        )
+
+
+def test_every_data_set_has_its_turn(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(photos, "datasets:\n", "datasets:\n  - {kind: isic2019}\n")
+    command = ["data", "verify", str(photos / "bad.yaml"), "--data-dir", str(photos)]
+    assert main(command) == 2
+    shown = capsys.readouterr()
+    assert "fqsweep: " in shown.err and "must be the folder of ISIC 2019" in shown.err
+    assert "photos is sound" in shown.out

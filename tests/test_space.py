@@ -291,6 +291,12 @@ WRONG = [
     ("kind: synthderm", "kind: synthdrem", "kind 'synthdrem' is not known; did you mean 'synthderm'?"),
     ("image_size: 32", "imagesize: 32", "datasets[0].imagesize: unknown key; did you mean 'image_size'?"),
     ("[skin_tone]", "[skin_tome]", "4: datasets[0].group_attributes[0]: "),
+    ("[skin_tone]", "[skin_tone, skin_tone]", "4: datasets[0].group_attributes: 'skin_tone' stands here twice"),
+    (
+        "image_size: 32",
+        "generator_seed: -1",
+        "datasets[0].generator_seed: Input should be greater than or equal",
+    ),
     ("low: 0.0, high: 1.0, start: 0.25", "low: 2.0, high: 1.0", "high (1) must be above low (2)"),
     ("low: 0.0, high: 1.0, start: 0.25", "low: 0.0, hihg: 1.0", "hihg: unknown key; did you mean 'high'?"),
     ("low: 0.0, high: 1.0, start: 0.25", "low: 0.0, high: 1.0, start: 3", "start (3) must lie between"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from fqsweep.config.records import Record
 
@@ -65,7 +65,7 @@ class DatasetBase(Record):
 
     Attributes:
         name: the value of the run parameter ``dataset``; unique within a search space.
-        group_attributes: whose groups are compared; every attribute gives its own cells, all sharing
+        group_attributes: whose groups are compared, each once; every attribute gives its own cells, all sharing
             one full-precision parent. ``sex x age`` crosses two: each pair is a group. Samples of unknown group
             in any of them are left out.
         image_size: side of the square images in pixels.
@@ -83,6 +83,15 @@ class DatasetBase(Record):
     label_map: dict[str, tuple[str, ...]] | None = None
     drop_classes: tuple[str, ...] = ()
     max_images: int | None = Field(default=None, ge=50)
+
+    @field_validator("group_attributes")
+    @classmethod
+    def _each_attribute_once(cls, attributes: tuple[str, ...]) -> tuple[str, ...]:
+        crossings = [crossed_parts(attribute) for attribute in attributes]
+        for index, parts in enumerate(crossings):
+            if parts in crossings[:index]:
+                raise ValueError(f"{CROSS.join(parts)!r} stands here twice; leave it out once")
+        return attributes
 
 
 class FilesBase(DatasetBase):
@@ -115,7 +124,7 @@ class SynthdermConfig(DatasetBase):
     num_images: int = Field(default=6000, ge=100)
     difficulty: float = Field(default=0.5, ge=0, le=1)
     imbalance: float = Field(default=4.0, ge=1, le=50)
-    generator_seed: int = 0
+    generator_seed: int = Field(default=0, ge=0)
 
 
 class Isic2019Config(FilesBase):

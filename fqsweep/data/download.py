@@ -30,6 +30,13 @@ _NETWORK_ERRORS = (
     requests.exceptions.ChunkedEncodingError,
     requests.exceptions.ContentDecodingError,
 )
+# Of the address that was asked for, or of one that it led to: another try changes nothing.
+_BAD_ADDRESS = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.MissingSchema,
+    requests.exceptions.InvalidSchema,
+    requests.TooManyRedirects,
+)
 
 
 class DownloadError(RuntimeError):
@@ -56,7 +63,7 @@ class Patience:
 
     Attributes:
         connect_s, read_s: no connection, or no further byte, for so long is a failure.
-        attempts: failures in a row, none of which brought a byte, that end the download.
+        attempts: failures in a row, after none of which more was there than ever before, that end the download.
         pause_s, longest_pause_s: before the second attempt; doubled each time up to the longest.
     """
 
@@ -97,18 +104,21 @@ def download_file(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part, failures = part_of(target), 0
+    most_bytes = _size(part)
     while True:
-        before = _size(part)
         try:
             _fetch_rest(session, url, part, patience, check_size, on_progress)
             break
         except (*_NETWORK_ERRORS, _TryAgain) as error:
-            failures = 0 if _size(part) > before else failures + 1
+            failures = 0 if _size(part) > most_bytes else failures + 1
+            most_bytes = max(most_bytes, _size(part))
             if failures >= patience.attempts:
                 raise _given_up(url, part, error, attempts=failures) from error
             pause_s = min(patience.pause_s * 2 ** max(failures - 1, 0), patience.longest_pause_s)
             wanted_s = error.after_s if isinstance(error, _TryAgain) else 0.0
             time.sleep(max(pause_s, min(wanted_s, patience.longest_pause_s)))
+        except requests.RequestException as error:
+            raise DownloadError(f"{url}: {error}", kind=_kind_of(error)) from error
     try:
         check_file(part)
     except BaseException:
@@ -160,7 +170,7 @@ def _fetch_rest(
     """Append what is missing to ``part``; returns when it is whole."""
     have = _size(part)
     times = (patience.connect_s, patience.read_s)
-    with session.get(url, headers=_range_headers(part, have), stream=True, timeout=times) as response:
+    with _ask(session, url, _range_headers(part, have), times) as response:
         if response.status_code == 416 and _total_of(response) == have:
             return
         have = _resumed_at(response, url, part, have)
@@ -176,8 +186,22 @@ def _fetch_rest(
                     on_progress(have, total)
             stream.flush()
             os.fsync(stream.fileno())
+    if total and have > total:
+        _discard(part)
     if total and have != total:
         raise _TryAgain(f"ended after {have:,} of {total:,} bytes")
+
+
+def _ask(
+    session: requests.Session, url: str, headers: dict[str, str], times: tuple[float, float]
+) -> requests.Response:
+    """The server's answer, its body still to come; what parts of requests cannot read is an ``InvalidURL``."""
+    try:
+        return session.get(url, headers=headers, stream=True, timeout=times)
+    except requests.RequestException:
+        raise
+    except ValueError as error:  # of urllib, for an address that a server leads to, or of urllib3
+        raise requests.exceptions.InvalidURL(f"it, or where it leads, is no address ({error})") from error
 
 
 def _range_headers(part: Path, have: int) -> dict[str, str]:
@@ -231,6 +255,12 @@ def _given_up(url: str, part: Path, error: Exception, *, attempts: int) -> Downl
     return DownloadError(
         f"{url}: {error} (tried {attempts} times){kept}", kind="unreachable" if unreachable else "failed"
     )
+
+
+def _kind_of(error: requests.RequestException) -> str:
+    """What an error that is none of the network says; a proxy that cannot be says nothing about the file."""
+    own = isinstance(error, requests.exceptions.InvalidProxyURL)
+    return "gone" if isinstance(error, _BAD_ADDRESS) and not own else "failed"
 
 
 def _mark_of(part: Path) -> Path:

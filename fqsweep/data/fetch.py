@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
+
+import pandas as pd
 
 from fqsweep.config import DatasetConfig, Fitzpatrick17kConfig, Isic2019Config
 from fqsweep.data import fitzpatrick17k, isic2019
@@ -34,6 +37,7 @@ from fqsweep.files import locked
 ISIC2019_BASE = "https://isic-challenge-data.s3.amazonaws.com/2019"
 FITZPATRICK17K_BASE = "https://raw.githubusercontent.com/mattgroh/fitzpatrick17k/main"
 REPORT_NAME = "fetch_report.csv"
+_MD5 = r"[0-9a-fA-F]{32}"
 MeterOf = Callable[[str, str], Callable[[int, int], None]]
 
 
@@ -47,7 +51,7 @@ class FetchOptions:
 
     Attributes:
         mirror: address of a folder that holds the set's files as they are named here, in place of the publisher's.
-        accept_changed: keep images whose MD5 is not the published one.
+        accept_changed: keep images whose MD5 is not the published one; asks again for those found changed.
         retry_gone: ask again for images that an earlier call found gone or changed.
         meter: makes the progress display for a title and a unit.
     """
@@ -59,6 +63,11 @@ class FetchOptions:
     manners: Manners = field(default_factory=Manners)
     meter: MeterOf = _live_meter
 
+    def is_final(self, failure: Failure) -> bool:
+        """Whether another try does not change what an earlier call found."""
+        wanted = self.retry_gone or (self.accept_changed and failure.outcome == "changed")
+        return failure.outcome in FINAL_OUTCOMES and not wanted
+
 
 def fetch_dataset(config: DatasetConfig, data_dir: Path, options: FetchOptions) -> tuple[str, bool]:
     """Fetch what is missing of a published data set.
@@ -67,7 +76,7 @@ def fetch_dataset(config: DatasetConfig, data_dir: Path, options: FetchOptions) 
         what was done, in words, and whether the set is complete.
 
     Raises:
-        InputError: the set has no publisher, or the disk has no room.
+        InputError: the set has no publisher, the mirror is no address, or the disk has no room.
         DownloadError: a table or the archive cannot be had; the same command goes on where it stopped.
     """
     if not isinstance(config, Isic2019Config | Fitzpatrick17kConfig):
@@ -75,6 +84,7 @@ def fetch_dataset(config: DatasetConfig, data_dir: Path, options: FetchOptions) 
             f"data set {config.name!r} ({config.kind}) is not published anywhere: fetch works for isic2019 and "
             "fitzpatrick17k"
         )
+    _check_mirror(options.mirror)
     root = data_dir / config.folder
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / ".fetch"):
@@ -83,6 +93,18 @@ def fetch_dataset(config: DatasetConfig, data_dir: Path, options: FetchOptions) 
             if isinstance(config, Isic2019Config)
             else _fetch_fitzpatrick17k(root, options)
         )
+
+
+def _check_mirror(mirror: str | None) -> None:
+    if mirror is None:
+        return
+    try:
+        parts = urlsplit(mirror)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError(f"--mirror must be an address such as https://example.org/folder, but is {mirror!r}")
 
 
 def _fetch_table(name: str, root: Path, base: str, options: FetchOptions) -> Path:
@@ -152,8 +174,12 @@ def _fetch_fitzpatrick17k(root: Path, options: FetchOptions) -> tuple[str, bool]
     path = _fetch_table(fitzpatrick17k.CSV, root, FITZPATRICK17K_BASE, options)
     photos = _missing_photos(path, root, options)
     report = root / REPORT_NAME
-    known = {} if options.retry_gone else read_report(report)
-    final = [known[p.id] for p in photos if p.id in known and known[p.id].outcome in FINAL_OUTCOMES]
+    known = read_report(report)
+    final = [
+        known[photo.id]
+        for photo in photos
+        if photo.id in known and options.is_final(known[photo.id]) and known[photo.id].url == photo.url
+    ]
     skipped = {failure.id for failure in final}
     failures = fetch_photos(
         [photo for photo in photos if photo.id not in skipped],
@@ -164,11 +190,14 @@ def _fetch_fitzpatrick17k(root: Path, options: FetchOptions) -> tuple[str, bool]
     )
     failures = sorted([*failures, *final], key=lambda failure: failure.id)
     write_report(report, failures)
-    return _describe_photos(root, len(photos) - len(failures), failures, report), not failures
+    worthwhile = sum(not options.is_final(failure) for failure in failures)
+    text = _describe_photos(root, len(photos) - len(failures), failures, report, worthwhile=worthwhile)
+    return text, not failures
 
 
 def _missing_photos(path: Path, root: Path, options: FetchOptions) -> list[Photo]:
     table = read_table(path, columns=("md5hash",) if options.mirror else ("md5hash", "url"))
+    _check_names(table["md5hash"], path)
     try:
         folder = first_folder(root, fitzpatrick17k.IMAGE_FOLDERS)
         here = set(table["md5hash"][fitzpatrick17k.images_of(table, root).present()])
@@ -186,12 +215,23 @@ def _missing_photos(path: Path, root: Path, options: FetchOptions) -> list[Photo
     ]
 
 
-def _describe_photos(root: Path, fetched: int, failures: list[Failure], report: Path) -> str:
+def _check_names(names: pd.Series, path: Path) -> None:
+    """Files are called after the table's hashes: nothing else may say where they are written."""
+    wrong = names[~names.str.fullmatch(_MD5)]
+    if len(wrong):
+        raise InputError(
+            f"{path}, line {wrong.index[0] + 2}: md5hash must have 32 hexadecimal digits, but is {wrong.iloc[0]!r}; "
+            "delete the table to fetch it again, or remove the row"
+        )
+
+
+def _describe_photos(
+    root: Path, fetched: int, failures: list[Failure], report: Path, *, worthwhile: int
+) -> str:
     lines = [f"{root}: {fetched:,} images fetched, {len(failures):,} missing"]
     for outcome, count in sorted(Counter(failure.outcome for failure in failures).items()):
         lines.append(f"  {count:,} {outcome}")
     if failures:
-        worthwhile = sum(failure.outcome not in FINAL_OUTCOMES for failure in failures)
         lines.append(f"  listed in {report}; the same command tries {worthwhile:,} of them again")
         lines.append("  a search space uses what is there with missing_images: drop")
     return "\n".join(lines)

@@ -51,7 +51,7 @@ def describe(config: Fitzpatrick17kConfig, data_dir: Path) -> Samples:
     table = read_table(path, columns=("md5hash", config.label_level))
     if config.drop_wrong_labels:
         require_column(table, "qc", path=path)
-        table = table[~table["qc"].str.startswith(_WRONGLY_LABELLED)].reset_index(drop=True)
+        table = table[~table["qc"].str.startswith(_WRONGLY_LABELLED)]
     type_n = _skin_types(table, path)
     named = {"skin_type": np.array(["", *SKIN_TYPES]), "skin_tone": np.array(["", *np.repeat(SKIN_TONES, 3)])}
     id_n, label_n = table["md5hash"].to_numpy(str), table[config.label_level].to_numpy(str)
@@ -111,6 +111,6 @@ def _skin_types(table: pd.DataFrame, path: Path) -> np.ndarray:
     type_n = np.where(type_n == -1, 0, type_n)
     wrong = np.flatnonzero(~np.isin(type_n, range(7)))
     if len(wrong):
-        line, text = wrong[0] + 2, table[column].iloc[wrong[0]]
+        line, text = table.index[wrong[0]] + 2, table[column].iloc[wrong[0]]
         raise InputError(f"{path}, line {line}: {column} must be 1 to 6, or -1 for unknown, but is {text}")
     return type_n.astype(np.int64)

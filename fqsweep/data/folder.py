@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +67,8 @@ class ImageFolder:
             for name in names:
                 if name.lower().endswith(SUFFIXES):
                     path = Path(folder, name)
-                    found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+                    with suppress(OSError):  # a link that leads nowhere is no file
+                        found[path.relative_to(self.root).as_posix()] = path.stat().st_size
         return found
 
     @cached_property
@@ -175,7 +177,8 @@ def first_folder(root: Path, names: Sequence[str]) -> Path:
 def decode_square(path: Path, *, size: int) -> np.ndarray:
     """The central square of an image file, scaled to ``size``, as uint8 (size, size, 3), RGB.
 
-    The EXIF orientation is applied, transparency shows white, and 16-bit values keep their upper 8 bits.
+    The EXIF orientation is applied, transparency shows white, 16-bit values keep their upper 8 bits, and floats up
+    to 1 are shares of white.
     Scaling averages over the area that a pixel covers (a triangle filter of that support).
 
     Raises:
@@ -218,9 +221,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(value_hw: np.ndarray) -> np.ndarray:
-    """16-bit grey levels as 8-bit ones; values that fit into 8 bits already stay."""
+    """16-bit grey levels, and shares of 1, as 8-bit ones; values that fit into 8 bits already stay."""
     clean = np.nan_to_num(value_hw.astype(np.float64))
-    return np.clip(clean / 257 if clean.max(initial=0) > 255 else clean, 0, 255).round().astype(np.uint8)
+    most = clean.max(initial=0)
+    if most > 255:
+        clean = clean / 257
+    elif most <= 1 and value_hw.dtype.kind == "f":
+        clean = clean * 255
+    return np.clip(clean, 0, 255).round().astype(np.uint8)
 
 
 def _central_square(image: Image.Image, *, size: int) -> Image.Image:

@@ -68,16 +68,24 @@ def describe(config: Isic2019Config, data_dir: Path) -> Samples:
 
 
 def _read_tables(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Ground truth, and the metadata of the same images in the same order."""
+    """Ground truth, and the metadata of the same images in the same order, with the file's rows as index."""
     truth = read_table(root / TRUTH_CSV, columns=("image", *CLASSES[:-1]))
-    metadata = read_table(root / METADATA_CSV, columns=("image", "age_approx", "sex", "lesion_id"))
+    used = ["image", "age_approx", "sex", "lesion_id"]
+    metadata = read_table(root / METADATA_CSV, columns=used)[used].drop_duplicates()
     missing = sorted(set(truth["image"]) - set(metadata["image"]))
     if missing:
         raise InputError(
             f"{root / METADATA_CSV} must describe every image of {TRUTH_CSV}, but {len(missing)} are missing, "
             f"first: {', '.join(missing[:3])}; take both files from the same release"
         )
-    return truth, metadata.drop_duplicates("image").set_index("image").loc[truth["image"]].reset_index()
+    twice = metadata["image"][metadata["image"].duplicated()]
+    if len(twice):
+        raise InputError(
+            f"{root / METADATA_CSV}: {twice.nunique()} images have several rows that do not agree, first: "
+            f"{twice.iloc[0]}; keep the right one"
+        )
+    row_of = dict(zip(metadata["image"], metadata.index, strict=True))
+    return truth, metadata.loc[[row_of[name] for name in truth["image"]]]
 
 
 def _labels(truth: pd.DataFrame, path: Path) -> np.ndarray:

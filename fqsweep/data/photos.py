@@ -110,9 +110,17 @@ def _lanes(photos: Sequence[Photo], *, per_host: int) -> list[list[Photo]]:
     """What each thread fetches, one after the other: a server's images, dealt out to ``per_host`` lanes."""
     of_host: dict[str, list[Photo]] = defaultdict(list)
     for photo in photos:
-        of_host[urlsplit(photo.url).netloc].append(photo)
+        of_host[_host_of(photo.url)].append(photo)
     lanes = [of_all[first::per_host] for first in range(per_host) for of_all in of_host.values()]
     return [lane for lane in lanes if lane]
+
+
+def _host_of(url: str) -> str:
+    """The server of an address; empty where it cannot be read, which the download will say."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return ""
 
 
 def _fetch_lane(
@@ -137,10 +145,9 @@ def _fetch_lane(
                     check_file=partial(_check_photo, photo=photo, accept_changed=accept_changed),
                 )
                 strikes, failure = 0, None
-            except (DownloadError, ValueError) as error:  # ValueError: an address that requests cannot read
-                kind = error.kind if isinstance(error, DownloadError) else "gone"
-                strikes = strikes + 1 if kind == "unreachable" else 0
-                failure = Failure(photo.id, kind, photo.url, str(error))
+            except DownloadError as error:
+                strikes = strikes + 1 if error.kind == "unreachable" else 0
+                failure = Failure(photo.id, error.kind, photo.url, str(error))
             yield failure
             time.sleep(manners.pause_s)
 

@@ -41,9 +41,12 @@ def describe_set(config: DatasetConfig, samples: Samples, splits: Splits) -> str
     return "\n".join(lines)
 
 
-def describe_thin_pairs(config: DatasetConfig, samples: Samples, splits: Splits) -> list[str]:
-    """One warning a group attribute that has (class, group) pairs with few test images."""
-    warnings = []
+def describe_warnings(config: DatasetConfig, samples: Samples, splits: Splits) -> list[str]:
+    """What to know of a set before its figures are believed: what was left out, and where test images are few.
+
+    The latter is one warning a group attribute that has (class, group) pairs with few test images.
+    """
+    warnings = [f"{config.name}: {note}" for note in samples.notes]
     for attribute in config.group_attributes:
         thin = thin_pairs(samples, splits, attributes=[attribute])
         if thin:

@@ -85,11 +85,15 @@ def _deal(
 
 
 def check_groups(samples: Samples, splits: Splits, *, attributes: Sequence[str], min_count: int) -> None:
-    """Refuse splits whose figures would mean nothing.
+    """Refuse splits whose figures would mean nothing, or cannot be computed.
+
+    A class may be missing in a group, but the area under the ROC curve needs images of two classes: in validation
+    and test, and there in one group of each attribute at least.
 
     Raises:
         InputError: an attribute has one group alone, a group has fewer than ``min_count`` images in validation or
-            test, or none in training or calibration, or a class has none in training; one message lists them.
+            test, or none in training or calibration, a class has none in training, there is one class alone, or
+            classes are missing as said above; one message lists them.
     """
     least = {"train": 1, "calibration": 1, "validation": min_count, "test": min_count}
     problems = []
@@ -112,14 +116,42 @@ def check_groups(samples: Samples, splits: Splits, *, attributes: Sequence[str],
         for name, count in zip(samples.class_names, count_k, strict=True)
         if count == 0
     ]
+    problems += _lone_classes(samples, splits, attributes)
     if problems:
         more = len(problems) - MOST_NAMED
         raise InputError(
             "; ".join(problems[:MOST_NAMED])
             + (f"; and {more:,} more" if more > 0 else "")
-            + ". Merge groups or classes (age_edges, group_edges, group_maps, label_map), give the split a "
-            "larger fraction, use more images (max_images, num_images), or lower min_group_count"
+            + ". Merge groups or classes (age_edges, group_edges, group_maps, label_map), keep more classes "
+            "(label_map, drop_classes), give the split a larger fraction, use more images (max_images, num_images), "
+            "or lower min_group_count"
         )
+
+
+def _lone_classes(samples: Samples, splits: Splits, attributes: Sequence[str]) -> list[str]:
+    """Where images of two classes are needed and those of one are there, in words."""
+    if len(samples.class_names) == 1:
+        return [f"all images are of one class, {samples.class_names[0]!r}: nothing can be told apart"]
+    problems = []
+    for split in ("validation", "test"):
+        index = getattr(splits, split)
+        label_n = samples.label_n[index]
+        classes = np.unique(label_n)
+        if len(classes) == 1:
+            problems.append(f"all images in {split} are of one class, {samples.class_names[classes[0]]!r}")
+        elif len(classes) > 1:
+            problems += [
+                f"no group of {attribute} has images of two classes in {split}"
+                for attribute in attributes
+                if _one_class_each(samples.groups[attribute].code_n[index], label_n)
+            ]
+    return problems
+
+
+def _one_class_each(group_n: np.ndarray, label_n: np.ndarray) -> bool:
+    """Whether all images of a group are of one class, in every group."""
+    pairs = set(zip(group_n.tolist(), label_n.tolist(), strict=True))
+    return len(pairs) == len({group for group, _ in pairs})
 
 
 def thin_pairs(

@@ -13,7 +13,7 @@ from fqsweep.data.assembly import Rows, assemble
 from fqsweep.data.folder import TableImages, require_folder
 from fqsweep.data.records import Samples
 from fqsweep.data.splits import SPLIT_SPELLINGS
-from fqsweep.data.tabular import as_numbers, bin_names, name_bins, plain_text, read_table
+from fqsweep.data.tabular import as_numbers, bin_names, label_text, name_bins, plain_text, read_table
 from fqsweep.errors import InputError
 
 GroupMap = Mapping[str, tuple[str | int | float, ...]]
@@ -35,7 +35,7 @@ def describe(config: TableConfig, data_dir: Path) -> Samples:
         line = int(np.flatnonzero(id_n == "")[0]) + 2
         raise InputError(f"{path}, line {line}: column {config.image_column!r} is empty; name the image")
     grouped = {name: _groups(name, config, table, path) for name in plain_attributes(config.group_attributes)}
-    label_n = _texts(table[config.label_column])
+    label_n = np.array([label_text(cell) for cell in table[config.label_column]], dtype=str)
     rows = Rows(
         origin=str(path),
         id_n=id_n,

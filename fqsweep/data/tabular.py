@@ -7,7 +7,8 @@ data set to say, not for a CSV reader to guess.
 from __future__ import annotations
 
 import difflib
-import math
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,9 @@ import pandas as pd
 from fqsweep.errors import InputError
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
-_MISSING = frozenset({"", "nan", "na", "n/a", "none", "null", "unknown"})
+_MISSING_LABEL = frozenset({"", "nan", "n/a"})
+_MISSING = _MISSING_LABEL | {"na", "none", "null", "unknown"}
+_DECIMAL = re.compile(r"([+-]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?")
 
 
 def read_table(path: Path, *, columns: Sequence[str]) -> pd.DataFrame:
@@ -40,9 +43,15 @@ def read_table(path: Path, *, columns: Sequence[str]) -> pd.DataFrame:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} cannot be read as a UTF-8 CSV with a header line: {error}") from error
+    if not isinstance(table.index, pd.RangeIndex):  # pandas took the first cells for names of the rows
+        raise InputError(
+            f"{path}: its rows have more cells than its header line has names ({len(table.columns)}); name every "
+            "column, put cells that hold commas in quotes, and end no row with a comma"
+        )
+    return table
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -76,23 +85,40 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def plain_text(value: str | int | float) -> str:
     """A cell or a YAML value in one spelling, so that 3, 3.0 and "3" are the same; "" for a missing one.
 
-    >>> plain_text("3.0"), plain_text(3), plain_text("NaN"), plain_text("female")
-    ('3', '3', '', 'female')
+    Only plain decimal numbers have several spellings: ``0_4`` and ``1e5`` may be names.
+
+    >>> plain_text("3.0"), plain_text(3), plain_text("NaN"), plain_text("female"), plain_text("0_4")
+    ('3', '3', '', 'female', '0_4')
     """
     text = str(value).strip()
-    if text.lower() in _MISSING:
-        return ""
-    try:
-        number = float(text)
-    except ValueError:
+    return "" if text.lower() in _MISSING else _one_spelling(text)
+
+
+def label_text(value: str) -> str:
+    """A class in one spelling, as ``plain_text``; words such as ``none`` and ``unknown`` are classes.
+
+    >>> label_text("3.0"), label_text("None"), label_text("NaN")
+    ('3', 'None', '')
+    """
+    text = value.strip()
+    return "" if text.lower() in _MISSING_LABEL else _one_spelling(text)
+
+
+def _one_spelling(text: str) -> str:
+    number = _DECIMAL.fullmatch(text)
+    if number is None:
         return text
-    if not math.isfinite(number):
-        return text
-    return str(int(number)) if number.is_integer() else repr(number)
+    sign, whole, fraction = number[1], number[2].lstrip("0") or "0", (number[3] or "").rstrip("0")
+    if not fraction:  # digit by digit: a float would round long ones, and patients would become one
+        return f"-{whole}" if sign == "-" and whole != "0" else whole
+    return repr(float(text)) if len(whole + fraction) <= sys.float_info.dig else text
 
 
 def as_numbers(cells: pd.Series, *, path: Path) -> np.ndarray:
     """Float64 (n,) with NaN for missing cells.
+
+    Args:
+        cells: their index is the row of the file, from 0, whatever was left out or put in another order.
 
     Raises:
         InputError: a cell is neither a number nor missing.
@@ -101,7 +127,7 @@ def as_numbers(cells: pd.Series, *, path: Path) -> np.ndarray:
     number_n = pd.to_numeric(texts.where(texts != ""), errors="coerce").to_numpy(np.float64)
     wrong = np.flatnonzero(np.isnan(number_n) & (texts != "").to_numpy())
     if len(wrong):
-        line, text = wrong[0] + 2, cells.iloc[wrong[0]]
+        line, text = cells.index[wrong[0]] + 2, cells.iloc[wrong[0]]
         raise InputError(f"{path}, line {line}: column {cells.name!r} must hold numbers, but has {text!r}")
     return number_n
 

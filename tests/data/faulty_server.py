@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 import time
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ class Site:
     Attributes:
         files: path -> content.
         faults: path -> faults of the next answers, used up one by one: a status, ``cut`` (half of the body, then
-            the connection is closed) or ``stall`` (half of it, then silence).
+            the connection is closed), ``stall`` (half of it, then silence) or an address to ask in its place.
         ranges: whether ranges are served.
+        coded: whether bodies are compressed, which nobody asked for.
         announced: path -> a Content-Length that is not true.
         asked: (path, Range header) of every request.
         most_at_once: largest number of requests answered at a time.
@@ -28,6 +30,7 @@ class Site:
     faults: dict[str, list[int | str]] = field(default_factory=dict)
     ranges: bool = True
     etag: str = '"one"'
+    coded: bool = False
     announced: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     stall_s: float = 1.0
@@ -68,6 +71,12 @@ def serving(site: Site) -> Iterator[Site]:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
+            if fault is not None and fault.startswith("http"):
+                self.send_response(302)
+                self.send_header("Location", fault)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             self._send(site.files[path], asked, fault, site.announced.get(path))
 
         def _send(self, content: bytes, asked: str | None, fault: object, announced: int | None) -> None:
@@ -86,6 +95,9 @@ def serving(site: Site) -> Iterator[Site]:
             else:
                 self.send_response(200)
             body = content[start:]
+            if site.coded:
+                body = gzip.compress(body)
+                self.send_header("Content-Encoding", "gzip")
             self.send_header("ETag", site.etag)
             self.send_header("Content-Length", str(announced or len(body)))
             self.end_headers()

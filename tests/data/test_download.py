@@ -121,6 +121,39 @@ def test_a_length_that_is_never_reached_is_given_up_with_what_came_kept(site: Si
     assert not (tmp_path / "big.zip").exists()
 
 
+def test_a_server_that_cuts_every_body_and_goes_on_with_none_is_given_up(site: Site, tmp_path: Path) -> None:
+    site.faults["big.zip"] = ["cut", 416] * 9
+    with pytest.raises(DownloadError, match="tried 3 times"):
+        fetch(site, tmp_path / "big.zip")
+    assert len(site.asked) == 4
+
+
+def test_more_bytes_than_were_announced_are_not_kept(site: Site, tmp_path: Path) -> None:
+    site.files["big.zip"], site.coded = bytes(10_000), True
+    with pytest.raises(DownloadError, match=r"ended after 10,000 of \d+ bytes \(tried 3 times\)$"):
+        fetch(site, tmp_path / "big.zip")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["ring", "http://[foo/x.jpg", "http://127.0.0.1:99999/"])
+def test_an_address_that_leads_nowhere_is_gone(site: Site, tmp_path: Path, where: str) -> None:
+    site.faults["big.zip"] = [f"{site.url}/big.zip" if where == "ring" else where] * 99
+    with pytest.raises(DownloadError, match=r"/big\.zip: ") as caught:
+        fetch(site, tmp_path / "big.zip")
+    assert caught.value.kind == "gone"
+
+
+def test_a_proxy_that_cannot_be_says_nothing_about_the_file(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http:///proxy")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(DownloadError, match="proxy") as caught:
+        fetch(site, tmp_path / "big.zip")
+    assert caught.value.kind == "failed"
+
+
 def test_a_server_that_is_away_is_unreachable(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="tried 3 times") as caught:
         fetch(Site(url="http://127.0.0.1:9"), tmp_path / "big.zip")

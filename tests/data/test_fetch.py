@@ -159,6 +159,57 @@ def test_changed_images_are_kept_where_that_is_asked_for_but_web_pages_are_not(
     assert outcomes(photo_table) == {"changed": 1, "no address": 1}
 
 
+def test_changed_images_are_fetched_again_once_they_are_accepted(site: Site, photo_table: Path) -> None:
+    site.files["pic/1.jpg"], site.faults["pic/2.jpg"] = site.files["pic/0.jpg"], [404]
+    text, _ = fetch_dataset(FITZPATRICK, photo_table, options())
+    assert outcomes(photo_table) == {"changed": 1, "gone": 1, "no address": 1}
+    before = len(site.asked)
+    text, _ = fetch_dataset(FITZPATRICK, photo_table, options(accept_changed=True))
+    assert [path for path, _ in site.asked[before:]] == ["pic/1.jpg"]
+    assert "1 images fetched, 2 missing" in text and "tries 0 of them again" in text
+
+
+def test_a_mirror_is_asked_for_what_the_publisher_did_not_have(site: Site, photo_table: Path) -> None:
+    site.faults["pic/1.jpg"] = [404]
+    fetch_dataset(FITZPATRICK, photo_table, options())
+    for number in (1, NUM_PHOTOS - 1):
+        content = site.files[f"pic/{number}.jpg"]
+        site.files[f"images/{hashlib.md5(content).hexdigest()}.jpg"] = content
+    assert fetch_dataset(FITZPATRICK, photo_table, options(mirror=site.url))[1]
+
+
+def edit_table(data_dir: Path, row: int, column: str, value: str) -> None:
+    path = data_dir / "fitzpatrick17k" / "fitzpatrick17k.csv"
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table.loc[row, column] = value
+    table.to_csv(path, index=False)
+
+
+@pytest.mark.parametrize("address", ["http://[foo/x.jpg", "example.org/x.jpg", f"http://{'a' * 70}.org/x.jpg"])
+def test_a_cell_that_is_no_address_costs_its_image_alone(site: Site, photo_table: Path, address: str) -> None:
+    edit_table(photo_table, 1, "url", address)
+    text, _ = fetch_dataset(FITZPATRICK, photo_table, options())
+    assert "10 images fetched, 2 missing" in text
+    assert outcomes(photo_table) == {"gone": 1, "no address": 1}
+
+
+@pytest.mark.parametrize("name", ["../../evil", "", "a" * 31])
+def test_a_name_that_is_no_hash_is_refused(site: Site, photo_table: Path, name: str) -> None:
+    edit_table(photo_table, 2, "md5hash", name)
+    with pytest.raises(InputError, match=r"fitzpatrick17k\.csv, line 4: md5hash must have 32 hex.*'; delete"):
+        fetch_dataset(FITZPATRICK, photo_table, options())
+    assert site.asked == []
+
+
+@pytest.mark.parametrize(
+    "mirror", ["example.org/x", "ftp://example.org", "http://", "http://[foo", "http://a:x"]
+)
+def test_a_mirror_that_is_no_address_is_refused_first(tmp_path: Path, mirror: str) -> None:
+    with pytest.raises(InputError, match="--mirror must be an address such as https"):
+        fetch_dataset(ISIC, tmp_path / "new", options(mirror=mirror))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_server_is_asked_by_few_threads_and_left_alone_when_it_does_not_answer(
     site: Site, photo_table: Path
 ) -> None:

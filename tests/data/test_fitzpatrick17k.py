@@ -81,6 +81,17 @@ def test_images_marked_as_wrongly_labelled_can_be_dropped(fitzpatrick_root: Path
     assert kept.id_n.tolist() == [f"{number:032x}" for number in (1, 2, 3)]
 
 
+@pytest.mark.parametrize(("strange", "message"), [("7", "must be 1 to 6"), ("dark", "must hold numbers")])
+def test_lines_are_those_of_the_file_where_rows_were_dropped(
+    fitzpatrick_root: Path, strange: str, message: str
+) -> None:
+    path = fitzpatrick_root / "fitzpatrick17k.csv"
+    text = path.read_text().replace("non-neoplastic,,", "non-neoplastic,3 Wrongly labelled,", 1)
+    path.write_text(text.replace(",6,", f",{strange},"))
+    with pytest.raises(InputError, match=f"line 5: .*{message}"):
+        describe_samples(config(drop_wrong_labels=True), data_dir=fitzpatrick_root.parent)
+
+
 def test_images_may_be_called_by_their_address(fitzpatrick_root: Path) -> None:
     table = pd.read_csv(fitzpatrick_root / "fitzpatrick17k.csv", dtype=str)
     table["url_alphanum"] = [f"httpsite{number}.jpg" for number in range(5)]

@@ -44,6 +44,9 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
         ("RGBA", (10, 20, 30, 255), "png", (10, 20, 30)),
         ("LA", (40, 255), "png", (40, 40, 40)),
         ("1", 1, "png", (255, 255, 255)),
+        ("F", 0.5, "tif", (128, 128, 128)),
+        ("F", 90.0, "tif", (90, 90, 90)),
+        ("I", 1, "tif", (1, 1, 1)),
     ],
 )
 def test_every_mode_becomes_the_same_rgb(
@@ -86,6 +89,15 @@ def test_a_missing_suffix_is_looked_up_and_subfolders_are_seen(tmp_path: Path) -
     assert folder.find("a/one") == "a/one.JPG"
     assert folder.find("./a/one.JPG") == "a/one.JPG"
     assert folder.find("one") is None
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_image(tmp_path: Path) -> None:
+    write_photo(tmp_path / "there.jpg")
+    (tmp_path / "dead.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    assert ImageFolder(tmp_path).size_of.keys() == {"there.jpg"}
+    with pytest.raises(InputError, match=r"1 of 2 images .*first: .*dead"):
+        ImageFolder(tmp_path).open(["there", "dead"])
 
 
 def test_missing_images_are_counted_and_the_first_three_named(tmp_path: Path) -> None:

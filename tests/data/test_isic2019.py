@@ -117,8 +117,19 @@ def test_age_edges_must_rise(isic_root: Path) -> None:
 def test_an_age_that_is_no_number_is_named_with_its_line(isic_root: Path) -> None:
     metadata = isic_root / "ISIC_2019_Training_Metadata.csv"
     metadata.write_text(metadata.read_text().replace(",60", ",sixty").replace("60,", "sixty,", 1))
-    with pytest.raises(InputError, match="line 4: column 'age_approx' must hold numbers, but has 'sixty'"):
+    assert metadata.read_text().splitlines()[2].split(",")[1] == "sixty"  # of the truth's third image
+    with pytest.raises(InputError, match="line 3: column 'age_approx' must hold numbers, but has 'sixty'"):
         describe_samples(config(group_attributes=("age",)), data_dir=isic_root.parent)
+
+
+def test_rows_given_twice_must_agree(isic_root: Path) -> None:
+    metadata = isic_root / "ISIC_2019_Training_Metadata.csv"
+    lines = metadata.read_text().splitlines()
+    metadata.write_text("\n".join([*lines, lines[-1]]))
+    assert len(describe_samples(config(), data_dir=isic_root.parent)) == 3
+    metadata.write_text("\n".join([*lines, lines[-1].replace("male", "female")]))
+    with pytest.raises(InputError, match="1 images have several rows that do not agree, first: ISIC_0000003"):
+        describe_samples(config(), data_dir=isic_root.parent)
 
 
 def test_sex_crossed_with_age_is_a_group_attribute(isic_root: Path) -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from fqsweep.data.splits import (
     thin_pairs,
 )
 from fqsweep.errors import InputError
+from fqsweep.fairness import score_probabilities
 
 SHARES = {"train": 0.6, "calibration": 0.1, "validation": 0.15, "test": 0.15}
 Make = Callable[..., Samples]
@@ -128,6 +130,50 @@ def test_one_group_alone_is_refused_because_nothing_can_be_compared(make_samples
     splits = split_samples(samples, SplitFractions(), attributes=["site"])
     with pytest.raises(InputError, match="site has one group alone, group0: nothing can be compared"):
         check_groups(samples, splits, attributes=["site"], min_count=1)
+
+
+def test_one_class_alone_is_refused_because_nothing_can_be_told_apart(make_samples: Make) -> None:
+    samples = make_samples([0] * 200, [0, 1] * 100)
+    splits = split_samples(samples, SplitFractions(), attributes=["site"])
+    with pytest.raises(InputError, match="all images are of one class, 'class0': nothing can be told apart"):
+        check_groups(samples, splits, attributes=["site"], min_count=1)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_of_one_class_and_groups_of_one_class_each_are_refused(make_samples: Make, split: str) -> None:
+    splits = Splits(**{name: np.arange(place, 160, 4) for place, name in enumerate(SHARES)})
+    label_n, group_n = np.arange(160) // 4 % 2, np.arange(160) // 8 % 2
+    samples = make_samples(label_n, group_n)
+    check_groups(samples, splits, attributes=["site"], min_count=1)
+    index = getattr(splits, split)
+    for label_i, message in (
+        (np.zeros(40), f"all images in {split} are of one class, 'class0'"),
+        (group_n[index], f"no group of site has images of two classes in {split}"),
+    ):
+        changed = label_n.copy()
+        changed[index] = label_i
+        with pytest.raises(InputError, match=rf"^{message}\. Merge .*keep more classes"):
+            check_groups(replace(samples, label_n=changed), splits, attributes=["site"], min_count=1)
+
+
+@relaxed
+@given(seed=st.integers(0, 2**16))
+def test_what_is_refused_is_just_what_cannot_be_scored(make_samples: Make, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    few = rng.integers(0, 2, (2, 8))  # four images of each split that is scored
+    label_n, group_n = np.concatenate([[0, 0, 1, 1, 0, 0, 1, 1], few[0]]), np.append([0, 1] * 4, few[1])
+    splits = Splits(**{name: np.arange(4 * place, 4 * place + 4) for place, name in enumerate(SHARES)})
+
+    def scored(index: np.ndarray) -> bool:
+        try:
+            score_probabilities(np.full((4, 2), 0.5), label_n[index], group_n[index], num_groups=2, min_count=1)
+        except ValueError:
+            return False
+        return True
+
+    can_be_scored = scored(splits.validation) and scored(splits.test)
+    with nullcontext() if can_be_scored else pytest.raises(InputError, match=" in (validation|test)"):
+        check_groups(make_samples(label_n, group_n), splits, attributes=["site"], min_count=1)
 
 
 def test_of_very_many_small_groups_the_message_names_some_and_counts_the_rest(make_samples: Make) -> None:

@@ -127,6 +127,7 @@ def test_edges_make_bins_and_a_missing_number_is_unknown(folder: Path) -> None:
         ({"group_edges": {"sex": (1,)}}, "no entry in group_columns"),
         ({"group_edges": {"age": (1,)}, "group_maps": {"age": {"a": (1,)}}}, "both group_maps and group_edges"),
         ({"group_attributes": ("age x sex",)}, "'sex' has no entry in group_columns"),
+        ({"group_attributes": ("age", "age x who", "age  x who")}, "'age x who' stands here twice"),
     ],
 )
 def test_bins_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
@@ -146,6 +147,20 @@ def test_crossed_attributes_make_a_group_of_each_pair(folder: Path) -> None:
     named = {name: groups.names[code] for name, code in zip(samples.id_n.tolist(), groups.code_n, strict=True)}
     assert named == {"a/1.png": "p1 x <40", "a/2": "p1 x 40-59", "3.jpg": "unknown", "4.png": "unknown"}
     assert samples.groups["age"].names == ("<40", "40-59", "60+", "unknown")
+
+
+def test_images_of_a_class_called_none_take_part(folder: Path) -> None:
+    path = folder / "table.csv"
+    path.write_text(path.read_text().replace(",10,", ",none,"))
+    samples = describe_samples(config(unknown_groups="keep"), data_dir=folder)
+    assert samples.class_names == ("2", "none") and len(samples) == 4
+
+
+def test_a_group_called_none_is_unknown_and_ranges_are_names(folder: Path) -> None:
+    path = folder / "table.csv"
+    path.write_text(path.read_text().replace(",71,", ",none,").replace(",30,", ",3_0,"))
+    age = describe_samples(config(unknown_groups="keep"), data_dir=folder).groups["age"]
+    assert age.names == ("3_0", "55", "unknown")
 
 
 def test_classes_can_be_dropped_by_name(folder: Path) -> None:

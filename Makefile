@@ -11,7 +11,7 @@ sweep: $(READY)
 	$(BIN)/fqsweep run search_spaces/demo.yaml --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

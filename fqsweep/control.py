@@ -163,7 +163,10 @@ def look(paths: SweepPaths) -> Status:
     plan = _plan_of(paths)
     book = replay(read_lines(paths.ledger))
     held = is_held(paths)
-    cells = _count_cells(plan["cells"], book, held=held)
+    # Tune asks for some tasks ahead, so that a worker that is free need not wait: those do not run yet.
+    slots = int((book.begin or {}).get("slots", 1))
+    book.running = dict(list(book.running.items())[:slots]) if held else {}
+    cells = _count_cells(plan["cells"], book)
     failures = _failures(plan["cells"], book)
     trials = _count_trials(plan["cells"], book)
     wanted_runs = sum(len(cell["needs"]) * cell["wanted"] for cell in plan["cells"])
@@ -174,7 +177,7 @@ def look(paths: SweepPaths) -> Status:
         cells=cells,
         trials=trials,
         failures=failures,
-        running=[_running(paths, line) for line in book.running.values()] if held else [],
+        running=[_running(paths, line) for line in book.running.values()],
         shared_done=sum(task["key"] in book.done for task in plan["shared"]),
         shared_wanted=len(plan["shared"]),
         saved_runs=wanted_runs - len(plan["shared"]),
@@ -187,7 +190,7 @@ def _by_cell(lines: dict[str, Any]) -> Counter[str]:
     return Counter(str(line["cell"]) for line in lines.values() if line["kind"] == "trial")
 
 
-def _count_cells(cells: list[dict[str, Any]], book: Ledger, *, held: bool) -> dict[str, int]:
+def _count_cells(cells: list[dict[str, Any]], book: Ledger) -> dict[str, int]:
     done, failed, running = _by_cell(book.done), _by_cell(book.failed), _by_cell(book.running)
     whole = _by_cell({key: line for key, line in book.done.items() if line["event"] == "done"})
     fruitless = {
@@ -199,7 +202,7 @@ def _count_cells(cells: list[dict[str, Any]], book: Ledger, *, held: bool) -> di
         # Its parent or cost table failed, or the search whose weights it repeats found none.
         lacking = any(need in book.failed for need in cell["needs"]) or cell.get("repeats") in fruitless
         blocked = done[key] < cell["wanted"] and lacking
-        stage = cell_stage(cell["wanted"], done[key], failed[key] + blocked, running=held and running[key] > 0)
+        stage = cell_stage(cell["wanted"], done[key], failed[key] + blocked, running=running[key] > 0)
         counts[stage] += 1
     return counts
 

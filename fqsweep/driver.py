@@ -164,9 +164,9 @@ class SweepDriver:
             left = self.state.cost_left() * (self.spent_s / self.spent_cost) / self.num_slots
         order = sorted(self.best, key=budget_order)
         return Snapshot(
-            counts=self.state.counts(),
+            counts=self.state.counts(num_slots=self.num_slots),
             prepared=(sum(key in self.state.done for key in self.state.shared), len(self.state.shared)),
-            running=tuple(task.title for task in list(self.state.running.values())),
+            running=tuple(task.title for task in list(self.state.running.values())[: self.num_slots]),
             best={label: self.best[label] for label in order},
             seconds_left=left,
             unsent=len(self.spool.waiting) if self.spool.trouble else 0,

@@ -341,9 +341,13 @@ class SweepState:
             return False
         return not any(state.open for state in self.cells)
 
-    def counts(self) -> dict[str, int]:
-        """Cells by state: done, failed, running, waiting."""
-        running = {task.cell.key for task in list(self.running.values()) if task.kind == "trial"}
+    def counts(self, *, num_slots: int | None = None) -> dict[str, int]:
+        """Cells by state: done, failed, running, waiting.
+
+        Args:
+            num_slots: how many tasks run at the same time; what was handed out beyond them waits for its turn.
+        """
+        running = {task.cell.key for task in list(self.running.values())[:num_slots] if task.kind == "trial"}
         counts = dict.fromkeys(("done", "failed", "running", "waiting"), 0)
         for state in self.cells:
             counts[cell_stage(state.wanted, state.done, state.failed, running=state.key in running)] += 1

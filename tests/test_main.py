@@ -16,6 +16,7 @@ from PIL import Image
 
 from fqsweep.cells import expand_cells
 from fqsweep.checks import Checked, check_inputs
+from fqsweep.control import look, only_driver
 from fqsweep.files import SweepPaths, append_line, write_json
 from fqsweep.main import main
 from fqsweep.space import load_space
@@ -337,6 +338,16 @@ def test_status_of_a_search_without_a_result_calls_what_would_repeat_it_failed(
     assert main(["status", str(tmp_path), "--json"]) == 0
     # Cell a has a result and b may have one; c failed, and so has nothing to repeat.
     assert json.loads(capsys.readouterr().out)["cells"] == {"done": 1, "failed": 3, "running": 0, "waiting": 3}
+
+
+def test_status_shows_as_running_what_there_are_slots_for(tmp_path: Path) -> None:
+    paths = begun_sweep(tmp_path)
+    for key in ("t1", "t2"):
+        line = {"event": "start", "key": key, "kind": "trial", "title": key, "time": 1.0, "cell": "b"}
+        append_line(paths.ledger, line)
+    with only_driver(paths):
+        assert [task["title"] for task in look(paths).running] == ["t", "t1"]
+    assert look(paths).running == []
 
 
 def test_status_takes_less_than_two_seconds_of_a_core(tmp_path: Path) -> None:

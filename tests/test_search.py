@@ -266,6 +266,15 @@ def test_what_does_not_fit_is_passed_over_and_comes_later(tmp_path: Path) -> Non
     assert large is not None and large.cell.architecture.name == "resnet18"
 
 
+def test_what_was_handed_out_beyond_the_slots_is_not_running_yet(tmp_path: Path) -> None:
+    state = plan_sweep(small_space(tmp_path), FakeStudy(), one_each)
+    for task in state.shared.values():
+        state.complete(task)
+    assert all(state.next_task() for _ in range(4))
+    assert state.counts()["running"] == 4
+    assert state.counts(num_slots=3) == {"done": 0, "failed": 0, "running": 3, "waiting": 9}
+
+
 def test_shared_work_is_done_once_for_all_cells(tmp_path: Path) -> None:
     cells = expand_cells(small_space(tmp_path, *MANY))
     kinds = Counter(task.kind for task in shared_tasks(cells).values())

@@ -206,17 +206,18 @@ def describe_plan(space: SearchSpace, plan: Plan, *, data_dir: Path | None) -> s
 
 def _method_rows(space: SearchSpace) -> list[str]:
     """One row a method: its budgets, its cells, its trials, and what Optuna searches in it."""
-    rows = [f"  {'method':<14}  {'budgets':<18}  {'cells':>5}  {'trials':>6}  searched by Optuna"]
     cells_by_variant: dict[str, list[Cell]] = {}
     for cell in expand_cells(space):
         cells_by_variant.setdefault(cell.point.variant, []).append(cell)
+    width = max(14, *map(len, cells_by_variant))
+    rows = [f"  {'method':<{width}}  {'budgets':<18}  {'cells':>5}  {'trials':>6}  searched by Optuna"]
     for variant, cells in cells_by_variant.items():
         budgets = "; ".join(
             dict.fromkeys(budget_text(run_params(cell, weights={})).removesuffix(" bit") for cell in cells)
         )
         trials = sum(trials_wanted(cell, space.search) for cell in cells)
         searched = ", ".join(cells[0].point.free_weights) or "-"
-        rows.append(f"  {variant:<14}  {budgets:<18}  {len(cells):>5}  {trials:>6}  {searched}")
+        rows.append(f"  {variant:<{width}}  {budgets:<18}  {len(cells):>5}  {trials:>6}  {searched}")
     return rows
 
 

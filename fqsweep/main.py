@@ -283,7 +283,7 @@ def _report(uri: str, sweep: str, out: Path, *, metric: str | None, parent_id: s
     options += ["--parent", parent_id] if parent_id else []
     print(_run_analysis("report", options), end="")
     if parent_id is not None:
-        from fqsweep.tracking import publish_report
+        from fqsweep.publishing import publish_report
 
         publish_report(uri, parent_id, out)
 

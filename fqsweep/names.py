@@ -112,6 +112,8 @@ METHODS: tuple[str, ...] = (
     "reference",
 )
 
+KIND_SWEEP = "sweep"
+KIND_TRIAL = "trial"
 TAG_KEY = "fqsweep.key"
 TAG_SWEEP = "fqsweep.sweep"
 TAG_KIND = "fqsweep.kind"
@@ -121,13 +123,24 @@ TAG_FRONT = "front"
 TAG_RECOMMENDED = "recommended"
 TAG_REASON = "recommended.reason"
 TAG_PARENT = "mlflow.parentRunId"
+# What a filter of the MLflow UI can ask for (``tags.front = 'true'``).
+TAGS: dict[str, str] = {
+    "method": "of a trial: its method",
+    "variant": "of a trial: its row of the results, such as `uniform-4-ft`",
+    TAG_KEY: "of a trial: its key, the hash of what determines its result and the name of its folder",
+    TAG_KIND: f"`{KIND_SWEEP}` for the parent run of a sweep, `{KIND_TRIAL}` for a trial",
+    TAG_SWEEP: "name of the sweep, as in its search space",
+    TAG_PRUNED: "the trial was stopped early; it has no test metrics",
+    TAG_RETIRED: "the trial's cell is no longer in the search space; reports leave it out",
+    TAG_FRONT: "the trial is on the front: nothing has both fewer bits and a better validation metric",
+    TAG_RECOMMENDED: "the trial to take under some budget",
+    TAG_REASON: "why it is recommended",
+}
 # Of the parent run: what the counters of the driver's machine added up to, GPUs and CPU packages together.
 ENERGY_KWH = "energy/counted_kwh"
 SHARED_S = "time/shared_s"  # of the parent run: what parents and cost tables took together
 BITS = "bits/mean_weight"
 LEARNED_BITS = "bits/learned_mean"  # of an epoch, while bits are learned
-KIND_SWEEP = "sweep"
-KIND_TRIAL = "trial"
 DEFAULT_EXPERIMENT = "fqsweep"
 DEFAULT_SELECTION = "val/acc_worst"
 

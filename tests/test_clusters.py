@@ -188,6 +188,9 @@ def test_ray_on_kubernetes_demands_a_token_and_is_reached_from_its_own_pods_only
     policy = documents["NetworkPolicy"]["spec"]
     assert policy["policyTypes"] == ["Ingress"]
     assert all("podSelector" in source for rule in policy["ingress"] for source in rule["from"])
+    own = policy["podSelector"]["matchLabels"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    assert all(group["template"]["metadata"]["labels"] == own for group in groups)
 
 
 def test_the_image_copies_what_the_launched_nodes_get() -> None:

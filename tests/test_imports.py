@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # A module imports from its own line and the lines before it; packages count as one.
 ORDER = (
     ("fqsweep", "errors", "names", "config"),
-    ("cells", "space", "files", "stores"),
+    ("cells", "space", "files", "stores", "reference"),
     ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus", "faults", "forgetting"),
     ("data", "models", "allocation", "cost_table", "fairness", "progress", "pictures", "checkpoints"),
     ("quant",),
@@ -29,6 +29,7 @@ ORDER = (
         "actor",
         "estimate",
         "tracking",
+        "publishing",
         "spool",
         "machine",
         "control",
@@ -43,7 +44,7 @@ ORDER = (
 ONLY_IN = {
     "ray": {"fqsweep.sweep", "fqsweep.forgetting", "fqsweep.actor", "fqsweep.handover"},
     "optuna": {"fqsweep.studies"},
-    "mlflow": {"fqsweep.tracking", "analysis.load"},
+    "mlflow": {"fqsweep.tracking", "fqsweep.publishing", "analysis.load"},
     "timm": {"fqsweep.models"},
     "onnx": {"fqsweep.quant.onnx_export", "fqsweep.quant.onnx_decoding"},
     "onnxruntime": {"fqsweep.quant.onnx_export"},

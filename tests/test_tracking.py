@@ -28,6 +28,7 @@ from fqsweep.names import (
     TAG_RECOMMENDED,
     TAG_RETIRED,
 )
+from fqsweep.publishing import publish_report
 from fqsweep.results import TrialResult
 from fqsweep.spool import Spool
 from fqsweep.tracking import (
@@ -36,7 +37,6 @@ from fqsweep.tracking import (
     fetch_model,
     fetch_space,
     open_tracker,
-    publish_report,
     reaching,
 )
 

@@ -15,8 +15,9 @@ from analysis.load import load_layers, load_runs
 from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths
 from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_RECOMMENDED, metric_keys
+from fqsweep.publishing import publish_report
 from fqsweep.results import TrialResult
-from fqsweep.tracking import Tracker, default_uri, fetch_model, fetch_space, open_tracker, publish_report
+from fqsweep.tracking import Tracker, default_uri, fetch_model, fetch_space, open_tracker
 from tests.quant.packed_networks import packed_network
 from tests.tracking_stores import Missing, mlflow_server, postgres
 

@@ -21,8 +21,9 @@ from fqsweep.files import SweepPaths
 from fqsweep.main import main
 from fqsweep.names import RUN_PARAMS, metric_keys
 from fqsweep.pictures import draw_bits
+from fqsweep.publishing import publish_report
 from fqsweep.results import TrialResult
-from fqsweep.tracking import default_uri, open_tracker, publish_report
+from fqsweep.tracking import default_uri, open_tracker
 from tests.browser import Browser, browser
 from tests.tracking_stores import free_port, wait_until_up
 

@@ -11,13 +11,19 @@ from fqsweep.config.records import Record
 
 
 class SplitFractions(Record):
-    """How the images are divided; the split depends on ``seed`` and the images' content alone."""
+    """How the images are divided; the split depends on ``seed`` and the images' content alone.
+
+    Attributes:
+        train, calibration, validation, test: shares of the images, together 1. Calibration images serve importance and
+            matching; validation chooses; test is read once, at the end of a trial.
+        seed: another seed is another split.
+    """
 
     train: float = Field(default=0.6, gt=0, lt=1)
     calibration: float = Field(default=0.1, gt=0, lt=1)
     validation: float = Field(default=0.15, gt=0, lt=1)
     test: float = Field(default=0.15, gt=0, lt=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _sum_to_one(self) -> SplitFractions:
@@ -69,6 +75,7 @@ class DatasetBase(Record):
             one full-precision parent. ``sex x age`` crosses two: each pair is a group. Samples of unknown group
             in any of them are left out.
         image_size: side of the square images in pixels.
+        splits: shares of training, calibration, validation and test.
         min_group_count: a group with fewer images in a split is refused, not scored.
         label_map: new class name -> list of the set's own classes; unlisted classes are left out.
         drop_classes: the set's own classes that are left out.
@@ -131,6 +138,7 @@ class Isic2019Config(FilesBase):
     """ISIC 2019 in its official folder layout, ``<data-dir>/isic2019`` (or ``folder``).
 
     Attributes:
+        folder: its folder below the data folder.
         age_edges: inner borders of the age bins in years; (40, 60) gives <40, 40-59, 60+.
     """
 
@@ -145,6 +153,7 @@ class Fitzpatrick17kConfig(FilesBase):
     """Fitzpatrick17k with its public CSV, ``<data-dir>/fitzpatrick17k`` (or ``folder``).
 
     Attributes:
+        folder: its folder below the data folder.
         label_level: ``label`` (114 conditions), ``nine_partition_label`` or ``three_partition_label``.
         group_attributes: ``skin_type`` (six types) or ``skin_tone`` (types 1-3 against 4-6).
         drop_wrong_labels: leave out the images that the authors' quality check marked "3 Wrongly labelled".

@@ -18,14 +18,25 @@ Regulariser = Literal["none", "gap", "group_dro"]
 
 
 class ArchitectureConfig(Record):
-    """A timm classifier. ``pretrained``: true (hub weights), false, or a local file of weights."""
+    """A timm classifier; a bare name stands for ``{name: ...}``.
+
+    Attributes:
+        name: as timm calls it.
+        pretrained: true (weights from the hub), false, or a local file of weights with timm's names.
+    """
 
     name: str = Field(min_length=1)
     pretrained: bool | str = False
 
 
 class WeightRange(Record):
-    """A weight that Optuna searches between ``low`` and ``high``; ``start`` is its first trial."""
+    """A weight that Optuna searches.
+
+    Attributes:
+        low, high: the ends of the range.
+        start: the first trial's value; None takes ``low``.
+        log: search on a logarithmic scale.
+    """
 
     low: float = Field(ge=0)
     high: float = Field(gt=0)
@@ -115,14 +126,25 @@ class Finetuning(Record):
 
 
 class Fp32Method(Record):
-    """The full-precision parent itself."""
+    """The full-precision parent itself.
+
+    Attributes:
+        label: name of its row in the results.
+    """
 
     method: Literal["fp32"]
     label: str = "fp32"
 
 
 class UniformMethod(Finetuning):
-    """One bit-width for every weight. Each of ``bits`` and ``finetune`` gives cells of its own."""
+    """One bit-width for every weight.
+
+    Attributes:
+        label: name of its rows in the results, before the width; None: ``uniform``.
+        bits: widths; each gives cells of its own.
+        finetune: with ``true`` (``-ft`` in the row's name), without (``false``), or ``[false, true]`` for both.
+        scale: how the range of a channel's levels is chosen before fine-tuning.
+    """
 
     method: Literal["uniform"]
     label: str | None = None
@@ -132,7 +154,11 @@ class UniformMethod(Finetuning):
 
 
 class BitLimits(Record):
-    """The smallest and largest width that the units of a layer may have."""
+    """The smallest and largest width that the units of a layer may have.
+
+    Attributes:
+        min, max: in bits.
+    """
 
     min: Width = 0
     max: Width = 8
@@ -210,7 +236,11 @@ class Allocating(Finetuning):
 
 
 class StaticMethod(Allocating):
-    """Importance, allocation under the budget, fine-tuning with the bits fixed."""
+    """Importance, allocation under the budget, fine-tuning with the bits fixed.
+
+    Attributes:
+        label: name of its row in the results.
+    """
 
     method: Literal["static"]
     label: str = "static"
@@ -220,6 +250,7 @@ class BaqMethod(Allocating):
     """Bit-aware quantisation: weights and bits learned together, started from the allocation.
 
     Attributes:
+        label: name of its row in the results.
         bit_gradient: ``fracbits`` (difference between the two neighbouring widths) or ``lsq``.
         bit_learning_rate: step of the bits' optimiser, in bits.
         settle_frac: share of fine-tuning after the bits are rounded and frozen.
@@ -293,7 +324,12 @@ else:
 
 
 class RecipeMethod(Finetuning):
-    """A published comparator at the same exact budget; what it fixes is in ``RECIPES``."""
+    """A published comparator at the same budget; what it fixes is in ``fqsweep.config.methods.RECIPES``.
+
+    Attributes:
+        method: which one.
+        label: name of its row in the results; None: the method's.
+    """
 
     method: Recipe
     label: str | None = None

@@ -22,7 +22,11 @@ class TrainingRecipe(Record):
     """How networks are trained; part of the identity of every baseline and trial.
 
     Attributes:
-        learning_rate, weight_decay: AdamW's; ``finetune_learning_rate`` is used after quantising.
+        epochs: of the full-precision parent.
+        finetune_epochs: of the trials that fine-tune, unless their method says otherwise.
+        batch_size: images a step.
+        learning_rate, weight_decay: AdamW's.
+        finetune_learning_rate: in place of ``learning_rate`` after quantising.
         schedule: ``cosine`` falls to 2 % of the rate; ``step`` divides it by 10 after a half and three quarters of
             the steps; ``constant`` keeps it.
         patience: stop after this many epochs without a better validation loss, None never.
@@ -72,6 +76,7 @@ class SearchConfig(Record):
         early_stopping: which rule of ``fqsweep.stopping`` ends unpromising trials on validation data, or ``none``.
         repeat_seeds: seeds beside ``seeds`` in which nothing is searched: a cell with free weights has one trial
             there, with the weights that its first seed chose on validation data; other cells are as in any seed.
+        seed: of the sampler.
     """
 
     trials_per_cell: int = Field(default=4, ge=1)
@@ -101,6 +106,7 @@ class Resources(Record):
     """What one trial takes.
 
     Attributes:
+        cpus_per_trial: threads of a trial, and how many trials fit on a machine.
         gpus_per_trial: may be a fraction: 0.25 puts four trials on a GPU. ``auto``: the first trials of a data
             set and architecture have a GPU each; what they used at most says how many of the next share one.
         max_attempts: how often a trial is tried where its worker dies, hangs or meets a passing fault.
@@ -119,7 +125,17 @@ class Resources(Record):
 
 
 class SearchSpace(Record):
-    """A whole search space, as one YAML file says it."""
+    """A whole search space, as one YAML file says it.
+
+    Attributes:
+        name: of the sweep, and of its output folder unless ``--out`` is given.
+        datasets, architectures, methods, seeds: the axes of the grid.
+        budgets_bits: mean bits a quantised weight, for every method that spends a budget.
+        budgets_bytes: the same in bytes of the packed file.
+        recipe: how networks are trained.
+        search: how free weights are searched.
+        resources: what one trial takes.
+    """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)

@@ -13,10 +13,10 @@ Axes: u units of the whole model; ``_u1`` is (u, 1).
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +38,19 @@ def can_quantise_at_once(device: torch.device, *, bit_gradient: str | None) -> b
     """Whether this device can, with this gradient of the widths (None: they are fixed)."""
     if bit_gradient not in (None, "fracbits"):
         return False
-    return device.type == "cpu" or (device.type == "cuda" and importlib.util.find_spec("triton") is not None)
+    return device.type == "cpu" or (device.type == "cuda" and can_launch())
+
+
+@lru_cache(maxsize=1)
+def can_launch() -> bool:
+    """Whether Triton reaches a GPU: it builds its driver first, with a C compiler and Python's headers."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception:  # no Triton, no GPU, or whatever a compiler that is not there makes of it
+        return False
+    return True
 
 
 class Arithmetic(Protocol):

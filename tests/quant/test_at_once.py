@@ -7,8 +7,9 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from at_once_check import compare, network
 from torch import nn
 
 from fqsweep.quant import at_once_native
-from fqsweep.quant.at_once import AtOnce, EachLayer, OneCall, can_quantise_at_once
+from fqsweep.quant.at_once import AtOnce, EachLayer, OneCall, can_launch, can_quantise_at_once
 from fqsweep.quant.at_once_native import NativeBuildError, load_library
 from fqsweep.quant.blocks import Blocks
 from fqsweep.quant.convert import attach_quantisers, quantisers_of
@@ -79,10 +80,30 @@ def test_one_call_on_a_cpu_is_the_same_too(
     compare(CPU, arithmetic=OneCall, learn=learn, granularity=granularity, channels_last=channels_last)
 
 
-def test_it_is_there_for_gradients_that_it_knows_and_on_gpus_where_triton_is() -> None:
-    has_triton = importlib.util.find_spec("triton") is not None
-    assert can_quantise_at_once(CUDA, bit_gradient=None) == has_triton
-    assert can_quantise_at_once(CUDA, bit_gradient="fracbits") == has_triton
+@pytest.fixture
+def triton_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Puts a driver in the place of Triton's own, by what its first question answers."""
+    runtime = pytest.importorskip("triton.runtime")
+
+    def put(answer: Callable[[], object]) -> None:
+        can_launch.cache_clear()
+        monkeypatch.setattr(runtime.driver, "_active", SimpleNamespace(get_current_target=answer))
+
+    yield put
+    can_launch.cache_clear()
+
+
+def test_it_is_there_on_gpus_that_triton_reaches(triton_driver: Callable[[Callable[[], object]], None]) -> None:
+    def no_compiler() -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    triton_driver(lambda: "cuda")
+    assert can_quantise_at_once(CUDA, bit_gradient=None) and can_quantise_at_once(CUDA, bit_gradient="fracbits")
+    triton_driver(no_compiler)
+    assert not can_quantise_at_once(CUDA, bit_gradient=None)
+
+
+def test_it_is_there_for_gradients_that_it_knows() -> None:
     assert not can_quantise_at_once(CUDA, bit_gradient="lsq")
     assert can_quantise_at_once(CPU, bit_gradient=None) and can_quantise_at_once(CPU, bit_gradient="fracbits")
     assert not can_quantise_at_once(CPU, bit_gradient="lsq")

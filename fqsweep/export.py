@@ -6,9 +6,10 @@ own model on the test images of its data set (or on random ones, where these can
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ from fqsweep.tracking import fetch_model, fetch_space
 BATCH = 64
 NUM_RANDOM_IMAGES = 64
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-Batches = list[torch.Tensor]
+Batches = Iterable[torch.Tensor]
 
 
 def export_run(
@@ -51,10 +52,11 @@ def export_run(
         check_onnx_packages()
     try:
         blob = fetch_model(uri, run_id)
-        notes = read_notes(read_metadata(blob))
+        notes, model = read_notes(read_metadata(blob)), load_model(blob)
+        described = describe_bits(blob)
     except PackedFileError as error:
         raise InputError(f"run {run_id}: {error}") from error
-    yield describe_bits(blob)
+    yield described
     if kind == "packed":
         write_bytes(target, blob)
     else:
@@ -62,8 +64,8 @@ def export_run(
         from fqsweep.quant.onnx_export import compare_with_torch, export_onnx
 
         content = export_onnx(blob)
-        batches, source = comparison_images(uri, run_id, notes, data_dir)
-        found = compare_with_torch(content, load_model(blob), batches)
+        with comparison_images(uri, run_id, notes, data_dir) as (batches, source):
+            found = compare_with_torch(content, model, batches)
         write_bytes(target, content)
         yield (
             f"onnxruntime agrees with the run's model on {found.num_images:,} {source}: largest difference of a "
@@ -97,10 +99,20 @@ def describe_bits(blob: bytes) -> str:
     return f"{mean_bits(state):.3g} bits per weight; {count:,} quantised weights"
 
 
-def comparison_images(uri: str, run_id: str, notes: ModelNotes, data_dir: Path | None) -> tuple[Batches, str]:
-    """Normalised images to compare with, and what they are."""
+@contextlib.contextmanager
+def comparison_images(
+    uri: str, run_id: str, notes: ModelNotes, data_dir: Path | None
+) -> Iterator[tuple[Batches, str]]:
+    """Normalised images to compare with, made as they are asked for, and what they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield _images(uri, run_id, notes, data_dir, Path(folder))
+
+
+def _images(
+    uri: str, run_id: str, notes: ModelNotes, data_dir: Path | None, folder: Path
+) -> tuple[Batches, str]:
     try:
-        return _test_images(uri, run_id, notes, data_dir), "test images"
+        return _test_images(uri, run_id, notes, data_dir, folder), "test images"
     except InputError as error:
         generator = torch.Generator().manual_seed(0)
         shape = (NUM_RANDOM_IMAGES, 3, notes.image_size, notes.image_size)
@@ -108,25 +120,25 @@ def comparison_images(uri: str, run_id: str, notes: ModelNotes, data_dir: Path |
         return [torch.randn(shape, generator=generator)], f"random images (no test images: {reason})"
 
 
-def _test_images(uri: str, run_id: str, notes: ModelNotes, data_dir: Path | None) -> Batches:
-    with tempfile.TemporaryDirectory() as folder:
-        file, params = fetch_space(uri, run_id, Path(folder))
-        space = load_space(file)
-        wanted = [dataset for dataset in space.datasets if dataset.name == params["dataset"]]
-        if not wanted:
-            raise InputError(f"{file.name} has no data set {params['dataset']!r}")
-        database = Path(uri.removeprefix("sqlite:///"))
-        packs = SweepPaths(database.parent if database.is_file() else Path(folder)).packs
-        dataset = open_dataset(wanted[0], data_dir=data_dir, pack_dir=packs)
-        loader = BatchLoader(
-            images=dataset.image_nhwc,
-            labels=dataset.samples.label_n,
-            groups=next(iter(dataset.samples.groups.values())).code_n,
-            indices=dataset.splits.test,
-            batch_size=BATCH,
-            device=torch.device("cpu"),
-            mean=notes.normalisation.mean,
-            std=notes.normalisation.std,
-            shuffle=False,
-        )
-        return [batch.image_bchw for batch in loader.epoch(0)]
+def _test_images(uri: str, run_id: str, notes: ModelNotes, data_dir: Path | None, folder: Path) -> Batches:
+    """Batches of the test split; packs that the sweep did not leave are made in ``folder``."""
+    file, params = fetch_space(uri, run_id, folder)
+    space = load_space(file)
+    wanted = [dataset for dataset in space.datasets if dataset.name == params["dataset"]]
+    if not wanted:
+        raise InputError(f"{file.name} has no data set {params['dataset']!r}")
+    database = Path(uri.removeprefix("sqlite:///"))
+    packs = SweepPaths(database.parent if database.is_file() else folder).packs
+    dataset = open_dataset(wanted[0], data_dir=data_dir, pack_dir=packs)
+    loader = BatchLoader(
+        images=dataset.image_nhwc,
+        labels=dataset.samples.label_n,
+        groups=next(iter(dataset.samples.groups.values())).code_n,
+        indices=dataset.splits.test,
+        batch_size=BATCH,
+        device=torch.device("cpu"),
+        mean=notes.normalisation.mean,
+        std=notes.normalisation.std,
+        shuffle=False,
+    )
+    return (batch.image_bchw for batch in loader.epoch(0))

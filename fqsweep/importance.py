@@ -242,7 +242,11 @@ def _taylor(
     *,
     matched: bool,
 ) -> np.ndarray:
-    """The costs from one backward pass, in which each layer meets the gradient at its output."""
+    """The costs from one backward pass, in which each layer meets the gradient at its output.
+
+    A layer whose weight is used without calling the layer, or whose inputs do not depend on the image, meets none:
+    its costs are taken from the weights' own gradients, image by image, without matching.
+    """
     layers = quantisable_layers(model)
     device = next(model.parameters()).device
     held = {layer.name: list(changes(layer.name)) for layer in units.layers}
@@ -250,6 +254,7 @@ def _taylor(
     num_choices = len(held[units.layers[0].name])
     cost_gub = torch.zeros(len(count_g), units.num_units, num_choices, dtype=torch.float64, device=device)
     group_ng = torch.zeros(0)
+    met: set[str] = set()
 
     def watch(part: LayerUnits, layer: nn.Conv2d | nn.Linear) -> Callable[..., None]:
         def on_forward(_layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -257,6 +262,7 @@ def _taylor(
 
             @torch.no_grad()
             def on_gradient(gradient: torch.Tensor) -> None:
+                met.add(part.name)
                 along_knu = _along(
                     layer, value, gradient, held[part.name], lines.get(part.name), part.num_units
                 )
@@ -281,7 +287,31 @@ def _taylor(
             loss.backward()
             done += len(image)
             progress("taylor_matched" if matched else "taylor", done / total)
+    unmet = [part for part in units.layers if part.name not in met]
+    if unmet:
+        _add_costs_by_weight(cost_gub, model, unmet, batches, held)
     return cost_gub.cpu().numpy() / (2 * count_g[:, None, None])
+
+
+def _add_costs_by_weight(
+    cost_gub: torch.Tensor,
+    model: nn.Module,
+    parts: Sequence[LayerUnits],
+    batches: Callable[[], Iterator[Image]],
+    held: Mapping[str, Sequence[torch.Tensor]],
+) -> None:
+    """Add (g_i . dW)^2 of each image to the costs of its group, one backward pass an image."""
+    layers = quantisable_layers(model)
+    weights = [layers[part.name].weight.requires_grad_() for part in parts]
+    for image, label, group in batches():
+        for i, g in enumerate(group.tolist()):
+            loss = F.cross_entropy(model(image[i : i + 1]), label[i : i + 1])
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            for part, gradient in zip(parts, gradients, strict=True):
+                for choice, change in enumerate(held[part.name]) if gradient is not None else ():
+                    along_u = as_units(gradient * change, part.num_units).sum(dim=1).double()
+                    cost_gub[g, part.start : part.stop, choice] += along_u.square()
+    model.requires_grad_(False)
 
 
 def _along(

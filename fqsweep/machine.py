@@ -29,7 +29,8 @@ class EnergyCounters:
 
     def __init__(self, *, powercap: Path = POWERCAP) -> None:
         self.gpus = _gpu_handles()
-        self.packages = [p for p in sorted(powercap.glob("intel-rapl:?")) if _joules_of_package(p) is not None]
+        self.packages = [p for p in sorted(powercap.glob("intel-rapl:*")) if _is_package(p)]
+        self._range = {str(package): _largest_joules(package) for package in self.packages}
         self._last: dict[str, float] = self._read()
         self.joules = 0.0
 
@@ -45,9 +46,10 @@ class EnergyCounters:
         """Joules since the beginning, all counters together."""
         now = self._read()
         for name, value in now.items():
-            # A counter that went back has wrapped around, or its driver was loaded again: what it shows is all new.
             before = self._last.get(name, value)
-            self.joules += value - before if value >= before else value
+            if value < before:  # it wrapped around at its range, or its driver was loaded again
+                before -= self._range.get(name) or before
+            self.joules += value - before
         self._last = now
         return self.joules
 
@@ -55,6 +57,23 @@ class EnergyCounters:
         read = {str(package): _joules_of_package(package) for package in self.packages}
         read |= {f"gpu {i}": _joules_of_gpu(handle) for i, handle in enumerate(self.gpus)}
         return {name: value for name, value in read.items() if value is not None}
+
+
+def _is_package(zone: Path) -> bool:
+    """Whether a RAPL zone is a CPU package that may be read; others are parts of one, or the platform around it."""
+    try:
+        is_package = (zone / "name").read_text().startswith("package")
+    except OSError:
+        return False
+    return is_package and _joules_of_package(zone) is not None
+
+
+def _largest_joules(package: Path) -> float:
+    """Where a package's counter begins again at 0; 0 where that is not said."""
+    try:
+        return int((package / "max_energy_range_uj").read_text()) / 1e6
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _joules_of_package(package: Path) -> float | None:
@@ -148,10 +167,12 @@ class MachineWatch:
         self._sample()
 
     def _sample(self) -> None:
-        values = sample(self.energy.gpus, folder=self.folder)
-        if self.energy.parts:
-            values[ENERGY_KWH] = self.energy_before_kwh + self.energy.add() / JOULES_A_KWH
-        with contextlib.suppress(Exception):  # whatever a tracking server raises
+        with contextlib.suppress(
+            Exception
+        ):  # whatever a tracking server raises, or a disk that does not answer
+            values = sample(self.energy.gpus, folder=self.folder)
+            if self.energy.parts:
+                values[ENERGY_KWH] = self.energy_before_kwh + self.energy.add() / JOULES_A_KWH
             self.send(values, self.step)
             self.step += 1
 

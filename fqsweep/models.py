@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fqsweep.config import ArchitectureConfig
 from fqsweep.errors import InputError
@@ -50,6 +53,7 @@ def build_model(
     with torch.device(device):
         model = _create(config, num_classes, image_size)
     _check_size(model, config.name, image_size)
+    _check_own_weights(model, config.name)
     return model
 
 
@@ -170,6 +174,17 @@ def _check_size(model: nn.Module, name: str, image_size: int) -> None:
         raise InputError(f"architecture {name} is no classifier: its output has shape {tuple(output.shape)}")
 
 
+def _check_own_weights(model: nn.Module, name: str) -> None:
+    """Every weight has one name: it could be stored under one alone, and would have two widths."""
+    seen: dict[int, str] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        other = seen.setdefault(id(tensor), key)
+        if other != key:
+            raise InputError(
+                f"architecture {name} uses one weight as {other} and as {key}: such networks are not supported"
+            )
+
+
 def normalisation_of(config: ArchitectureConfig) -> Normalisation:
     """The pretrained weights' own normalisation, or a plain one for networks trained from scratch."""
     if not config.pretrained:
@@ -200,7 +215,8 @@ def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], in
     """Multiply-accumulates of one image: per quantisable layer, and between activations.
 
     Every token and position counts. Products between activations (attention) are what is left of the
-    counted operations after the layers; 0 in convolutional networks.
+    counted operations after the layers; 0 in convolutional networks. A layer whose weight is used without calling the
+    layer counts by its weight.
 
     Args:
         model: any device; on ``meta`` nothing is computed.
@@ -208,12 +224,11 @@ def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], in
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    layer_macs: dict[str, int] = {}
+    layer_macs: Counter[str] = Counter()
 
     def note(name: str, weight: torch.Tensor) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-            positions = output.numel() // weight.shape[0]
-            layer_macs[name] = layer_macs.get(name, 0) + positions * weight.numel()
+            layer_macs[name] += output.numel() // weight.shape[0] * weight.numel()
 
         return hook
 
@@ -225,7 +240,29 @@ def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], in
         after.callback(model.train, was_training)
         for name, module in quantisable_layers(model).items():
             after.enter_context(module.register_forward_hook(note(name, module.weight)))
+        uses = after.enter_context(_WeightUses(model))
         with torch.no_grad(), counter:
             model(torch.zeros(1, 3, image_size, image_size, device=device))
     total = counter.get_total_flops() // 2
-    return layer_macs, max(0, total - sum(layer_macs.values()))
+    macs = {**uses.macs, **layer_macs}
+    return macs, max(0, total - sum(macs.values()))
+
+
+class _WeightUses(TorchFunctionMode):
+    """Counts multiply-accumulates of convolutions and linear maps by the layer whose weight they are given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(layer.weight): name for name, layer in quantisable_layers(model).items()}
+        self.macs: Counter[str] = Counter()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        output = function(*args, **given)
+        if function in (F.linear, F.conv2d):
+            weight = given["weight"] if "weight" in given else args[1]
+            if id(weight) in self.names:
+                self.macs[self.names[id(weight)]] += output.numel() // weight.shape[0] * weight.numel()
+        return output

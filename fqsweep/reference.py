@@ -77,8 +77,8 @@ TITLES: dict[type[Record], str] = {
 }
 HEAD = """# Reference
 
-Made by `python -m fqsweep.reference` out of `fqsweep/config/` and `fqsweep/names.py`. A key that a file does not give has its
-default; an unknown key is refused with the nearest known one.
+Made by `python -m fqsweep.reference` out of `fqsweep/config/` and `fqsweep/names.py`. A key that a file does not give
+has its default; an unknown key is refused with the nearest known one.
 """
 BOUNDS = (
     ("minimum", "at least"),

@@ -247,6 +247,40 @@ def test_taylor_takes_attention_windows_and_depthwise_networks(name: str) -> Non
             assert np.allclose(rows, wanted, rtol=2e-2, atol=1e-3 * wanted.max() + 1e-12), layer.name
 
 
+class Unmet(nn.Module):
+    """A layer whose weight is used without calling it, one whose input does not depend on the image, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.by_weight = nn.Linear(6, 5)
+        self.of_positions = nn.Linear(2, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.conv(image)).flatten(2).transpose(1, 2)
+        x = F.linear(x, weight=self.by_weight.weight, bias=self.by_weight.bias)
+        position = torch.stack([torch.arange(x.shape[1]), torch.ones(x.shape[1])], dim=1) / x.shape[1]
+        return self.head(torch.tanh(x + self.of_positions(position)).mean(dim=1))
+
+
+@pytest.mark.parametrize("predictor", ["taylor", "taylor_matched"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_layers_that_meet_no_gradient_at_their_output_have_their_costs_too(
+    predictor: str, granularity: str
+) -> None:
+    torch.manual_seed(0)
+    network = Unmet()
+    found, units = measure(network, predictor, images(), granularity=granularity)
+    wanted = by_loop(network, units, found, images(), "taylor")
+    for layer in units.layers:
+        if predictor == "taylor" or layer.name in ("by_weight", "of_positions"):
+            rows = slice(layer.start, layer.stop)
+            assert np.allclose(found.cost_gub[:, rows], wanted[:, rows], rtol=1e-3, atol=1e-12), layer.name
+            assert (found.cost_gub[:, rows, 0] > 0).all()
+    assert not any(p.requires_grad is False for p in network.parameters())
+
+
 # --- start steps ---------------------------------------------------------------------------------
 
 

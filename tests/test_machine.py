@@ -17,6 +17,7 @@ def count(powercap: Path, package: int, joules: float) -> None:
     folder = powercap / f"intel-rapl:{package}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "energy_uj").write_text(f"{round(joules * 1e6)}\n")
+    (folder / "name").write_text(f"package-{package}\n")
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,25 @@ def test_energy_adds_up_over_packages_and_over_a_counter_that_wraps(tmp_path: Pa
     count(tmp_path, 0, 5.0)  # wrapped around: at least these 5 are new
     count(tmp_path, 1, 60.0)
     assert counters.add() == pytest.approx(45.0)
+
+
+def test_a_counter_that_wraps_adds_what_was_left_to_its_end(tmp_path: Path) -> None:
+    count(tmp_path, 0, 130.0)
+    (tmp_path / "intel-rapl:0" / "max_energy_range_uj").write_text("140000000\n")
+    counters = EnergyCounters(powercap=tmp_path)
+    count(tmp_path, 0, 5.0)
+    assert counters.add() == pytest.approx(15.0)
+
+
+def test_the_platform_and_the_parts_of_a_package_are_not_counted_beside_it(tmp_path: Path) -> None:
+    for package in (0, 10):
+        count(tmp_path, package, 1.0)
+    for zone, name in (("intel-rapl:1", "psys"), ("intel-rapl:0:0", "core")):
+        folder = tmp_path / zone
+        folder.mkdir()
+        (folder / "energy_uj").write_text("1\n")
+        (folder / "name").write_text(f"{name}\n")
+    assert EnergyCounters(powercap=tmp_path).parts == "2 CPU packages"
 
 
 def test_a_counter_that_may_not_be_read_is_not_counted(tmp_path: Path) -> None:

@@ -138,6 +138,24 @@ def test_macs_are_counted_by_position_token_and_group() -> None:
     assert between == 2 * 16 * 16 * 6
 
 
+def test_a_layer_counts_where_only_its_weight_is_used() -> None:
+    class ByWeight(Small):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            x = self.grouped(self.conv(image)).flatten(2).transpose(1, 2)
+            x = nn.functional.linear(x, weight=self.tokens.weight)
+            return nn.functional.linear((x @ x.transpose(1, 2) @ x).mean(dim=1), self.head.weight)
+
+    assert count_macs(ByWeight(), image_size=8) == count_macs(Small(), image_size=8)
+
+
+def test_a_network_that_shares_weights_between_layers_is_refused() -> None:
+    config = ArchitectureConfig(name="coat_lite_tiny")
+    with pytest.raises(
+        InputError, match=r"coat_lite_tiny uses one weight as cpe1\.proj\.weight and as serial_blocks1"
+    ):
+        build_model(config, num_classes=2, image_size=224, device="meta")
+
+
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("deit_tiny_patch16_224", 32)])
 def test_macs_on_the_meta_device_are_those_on_the_cpu(name: str, size: int) -> None:
     config = ArchitectureConfig(name=name)

@@ -14,7 +14,7 @@ class SplitFractions(Record):
     """How the images are divided; the split depends on ``seed`` and the images' content alone.
 
     Attributes:
-        train, calibration, validation, test: shares of the images, together 1. Calibration images serve importance and
+        train, calibration, validation, test: shares of the images, together 1. Calibration serves importance and
             matching; validation chooses; test is read once, at the end of a trial.
         seed: another seed is another split.
     """

@@ -30,14 +30,17 @@ def effective_gbops(
     """Effective bit-operations of one image, in 1e9.
 
     A multiply-accumulate with a weight counts weight bits times activation bits; activations are not
-    quantised and count 32. Products between activations (attention) count 32 x 32. Norms and other
-    elementwise work are left out.
+    quantised and count 32, and so do weights that are in no unit (exempt layers). Products between activations
+    (attention) count 32 x 32. Norms and other elementwise work are left out.
 
     Args:
         layer_macs: layer name -> multiply-accumulates, every token and position counted.
         activation_macs: multiply-accumulates between activations.
     """
     total = float(activation_macs) * ACTIVATION_BITS * ACTIVATION_BITS
+    quantised = {layer.name for layer in units.layers}
+    exempt_macs = sum(macs for name, macs in layer_macs.items() if name not in quantised)
+    total += float(exempt_macs) * FULL_PRECISION_BITS * ACTIVATION_BITS
     for layer in units.layers:
         # All units of a layer do the same number of operations.
         mean_bits = float(np.mean(bits_u[layer.start : layer.stop]))

@@ -18,11 +18,13 @@ from fqsweep.quant.packing import (
     PackedFileError,
     UnpackedWeights,
     read_metadata,
+    stored_shapes,
     unpack_weights,
 )
 from fqsweep.quant.removal import Removable, find_removable, load_weights, remove_dropped_channels
 
 NOTES = ("architecture", "image_size", "classes", "normalisation")
+LARGEST_IMAGE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +52,38 @@ def read_notes(metadata: Mapping[str, str]) -> ModelNotes:
         raise PackedFileError(
             f"the packed file does not say its {', '.join(missing)}: it was not written by a trial of fqsweep"
         )
-    normalisation: dict[str, Any] = json.loads(metadata["normalisation"])
-    return ModelNotes(
-        architecture=metadata["architecture"],
-        image_size=int(metadata["image_size"]),
-        class_names=tuple(json.loads(metadata["classes"])),
-        normalisation=Normalisation(mean=tuple(normalisation["mean"]), std=tuple(normalisation["std"])),
+    try:
+        normalisation: dict[str, Any] = json.loads(metadata["normalisation"])
+        notes = ModelNotes(
+            architecture=metadata["architecture"],
+            image_size=int(metadata["image_size"]),
+            class_names=tuple(json.loads(metadata["classes"])),
+            normalisation=Normalisation(mean=tuple(normalisation["mean"]), std=tuple(normalisation["std"])),
+        )
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise PackedFileError(f"damaged packed model: its notes cannot be read ({error})") from error
+    if not 0 < notes.image_size <= LARGEST_IMAGE:
+        raise PackedFileError(f"damaged packed model: it takes images of {notes.image_size} px")
+    return notes
+
+
+def _untrained(notes: ModelNotes, metadata: Mapping[str, str]) -> nn.Module:
+    """The network of the notes, which the file's layers fit.
+
+    Raises:
+        PackedFileError: a layer is none of the network's, or larger: nothing is made of the size that a file names.
+    """
+    network = build_untrained(
+        notes.architecture, num_classes=len(notes.class_names), image_size=notes.image_size
     )
-
-
-def _untrained(notes: ModelNotes) -> nn.Module:
-    return build_untrained(notes.architecture, num_classes=len(notes.class_names), image_size=notes.image_size)
+    sizes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for name, shape in stored_shapes(metadata).items():
+        own = sizes.get(name, ())
+        if len(shape) != len(own) or any(given > whole for given, whole in zip(shape, own, strict=True)):
+            raise PackedFileError(
+                f"damaged packed model: {name} of shape {list(shape)} does not fit {notes.architecture} ({list(own)})"
+            )
+    return network
 
 
 def load_model(blob: bytes) -> nn.Module:
@@ -72,7 +95,16 @@ def load_model(blob: bytes) -> nn.Module:
         PackedFileError: the file cannot be read or does not say what it holds.
         InputError: this timm does not know the architecture.
     """
-    return load_weights(_untrained(read_notes(read_metadata(blob))), unpack_weights(blob))
+    metadata = read_metadata(blob)
+    notes = read_notes(metadata)
+    network = _untrained(notes, metadata)
+    try:
+        return load_weights(network, unpack_weights(blob))
+    except (RuntimeError, LookupError) as error:
+        first = str(error).splitlines()[0]
+        raise PackedFileError(
+            f"damaged packed model: its weights do not fit {notes.architecture}: {first}"
+        ) from error
 
 
 def shrink(blob: bytes) -> bytes:
@@ -88,10 +120,9 @@ def shrink(blob: bytes) -> bytes:
     metadata = read_metadata(blob)
     notes = read_notes(metadata)
     state = unpack_weights(blob)
-    build = partial(_untrained, notes)
-    small = remove_dropped_channels(
-        state, build, image_size=notes.image_size, removable=_removable_channels(notes)
-    )
+    build = partial(_untrained, notes, metadata)
+    removable = _removable_channels(notes)
+    small = remove_dropped_channels(state, build, image_size=notes.image_size, removable=removable)
     if count_values(small) == count_values(state):
         return blob
     del metadata[CHECKSUM]
@@ -101,7 +132,7 @@ def shrink(blob: bytes) -> bytes:
 @lru_cache(maxsize=8)
 def _removable_channels(notes: ModelNotes) -> Removable:
     """Traced once a process: a sweep has many trials of one network."""
-    return find_removable(partial(_untrained, notes), image_size=notes.image_size)
+    return find_removable(partial(_untrained, notes, {}), image_size=notes.image_size)
 
 
 def count_values(state: UnpackedWeights) -> int:

@@ -194,6 +194,8 @@ def _levels(
     weight_un = tensor.float().reshape(len(bits_u), -1)
     step_u = _steps_for(name, weight_un, bits_u, given)
     level_un = round_to_levels(weight_un, step_u[:, None], *limits_of(bits_u))
+    if not bool(torch.isfinite(weight_un).all() & torch.isfinite(step_u).all()):
+        raise ValueError(f"{name!r}: weights and steps must be finite")
     if given is not None and not torch.equal(level_un * step_u[:, None], weight_un):
         raise ValueError(f"{name!r}: weights do not lie on the grid of the steps given")
     return level_un, step_u
@@ -232,7 +234,9 @@ def read_metadata(blob: bytes) -> dict[str, str]:
             raise ValueError("its header is cut short")
         header = json.loads(blob[8 : 8 + length])
         metadata = header.get("__metadata__", {})
-    except (ValueError, AttributeError) as error:
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are not text")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise PackedFileError(f"not a packed model, or damaged: {error}") from error
     if metadata.get("format") != FORMAT:
         raise PackedFileError(f"not a packed model: its format is {metadata.get('format', 'not named')!r}")
@@ -241,6 +245,19 @@ def read_metadata(blob: bytes) -> dict[str, str]:
             f"packed model of version {metadata.get('version')}: this fqsweep reads {' and '.join(VERSIONS)}"
         )
     return dict(metadata)
+
+
+def stored_shapes(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the quantised tensors that a packed file says it has; empty where it says none.
+
+    Raises:
+        PackedFileError: the list cannot be read.
+    """
+    try:
+        layers = json.loads(metadata.get("layers", "[]"))
+        return {str(layer["name"]): tuple(int(size) for size in layer["shape"]) for layer in layers}
+    except _DAMAGE as error:
+        raise PackedFileError(f"damaged packed model: {error}; export it again") from error
 
 
 def _with_sorted_header(blob: bytes) -> bytes:
@@ -324,7 +341,7 @@ def _join_columns(
 def _unit_bits(name: str, tensor: torch.Tensor, given: Bits) -> torch.Tensor:
     """One width per unit, int64 (u,)."""
     bits_u = torch.as_tensor(np.asarray(given)).long()
-    if not tensor.is_floating_point() or tensor.ndim < 1:
+    if not tensor.is_floating_point() or tensor.ndim < 1 or not tensor.numel():
         raise ValueError(f"{name!r} is no float tensor with an output-channel axis: it cannot be quantised")
     if bits_u.ndim == 0:
         bits_u = bits_u.expand(len(tensor)).clone()

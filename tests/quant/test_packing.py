@@ -168,10 +168,18 @@ def test_packing_changes_nothing_it_was_given() -> None:
             "weights do not lie on the grid of the steps given",
         ),
         ({"w": 3}, {"w": np.array([1.0], np.float32)}, "2 steps are needed"),
+        ({"inf": 4}, None, "'inf': weights and steps must be finite"),
+        ({"nan": 1}, None, "'nan': weights and steps must be finite"),
+        ({"none": 4}, None, "'none' is no float tensor with an output-channel axis"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(bits: Any, steps: Any, message: str) -> None:
     state = {"w": torch.tensor([[1.0, 2.0], [3.0, -1.0]]), "n": torch.tensor([1, 2])}
+    state |= {
+        "inf": torch.tensor([[torch.inf, 1.0]]),
+        "nan": torch.tensor([[torch.nan]]),
+        "none": torch.zeros(0, 3),
+    }
     with pytest.raises(ValueError, match=message):
         pack_weights(state, bits, steps=steps)
 
@@ -223,7 +231,24 @@ def test_a_later_version_is_refused_by_its_number(blob: bytes) -> None:
         unpack_weights(later)
 
 
-@pytest.mark.parametrize("junk", [b"", b"x", b"\0" * 8, b"\x02" + b"\0" * 7 + b"[]", b"PK\3\4" * 10])
+def headed(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"",
+        b"x",
+        b"\0" * 8,
+        headed("[]"),
+        b"PK\3\4" * 10,
+        headed('{"__metadata__": "abc"}'),
+        headed('{"__metadata__": null}'),
+        headed('{"__metadata__": {"format": 1}}'),
+        headed('{"a": ' * 100_000),
+    ],
+)
 def test_bytes_of_any_kind_are_refused(junk: bytes) -> None:
     with pytest.raises(PackedFileError, match="not a packed model"):
         unpack_weights(junk)
@@ -257,6 +282,39 @@ def test_a_network_from_its_file_alone_computes_what_the_trained_one_does(name: 
 def test_a_file_that_does_not_name_its_network_is_refused(blob: bytes) -> None:
     with pytest.raises(
         PackedFileError, match="does not say its architecture, image_size, classes, normalisation"
+    ):
+        load_model(blob)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": "abc"}, "its notes cannot be read"),
+        ({"image_size": "1000000"}, "takes images of 1000000 px"),
+        ({"normalisation": "[1"}, "its notes cannot be read"),
+        ({"normalisation": '{"mean": [0, 0, 0]}'}, "its notes cannot be read"),
+        ({"classes": "3"}, "its notes cannot be read"),
+        ({"architecture": "resnet18"}, "its weights do not fit resnet18"),
+    ],
+)
+def test_a_file_whose_notes_do_not_fit_is_refused(change: dict[str, str], message: str) -> None:
+    model = random_network("test_resnet", image_size=32, seed=0)
+    notes = {**notes_of("test_resnet", 32), **change}
+    with pytest.raises(PackedFileError, match=message):
+        load_model(pack_weights(model.state_dict(), {}, metadata=notes))
+
+
+def test_a_small_file_of_an_enormous_dropped_layer_is_refused_before_it_takes_memory() -> None:
+    record = {"name": "conv1.weight", "shape": [1, 2**40], "dtype": "float32", "units": 1}
+    notes = {
+        **notes_of("test_resnet", 32),
+        "format": "fqsweep-packed",
+        "version": "1",
+        "layers": json.dumps([record]),
+    }
+    blob = save({"bits": torch.zeros(1, dtype=torch.uint8), "steps": torch.zeros(0)}, metadata=notes)
+    with pytest.raises(
+        PackedFileError, match=r"conv1.weight of shape \[1, 1099511627776\] does not fit test_resnet"
     ):
         load_model(blob)
 

@@ -83,3 +83,10 @@ def test_full_precision_counts_32_bits() -> None:
 
 def test_a_layer_that_no_image_passes_costs_nothing() -> None:
     assert effective_gbops({"0": 1000}, 0, two_layers(), np.full(5, 4)) == pytest.approx(1000 * 4 * 32 / 1e9)
+
+
+def test_layers_that_stay_in_full_precision_count_32_bits() -> None:
+    network = nn.Sequential(nn.Linear(10, 2), nn.Linear(2, 3))
+    units = list_units(network, granularity="channel", exempt=["last"])
+    found = effective_gbops({"0": 1000, "1": 300}, 0, units, np.full(2, 4))
+    assert found == pytest.approx((1000 * 4 * 32 + 300 * 32 * 32) / 1e9)

@@ -305,8 +305,10 @@ def _add_costs_by_weight(
     weights = [layers[part.name].weight.requires_grad_() for part in parts]
     for image, label, group in batches():
         for i, g in enumerate(group.tolist()):
-            loss = F.cross_entropy(model(image[i : i + 1]), label[i : i + 1])
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            seen = image[i : i + 1].detach().requires_grad_()  # the loss has a graph, whatever weights it has
+            gradients = torch.autograd.grad(
+                F.cross_entropy(model(seen), label[i : i + 1]), weights, allow_unused=True
+            )
             for part, gradient in zip(parts, gradients, strict=True):
                 for choice, change in enumerate(held[part.name]) if gradient is not None else ():
                     along_u = as_units(gradient * change, part.num_units).sum(dim=1).double()

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 MAX_LABELLED_LAYERS = 30
 MAX_LABELLED_CLASSES = 12
+SMALLEST_SHARE = 0.005  # what would be written as 0 is not
 # Margins are set, in inches, rather than found by matplotlib's layout engine, which takes as long as the drawing.
 INCHES_A_LETTER = 0.075  # of a 7 point label, generously
 BAR_WIDTH, BAR_MARGIN = 0.12, 0.65
@@ -53,18 +54,20 @@ def draw_confusion(
 
     Args:
         confusion_gtp: counts, (groups, true class, predicted class).
-        groups, classes: their names; classes are named up to ``MAX_LABELLED_CLASSES``.
+        groups, classes: their names; classes are named up to ``MAX_LABELLED_CLASSES``, with shares of 1 % and more.
         title: what the picture is of.
     """
     share_gtp = confusion_gtp / np.maximum(confusion_gtp.sum(axis=2, keepdims=True), 1)
     named = len(classes) <= MAX_LABELLED_CLASSES
     margin = 0.35 + (INCHES_A_LETTER * _longest(classes) if named else 0.0)
-    figure, axes_g, bar = _framed(len(groups), width=2.4, height=2.4, left=margin, below=margin, above=0.6)
+    figure, axes_g, bar = _framed(
+        len(groups), width=2.4, height=2.4, left=margin, between=0.15, below=margin, above=0.6
+    )
     for axes, name, share_tp, count_tp in zip(axes_g, groups, share_gtp, confusion_gtp, strict=True):
         image = axes.imshow(share_tp, cmap="cividis", vmin=0, vmax=1)
         axes.set_title(f"{name}: {int(count_tp.sum())} images".replace("$", r"\$"), fontsize=8)
         axes.set_xlabel("predicted", fontsize=8)
-        _name_classes(axes, share_tp, classes if named else ())
+        _name_classes(axes, share_tp, classes if named else (), at_the_left=axes is axes_g[0])
     axes_g[0].set_ylabel("true", fontsize=8)
     figure.colorbar(image, cax=bar, label="share of the true class")
     figure.suptitle(title.replace("$", r"\$"), fontsize=9, x=0.01, ha="left")
@@ -77,10 +80,18 @@ def _longest(names: Sequence[str]) -> int:
 
 
 def _framed(
-    num_plots: int, *, width: float, height: float, left: float, below: float, above: float
+    num_plots: int,
+    *,
+    width: float,
+    height: float,
+    left: float,
+    below: float,
+    above: float,
+    between: float = 0.0,
 ) -> tuple[Figure, list[Axes], Axes]:
-    """A figure of plots side by side and a colour bar at the right; sizes and margins of one plot in inches."""
-    whole_width = num_plots * (left + width) + BAR_MARGIN + 0.1
+    """A figure of plots side by side and a colour bar at the right; sizes of one plot and margins in inches."""
+    plots_width = left + num_plots * (width + between) - between
+    whole_width = plots_width + BAR_MARGIN + 0.1
     whole_height = below + height + above
     figure = Figure(figsize=(whole_width, whole_height))
     FigureCanvasAgg(figure)
@@ -89,16 +100,18 @@ def _framed(
         shares = (from_left / whole_width, below / whole_height, wide / whole_width, height / whole_height)
         return figure.add_axes(shares)
 
-    plots = [place(i * (left + width) + left, width) for i in range(num_plots)]
-    return figure, plots, place(num_plots * (left + width) + 0.1, BAR_WIDTH)
+    plots = [place(left + i * (width + between), width) for i in range(num_plots)]
+    return figure, plots, place(plots_width + 0.1, BAR_WIDTH)
 
 
-def _name_classes(axes: Any, share_tp: np.ndarray, classes: Sequence[str]) -> None:
-    """Names along both sides and percentages in the squares; neither where no class is named."""
+def _name_classes(axes: Any, share_tp: np.ndarray, classes: Sequence[str], *, at_the_left: bool) -> None:
+    """Names below and at the left, and percentages in the squares; neither where no class is named."""
     labels = [name.replace("$", r"\$") for name in classes]
     axes.set_xticks(range(len(classes)), labels, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(classes)), labels, fontsize=7)
+    axes.set_yticks(range(len(classes)) if at_the_left else (), labels if at_the_left else (), fontsize=7)
     for (t, p), share in np.ndenumerate(share_tp) if labels else ():
+        if share < SMALLEST_SHARE:
+            continue
         color = "black" if share > 0.6 else "white"
         axes.text(p, t, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=color)
 

@@ -57,6 +57,7 @@ MUTANTS = (
     Mutant(HULL, "fits = np.flatnonzero(sizes[position:] <= left)", "fits = np.arange(1)", ALLOCATION),
     Mutant(HULL, "if unit not in blocked:", "if True:", ALLOCATION),
     Mutant(MINIMAX, "relaxed.value + float(weight_g @ offset_g)", "relaxed.value", ALLOCATION),
+    Mutant(MINIMAX, "range(len(queue) + MAX_CUTS)", "range(60)", ALLOCATION),
     Mutant(MINIMAX, "cost_g + share * (", "cost_g - share * (", ALLOCATION),
     # The file: codes, their order, steps and widths.
     Mutant(FILE, "np.arange(width - 1, -1, -1, dtype=np.uint8)) & 1", "np.arange(width, dtype=np.uint8)) & 1", PACKING),
@@ -107,6 +108,11 @@ MUTANTS = (
     Mutant("fqsweep/quant/moments.py", "num_steps == layer.weight.shape[0] and ", "", MOMENTS),
     Mutant("fqsweep/importance.py", "(stretch_c - 1) * own_nc", "stretch_c * own_nc", IMPORTANCE),
     Mutant("fqsweep/importance.py", "+ shift_c * one_nc", "- shift_c * one_nc", IMPORTANCE),
+    Mutant("fqsweep/importance.py", "as_units(gradient * change, part.num_units)", "as_units(change, part.num_units)", IMPORTANCE),
+    # What exempt layers, and layers that are used by their weights, compute.
+    Mutant("fqsweep/quant/costs.py", "if name not in quantised", "if name in quantised", ("tests/quant/test_units.py",)),
+    Mutant("fqsweep/quant/costs.py", "float(exempt_macs) * FULL_PRECISION_BITS", "float(exempt_macs)", ("tests/quant/test_units.py",)),
+    Mutant("fqsweep/models.py", "macs = {**uses.macs, **layer_macs}", "macs = {**layer_macs}", ("tests/test_models.py",)),
     # All layers in one call.
     Mutant(NATIVE, "weight / divisor - offset", "weight / divisor", AT_ONCE),
     Mutant(NATIVE, "level > limit ? limit : level", "level", AT_ONCE),

@@ -408,9 +408,7 @@ def test_plan_and_run_say_what_is_left_out(photos: Path, capsys: pytest.CaptureF
     with FileLock(photos / "out" / "driver.lock"):  # so that nothing is started
         assert run(photos) == 2
     for shown in (planned, capsys.readouterr().out):
-        assert (
-            "photos: 1 images without a label are left out.\nphotos: 1 images of unknown sex are left" in shown
-        )
+        assert "photos: 1 image without a label left out.\nphotos: 1 image of unknown sex left" in shown
 
 
 def test_every_data_set_has_its_turn(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

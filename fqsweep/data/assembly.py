@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from fqsweep.config import CROSS, DatasetBase, crossed_parts
-from fqsweep.data.records import Groups, ImageSource, Samples
+from fqsweep.data.records import Groups, ImageSource, Samples, images_text
 from fqsweep.data.tabular import nearest
 from fqsweep.errors import InputError
 
@@ -129,9 +129,9 @@ def _map_labels(
         _require_class(name, rows, where="drop_classes")
     label_n = np.where(np.isin(rows.label_n, list(drop_classes)), "", rows.label_n)
     unlabelled, dropped = int((rows.label_n == "").sum()), int((label_n != rows.label_n).sum())
-    notes = [f"{unlabelled} images without a label are left out."] if unlabelled else []
+    notes = [f"{images_text(unlabelled)} without a label left out."] if unlabelled else []
     if dropped:
-        notes.append(f"{dropped} images of dropped classes are left out: {_listed(drop_classes)}.")
+        notes.append(f"{images_text(dropped)} of dropped classes left out: {_listed(drop_classes)}.")
     names = tuple(name for name in rows.class_names if name not in drop_classes)
     if label_map is None:
         return label_n, names, notes
@@ -140,7 +140,7 @@ def _map_labels(
     left_out = sorted(set(label_n[mapped_n == ""]) - {""})
     if left_out:
         count = int((mapped_n == "").sum()) - unlabelled - dropped
-        notes.append(f"{count} images of classes outside label_map are left out: {_listed(left_out)}.")
+        notes.append(f"{images_text(count)} of classes outside label_map left out: {_listed(left_out)}.")
     return mapped_n, tuple(label_map), notes
 
 
@@ -186,14 +186,14 @@ def _without_unknown_groups(rows: Rows, keep_n: np.ndarray) -> tuple[np.ndarray,
     for attribute, value_n in rows.group_n.items():
         unknown_n = keep_n & (value_n == "")
         if unknown_n.any():
-            notes.append(f"{int(unknown_n.sum())} images of unknown {attribute} are left out.")
+            notes.append(f"{images_text(int(unknown_n.sum()))} of unknown {attribute} left out.")
         keep_n = keep_n & ~unknown_n
     return keep_n, notes
 
 
 def _without(keep_n: np.ndarray, leave_n: np.ndarray, what: str) -> tuple[np.ndarray, list[str]]:
     count = int((keep_n & leave_n).sum())
-    return keep_n & ~leave_n, [f"{count} images {what} are left out."] if count else []
+    return keep_n & ~leave_n, [f"{images_text(count)} {what} left out."] if count else []
 
 
 def _encode_groups(rows: Rows, attribute: str, kept: np.ndarray) -> Groups:

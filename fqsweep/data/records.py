@@ -37,6 +37,15 @@ class Groups:
     names: tuple[str, ...]
 
 
+def images_text(count: int) -> str:
+    """A number of images in words.
+
+    >>> images_text(1), images_text(16)
+    ('1 image', '16 images')
+    """
+    return f"{count} image{'' if count == 1 else 's'}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Samples:
     """The images of a data set that take part, undecoded.

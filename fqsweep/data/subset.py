@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fqsweep.data.records import Groups, ImageSource, Samples
+from fqsweep.data.records import Groups, ImageSource, Samples, images_text
 from fqsweep.data.splits import stable_order, strata
 
 
@@ -61,5 +61,5 @@ def stratified_subset(
         members = members[np.argsort(rank_n[members])]
         relative_n[members] = np.arange(len(members)) / len(members)
     kept = np.lexsort((rank_n, relative_n))[:max_images]
-    note = f"{len(samples) - max_images} images are left out by max_images = {max_images}."
+    note = f"{images_text(len(samples) - max_images)} left out by max_images = {max_images}."
     return replace(take(samples, np.sort(kept)), notes=(*samples.notes, note))

@@ -21,7 +21,7 @@ def test_tone_joins_types_one_to_three_and_four_to_six(fitzpatrick_root: Path) -
     assert samples.groups["skin_tone"].code_n.tolist() == [0, 0, 1, 1]
     assert samples.groups["skin_type"].names == ("1", "3", "4", "6")
     assert samples.class_names == ("acne", "vitiligo")
-    assert "1 images of unknown skin_tone are left out." in samples.notes
+    assert "1 image of unknown skin_tone left out." in samples.notes
 
 
 def test_unknown_types_can_be_kept(fitzpatrick_root: Path) -> None:

@@ -19,7 +19,7 @@ def test_rows_become_samples_in_the_order_of_ids(isic_root: Path) -> None:
     assert samples.class_names == ("MEL", "NV", "BCC")
     sex = samples.groups["sex"]
     assert [sex.names[code] for code in sex.code_n] == ["female", "male", "male"]
-    assert "1 images of unknown sex are left out." in samples.notes
+    assert "1 image of unknown sex left out." in samples.notes
     assert any("UNK" in note for note in samples.notes)
 
 
@@ -64,7 +64,7 @@ def test_labels_can_be_mapped_and_unlisted_classes_are_left_out(isic_root: Path)
     samples = describe_samples(mapped, data_dir=isic_root.parent)
     assert samples.class_names == ("benign", "malignant")
     assert len(samples) == 3
-    assert "1 images of classes outside label_map are left out: BCC." in samples.notes
+    assert "1 image of classes outside label_map left out: BCC." in samples.notes
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_a_subset_keeps_the_shares_and_the_images(tmp_path: Path) -> None:
     assert np.abs(type_subset - type_whole / 2).max() <= 4
     position = samples.id_n.tolist().index(subset.id_n[7])
     assert np.array_equal(subset.source.read(7, size=16), samples.source.read(position, size=16))
-    assert "300 images are left out by max_images = 300." in subset.notes
+    assert "300 images left out by max_images = 300." in subset.notes
     assert stratified_subset(samples, max_images=None, attributes=["skin_type"], seed=3) is samples
 
 

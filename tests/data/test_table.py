@@ -52,7 +52,7 @@ def test_group_maps_accept_numbers_and_leave_unlisted_values_out(folder: Path) -
     age = samples.groups["age"]
     assert [age.names[code] for code in age.code_n] == ["old", "young", "old"]
     fewer = describe_samples(config(group_maps={"age": {"young": (30,)}}), data_dir=folder)
-    assert "3 images of unknown age are left out." in fewer.notes
+    assert "3 images of unknown age left out." in fewer.notes
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_group_called_none_is_unknown_and_ranges_are_names(folder: Path) -> No
 def test_classes_can_be_dropped_by_name(folder: Path) -> None:
     samples = describe_samples(config(drop_classes=("10",), unknown_groups="keep"), data_dir=folder)
     assert samples.class_names == ("2",)
-    assert "2 images of dropped classes are left out: 10." in samples.notes
+    assert "2 images of dropped classes left out: 10." in samples.notes
     with pytest.raises(InputError, match=r"drop_classes: .* has no class '11' \(nearest: '10'\)"):
         describe_samples(config(drop_classes=("11",)), data_dir=folder)
     with pytest.raises(InputError, match="'10' stands in label_map and in drop_classes"):
@@ -179,7 +179,7 @@ def test_missing_images_are_refused_or_dropped_as_asked(folder: Path) -> None:
         describe_samples(config(), data_dir=folder)
     samples = describe_samples(config(missing_images="drop"), data_dir=folder)
     assert samples.id_n.tolist() == ["a/1.png", "a/2"]
-    assert "1 images without an image file are left out." in samples.notes
+    assert "1 image without an image file left out." in samples.notes
 
 
 def test_a_split_column_is_kept_and_strange_words_in_it_are_named(folder: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_split_column_is_kept_and_strange_words_in_it_are_named(folder: Path) 
     assert samples.official_n is not None
     named = dict(zip(samples.id_n.tolist(), samples.official_n.tolist(), strict=True))
     assert named == {"a/1.png": "train", "a/2": "validation", "3.jpg": "test"}
-    assert "1 images in none of the official lists are left out." in samples.notes
+    assert "1 image in none of the official lists left out." in samples.notes
     table.assign(part="fold1").to_csv(folder / "table.csv", index=False)
     with pytest.raises(InputError, match="column 'part' must name splits .* but has fold1"):
         describe_samples(config(split_column="part"), data_dir=folder)

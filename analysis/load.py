@@ -116,7 +116,7 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
         notes.append(f"Left out: {_status_counts(unfinished)} of {num_trials} trial runs.")
     if retired:
         notes.append(
-            f"Of an earlier version of the search space and left out: {len(retired)} of {num_trials} trial runs."
+            f"No result of the search space as it is, and left out: {len(retired)} of {num_trials} trial runs."
         )
     if pruned:
         notes.append(f"Stopped early and left out: {len(pruned)} of {num_trials} trial runs.")
@@ -286,7 +286,7 @@ def _latest_parent(
 
 
 def _no_such_sweep(sweep: str, known: set[str], tracking_uri: str) -> str:
-    store = without_password(tracking_uri, of=tracking_uri)
+    store = without_password(tracking_uri)
     if not known:
         return f"Sweep {sweep!r} must exist, but {store!r} holds no sweep at all."
     nearest = difflib.get_close_matches(sweep, sorted(known), n=1, cutoff=0.0)
@@ -314,7 +314,7 @@ def _status_counts(runs: list[Run]) -> str:
 
 def _unreadable(tracking_uri: str, error: Exception) -> InputError:
     """What went wrong at the store, and what to do where the server says it wants to know who asks."""
-    said = without_password(_first_line(error), of=tracking_uri)
+    said = without_password(_first_line(error))
     if isinstance(error, ModuleNotFoundError):
         said += '; for PostgreSQL install the extra: pip install "fqsweep[postgres]"'
     refused = any(code in said for code in ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED"))
@@ -323,9 +323,7 @@ def _unreadable(tracking_uri: str, error: Exception) -> InputError:
         if refused
         else ""
     )
-    return InputError(
-        f"The tracking URI {without_password(tracking_uri, of=tracking_uri)!r} cannot be read: {said}{hint}"
-    )
+    return InputError(f"The tracking URI {without_password(tracking_uri)!r} cannot be read: {said}{hint}")
 
 
 def _first_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ from fqsweep.config import (
 from fqsweep.names import NO_VALUE
 
 # Raised when a change of the code changes results, so that finished trials of older code are not reused.
-RESULT_VERSION = 3
+RESULT_VERSION = 4
 # Of a method's settings: names, budgets (a cell has its own), and what is hashed by what it comes to.
 NOT_IN_KEY = {"label", "budgets_bits", "budgets_bytes", "match_moments", "reconstruct"}
 BASELINE_FIELDS = (

@@ -91,7 +91,10 @@ def check_inputs(
         for architecture in space.architectures:
             if isinstance(architecture.pretrained, str):
                 build_model(architecture, num_classes=len(samples.class_names), image_size=dataset.image_size)
-                digests[f"weights/{architecture.name}"] = _digest(Path(architecture.pretrained).expanduser())
+                same = content_hash(architecture.model_dump(mode="json"))
+                digests[f"weights/{architecture.name}/{same}"] = _digest(
+                    Path(architecture.pretrained).expanduser()
+                )
             untrained = architecture.model_copy(update={"pretrained": False})
             model = build_model(
                 untrained, num_classes=len(samples.class_names), image_size=dataset.image_size, device="meta"

@@ -193,15 +193,14 @@ def _by_cell(lines: dict[str, Any]) -> Counter[str]:
 def _count_cells(cells: list[dict[str, Any]], book: Ledger) -> dict[str, int]:
     done, failed, running = _by_cell(book.done), _by_cell(book.failed), _by_cell(book.running)
     whole = _by_cell({key: line for key, line in book.done.items() if line["event"] == "done"})
-    fruitless = {
-        c["key"] for c in cells if not whole[c["key"]] and done[c["key"]] + failed[c["key"]] >= c["wanted"]
-    }
+    # A parent or cost table failed; and of repeats, the search of the weights that they repeat found none.
+    lacking = {cell["key"] for cell in cells if any(need in book.failed for need in cell["needs"])}
+    ended = {cell["key"] for cell in cells if done[cell["key"]] + failed[cell["key"]] >= cell["wanted"]}
+    fruitless = {key for key in lacking | ended if not whole[key]}
     counts = dict.fromkeys(("done", "failed", "running", "waiting"), 0)
     for cell in cells:
         key = cell["key"]
-        # Its parent or cost table failed, or the search whose weights it repeats found none.
-        lacking = any(need in book.failed for need in cell["needs"]) or cell.get("repeats") in fruitless
-        blocked = done[key] < cell["wanted"] and lacking
+        blocked = done[key] < cell["wanted"] and (key in lacking or cell.get("repeats") in fruitless)
         stage = cell_stage(cell["wanted"], done[key], failed[key] + blocked, running=running[key] > 0)
         counts[stage] += 1
     return counts

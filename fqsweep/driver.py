@@ -56,10 +56,23 @@ class SweepDriver:
         task = None
         with self._kept():
             task = self.state.next_task(self.shares.fits)
+            while task is not None and self._was_done_before(task):
+                task = self.state.next_task(self.shares.fits)
             if task is not None:
                 self.shares.start(task)
                 note(self.paths, task, "start")
         return None if self.stopped else task
+
+    def _was_done_before(self, task: Task) -> bool:
+        """Book a trial that an earlier start finished: a repeat whose search is longer now and chose the same."""
+        if task.kind != "trial" or not self.paths.result(task.key).exists():
+            return False
+        result = read_result(self.paths.result(task.key))
+        self.record(result)
+        self.state.complete(task, result.metrics, _curve(result))
+        if task.key not in read_ledger(self.paths).done:
+            self.note_end(task, result, 0.0)
+        return True
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
@@ -193,6 +206,7 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
         elif key in book.failed:
             driver.state.adopt_failure(task, str(book.failed[key].get("reason", "")))
     for cell in list(driver.state.cells):
+        open_tasks = []
         for task in _tasks_asked_before(cell, driver.state, studies):
             if driver.paths.result(task.key).exists():
                 result = read_result(driver.paths.result(task.key))
@@ -202,7 +216,10 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
                     driver.note_end(task, result, 0.0)
             elif task.key in book.failed:
                 driver.state.adopt_failure(task, str(book.failed[task.key].get("reason", "")))
-            elif task.weights and cell.repeats is None and studies.try_again(cell.cell, task.number):
+            else:
+                open_tasks.append(task)
+        for task in open_tasks if cell.open and cell.repeats is None else ():
+            if task.weights and studies.try_again(cell.cell, task.number):
                 driver.paths.checkpoint(task.key).unlink(missing_ok=True)  # the next try has another key
 
 

@@ -253,7 +253,7 @@ def _print_end(options: argparse.Namespace, out: Path, uri: str, counts: dict[st
     )
     if counts["done"]:
         print(f"report:   {(out / 'report' / 'report.html').resolve()}")
-    uri = without_password(uri, of=uri)
+    uri = without_password(uri)
     print(f"tracking: {uri}")
     where = f"--tracking-uri {shlex.quote(uri)}" if options.tracking_uri else f"--out {shlex.quote(str(out))}"
     print(f"open the MLflow UI with: {_own_command()} ui {where}")
@@ -268,7 +268,7 @@ def _own_command() -> str:
 
 def _own_arguments(tracking_uri: str | None) -> list[str]:
     """What this program was called with, to be shown and kept: without the password of a tracking URI."""
-    return [without_password(word, of=tracking_uri or "") for word in sys.argv[1:]]
+    return [without_password(word) for word in sys.argv[1:]]
 
 
 def _report(uri: str, sweep: str, out: Path, *, metric: str | None, parent_id: str | None) -> None:
@@ -297,7 +297,8 @@ def _run_analysis(script: str, options: Sequence[str]) -> str:
     if ended.returncode == EXIT_BAD_INPUT:
         raise InputError(ended.stderr.strip().removeprefix("Error: "))
     if ended.returncode != 0:
-        raise RuntimeError(f"the analysis failed; run it again with: {shlex.join(command)}\n{ended.stderr}")
+        shown = without_password(f"{shlex.join(command)}\n{ended.stderr}")
+        raise RuntimeError(f"the analysis failed; run it again with: {shown}")
     return ended.stdout
 
 
@@ -400,7 +401,7 @@ def _ui(options: argparse.Namespace) -> int:
     """Turn into the MLflow UI, so that whatever ends this process ends the UI."""
     uri = options.tracking_uri or _uri_of(options.out or _newest_out())
     if is_server(uri):
-        print(f"MLflow UI: {without_password(uri, of=uri)} (the tracking server shows it itself)")
+        print(f"MLflow UI: {without_password(uri)} (the tracking server shows it itself)")
         return EXIT_OK
     port = options.port
     while _is_taken(port):

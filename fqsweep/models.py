@@ -127,7 +127,7 @@ def _check_all_loaded(model: nn.Module, start: nn.Module, config: ArchitectureCo
         start: the network with the same random start values, into which nothing was loaded.
     """
     own = timm.get_pretrained_cfg(config.name).classifier
-    classifier = (own,) if isinstance(own, str) else tuple(own)
+    classifier = (own,) if isinstance(own, str) else tuple(own or ())
     given = dict(start.named_parameters())
     random = {
         name: parameter

@@ -118,7 +118,7 @@ TAG_KEY = "fqsweep.key"
 TAG_SWEEP = "fqsweep.sweep"
 TAG_KIND = "fqsweep.kind"
 TAG_PRUNED = "pruned"
-TAG_RETIRED = "retired"  # its cell is no longer in the search space
+TAG_RETIRED = "retired"  # no result of the search space as it is
 TAG_FRONT = "front"
 TAG_RECOMMENDED = "recommended"
 TAG_REASON = "recommended.reason"
@@ -131,7 +131,7 @@ TAGS: dict[str, str] = {
     TAG_KIND: f"`{KIND_SWEEP}` for the parent run of a sweep, `{KIND_TRIAL}` for a trial",
     TAG_SWEEP: "name of the sweep, as in its search space",
     TAG_PRUNED: "the trial was stopped early; it has no test metrics",
-    TAG_RETIRED: "the trial's cell is no longer in the search space; reports leave it out",
+    TAG_RETIRED: "no result of the search space as it is (its cell left it, or its search chose other weights)",
     TAG_FRONT: "the trial is on the front: nothing has both fewer bits and a better validation metric",
     TAG_RECOMMENDED: "the trial to take under some budget",
     TAG_REASON: "why it is recommended",

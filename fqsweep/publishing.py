@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from fqsweep import __version__
 from fqsweep.names import TAG_FRONT, TAG_PARENT, TAG_REASON, TAG_RECOMMENDED
-from fqsweep.stores import search_runs
+from fqsweep.stores import drop_tag, search_runs
 from fqsweep.tracking import reaching
 
 MAX_TAG = 5000  # characters of a tag that MLflow takes
@@ -56,7 +56,7 @@ def publish_report(uri: str, parent_id: str, folder: Path) -> None:
                 if value is not None and value != now:
                     client.set_tag(run.info.run_id, tag, value)
                 elif value is None and now is not None:
-                    client.delete_tag(run.info.run_id, tag)
+                    drop_tag(client, run.info.run_id, tag)
         for run_id in reasons:
             _add_model(client, run_id)
 

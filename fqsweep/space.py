@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from fqsweep.cells import MethodPoint, budgets_of, epochs_of, expand_cells, method_points, points_of
 from fqsweep.config import Allocating, SearchConfig, SearchSpace
 from fqsweep.errors import InputError
-from fqsweep.names import METHODS
+from fqsweep.names import DEFAULT_SELECTION, METHODS, selection_of
 
 SHIPPED_SPACES = (
     Path(__file__).resolve().parents[1] / "search_spaces",
@@ -257,8 +257,8 @@ def _check_row(space: SearchSpace, point: MethodPoint, index: int) -> Iterator[t
     if not isinstance(settings, Allocating):
         return
     own: Location = ("methods", index)
-    for name in ("budgets_bits", "budgets_bytes"):
-        yield from _check_unique((*own, name), [f"{b:g}" for b in getattr(settings, name) or ()])
+    yield from _check_unique((*own, "budgets_bits"), [f"{b:g}" for b in settings.budgets_bits or ()])
+    yield from _check_unique((*own, "budgets_bytes"), [str(b) for b in settings.budgets_bytes or ()])
     if not budgets_of(space, point):
         yield own, f"{point.method} spends a budget: give budgets_bits or budgets_bytes"
     smallest = min(settings.choices)
@@ -270,9 +270,14 @@ def _check_row(space: SearchSpace, point: MethodPoint, index: int) -> Iterator[t
 
 
 def _check_repeat_seeds(space: SearchSpace) -> Iterator[tuple[Location, str]]:
-    """A seed is searched or repeated, not both."""
+    """A seed is searched or repeated, not both; and what is repeated was chosen on validation data."""
     loc = ("search", "repeat_seeds")
     repeated = space.search.repeat_seeds
+    searches = any(point.free_weights for point in method_points(space))
+    objectives = space.search.objectives
+    if repeated and searches and selection_of(objectives) not in objectives:
+        text = "they repeat the weights that are best on validation data: give search.objectives one that rises"
+        yield loc, f"{text} there, such as {DEFAULT_SELECTION}"
     yield from _check_unique(loc, [str(s) for s in repeated])
     for index, seed in enumerate(repeated):
         if seed in space.seeds:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fqsweep.errors import TrackingError
 from fqsweep.faults import is_no_space, no_space
 from fqsweep.results import TrialResult
+from fqsweep.stores import without_password
 from fqsweep.tracking import Tracker
 
 PAUSE_S = 1.0
@@ -22,12 +26,23 @@ LONGEST_PAUSE_S = 20.0
 PATIENCE_S = 120.0
 
 
+RETIRING = "retiring"  # no trial's key
+
+
+@dataclass(frozen=True)
+class _Errand:
+    """Something to be told to MLflow; ``run`` is told whether an earlier try failed."""
+
+    name: str
+    run: Callable[..., object]
+
+
 class Spool:
     """A queue of results and the thread that empties it into a tracker."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
-        self.waiting: deque[tuple[TrialResult, list[Path]]] = deque()
+        self.waiting: deque[_Errand] = deque()
         self.trouble: Exception | None = None
         self._tried: set[str] = set()
         self._changed = threading.Condition()
@@ -37,8 +52,16 @@ class Spool:
 
     def put(self, result: TrialResult, files: list[Path]) -> None:
         """Hand a result over; returns at once."""
+        self._add(_Errand(result.key, partial(self.tracker.log_trial, result, files)))
+
+    def retire_all_but(self, keys: Collection[str]) -> None:
+        """Have the runs of all other trials marked (``Tracker.retire_all_but``); returns at once."""
+        kept = frozenset(keys)
+        self._add(_Errand(RETIRING, lambda again: self.tracker.retire_all_but(kept)))
+
+    def _add(self, errand: _Errand) -> None:
         with self._changed:
-            self.waiting.append((result, files))
+            self.waiting.append(errand)
             self._changed.notify_all()
 
     def _run(self) -> None:
@@ -48,12 +71,12 @@ class Spool:
                 if not self.waiting:
                     self._changed.wait(timeout=PAUSE_S)
                     continue
-                result, files = self.waiting[0]
+                errand = self.waiting[0]
             try:
-                self.tracker.log_trial(result, files, again=result.key in self._tried)
+                errand.run(again=errand.name in self._tried)
             except Exception as error:
                 self.trouble = error
-                self._tried.add(result.key)
+                self._tried.add(errand.name)
                 with self._changed:
                     self.waiting.rotate(-1)  # one result that is refused must not keep the others
                     self._changed.wait_for(lambda: self._over, timeout=pause_s)
@@ -82,7 +105,7 @@ class Spool:
         if left:
             if is_no_space(self.trouble):
                 raise no_space(f"of MLflow's database, with {left} results to record") from self.trouble
-            first = (str(self.trouble).splitlines() or [type(self.trouble).__name__])[0]
+            first = without_password((str(self.trouble).splitlines() or [type(self.trouble).__name__])[0])
             raise TrackingError(
                 f"MLflow did not take {left} results: {first}\n"
                 "every finished trial is kept in the output folder; when MLflow is back, run the same command again"

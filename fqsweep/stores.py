@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,22 @@ def is_server(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https")
 
 
-def without_password(text: str, *, of: str) -> str:
-    """The text without the name and password that the URI ``of`` holds.
+def without_password(text: str) -> str:
+    """The text without the names and passwords of the addresses in it.
 
-    >>> without_password("no answer from http://me:secret@host", of="http://me:secret@host")
-    'no answer from http://host'
+    >>> without_password("no answer from http://me:secret@host, sqlite:///a@b.db stays")
+    'no answer from http://host, sqlite:///a@b.db stays'
     """
-    signed_in, at, _ = urlsplit(of).netloc.rpartition("@")
-    return text.replace(signed_in + at, "") if at else text
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+
+
+def drop_tag(client: Any, run_id: str, tag: str) -> None:
+    """Take a tag from a run; one that is gone already is as it should be, because a reply may have got lost."""
+    try:
+        client.delete_tag(run_id, tag)
+    except Exception as error:  # MLflow's own, which is not loaded here
+        if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+            raise
 
 
 def try_database(uri: str) -> None:
@@ -106,9 +115,7 @@ def find_run(client: Any, run_id: str, *, uri: str) -> Any:
     runs = [run for run in search_runs(client, "") if run.info.run_id.startswith(run_id)]
     if len(runs) != 1:
         what = "there is none" if not runs else f"{len(runs)} begin so: give more letters"
-        raise InputError(
-            f"A run called {run_id!r} must exist at {without_password(uri, of=uri)!r}, but {what}."
-        )
+        raise InputError(f"A run called {run_id!r} must exist at {without_password(uri)!r}, but {what}.")
     return runs[0]
 
 

@@ -185,8 +185,7 @@ def _run(options: SweepOptions) -> SweepSummary:
         how = "stopped"
         try:
             adopt_finished(driver, studies)
-            with reaching(uri):
-                tracker.retire_all_but(state.done)
+            driver.spool.retire_all_but(state.done)
             if not state.finished:
                 with _watching(tracker, paths):
                     _run_with_ray(driver, space, options)

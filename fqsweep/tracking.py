@@ -14,7 +14,6 @@ import os
 import sqlite3
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +50,7 @@ from fqsweep.results import TrialResult
 from fqsweep.stores import (
     ARTIFACTS,
     check_exists,
+    drop_tag,
     fetch_artifact,
     fetch_space_file,
     find_run,
@@ -74,7 +74,6 @@ class Tracker:
         self.parent_id = parent_id
         self.sweep = sweep
         self.retired: set[str] = set()
-        self._here = threading.Lock()  # over what is known of runs that are there: two threads look at them
         self.logged = self._logged_before(f"tags.`{TAG_PARENT}` = '{parent_id}'")
 
     def log_trial(self, result: TrialResult, files: Sequence[Path], *, again: bool = False) -> str | None:
@@ -87,8 +86,7 @@ class Tracker:
             query = f"tags.`{TAG_PARENT}` = '{self.parent_id}' and tags.`{TAG_KEY}` = '{result.key}'"
             self.logged |= self._logged_before(query)
         if result.key in self.logged:
-            with self._here:
-                self._retire(result.key, is_over=False)
+            self._retire(result.key, is_over=False)
             return None
         tags = {
             TAG_PARENT: self.parent_id,
@@ -120,17 +118,16 @@ class Tracker:
         return run_id
 
     def retire_all_but(self, keys: Collection[str]) -> None:
-        """Tag the runs of trials that the search space no longer has, and take the tag from those that are back."""
+        """Tag the runs of trials that are no results of the search space as it is, and untag those that are again."""
         for key in list(self.logged):
-            with self._here:
-                self._retire(key, is_over=key not in keys)
+            self._retire(key, is_over=key not in keys)
 
     def _retire(self, key: str, *, is_over: bool) -> None:
         if is_over and key not in self.retired:
             self.client.set_tag(self.logged[key], TAG_RETIRED, "true")
             self.retired.add(key)
         elif not is_over and key in self.retired:
-            self.client.delete_tag(self.logged[key], TAG_RETIRED)
+            drop_tag(self.client, self.logged[key], TAG_RETIRED)
             self.retired.discard(key)
 
     def log_numbers(self, numbers: Mapping[str, float], step: int = 0) -> None:
@@ -214,13 +211,13 @@ def open_tracker(
         raise
     except ModuleNotFoundError as error:
         raise InputError(
-            f"tracking URI {without_password(uri, of=uri)} needs the package {error.name}; for PostgreSQL: "
+            f"tracking URI {without_password(uri)} needs the package {error.name}; for PostgreSQL: "
             'pip install "fqsweep[postgres]"'
         ) from error
     except Exception as error:  # what the store raises: MLflow, SQLAlchemy, requests
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"tracking URI {without_password(uri, of=uri)} cannot be used: {without_password(first, of=uri)}\n"
+            f"tracking URI {without_password(uri)} cannot be used: {without_password(first)}\n"
             "start the server or correct --tracking-uri; without it the sweep keeps its own database"
         ) from error
 
@@ -242,7 +239,7 @@ def _experiment(client: MlflowClient, uri: str, paths: SweepPaths) -> str:
     if found is not None:
         if found.lifecycle_stage != "active":
             raise InputError(
-                f"experiment {DEFAULT_EXPERIMENT!r} at {without_password(uri, of=uri)} is deleted; restore it or use "
+                f"experiment {DEFAULT_EXPERIMENT!r} at {without_password(uri)} is deleted; restore it or use "
                 "another URI"
             )
         return str(found.experiment_id)
@@ -341,7 +338,7 @@ def reaching(uri: str) -> Iterator[None]:
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrackingError(
-            f"MLflow at {without_password(uri, of=uri)} did not take it: {without_password(first, of=uri)}\n"
+            f"MLflow at {without_password(uri)} did not take it: {without_password(first)}\n"
             "every finished trial is kept in the output folder; when MLflow is back, run the same command again"
         ) from error
 
@@ -353,8 +350,8 @@ def _reading(uri: str) -> Iterator[MlflowClient]:
     try:
         yield MlflowClient(tracking_uri=uri)
     except MlflowException as error:
-        told = without_password(str(error).splitlines()[0], of=uri)
-        raise InputError(f"{without_password(uri, of=uri)} cannot be read: {told}") from error
+        told = without_password(str(error).splitlines()[0])
+        raise InputError(f"{without_password(uri)} cannot be read: {told}") from error
 
 
 def fetch_model(uri: str, run_id: str) -> bytes:
@@ -373,7 +370,7 @@ def fetch_model(uri: str, run_id: str) -> bytes:
         except (MlflowException, OSError) as error:
             raise InputError(
                 f"run {run_id} ({title}) has no packed model at {run.info.artifact_uri}: "
-                f"{str(error).splitlines()[0]}"
+                f"{without_password(str(error).splitlines()[0])}"
             ) from error
 
 
@@ -388,6 +385,8 @@ def fetch_space(uri: str, run_id: str, folder: Path) -> tuple[Path, dict[str, st
         try:
             file = fetch_space_file(client, uri, run.data.tags[TAG_PARENT], str(folder))
         except (MlflowException, OSError, LookupError) as error:
-            where = without_password(uri, of=uri)
-            raise InputError(f"the sweep of run {run_id} at {where} cannot be found: {error}") from error
+            where = without_password(uri)
+            raise InputError(
+                f"the sweep of run {run_id} at {where} cannot be found: {without_password(str(error))}"
+            ) from error
     return file, dict(run.data.params)

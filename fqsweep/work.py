@@ -18,7 +18,7 @@ from fqsweep.baseline import ensure_baseline, ensure_importance
 from fqsweep.cells import finetune_epochs, run_params
 from fqsweep.faults import limit_time, outcome_of
 from fqsweep.files import AttemptPaths, SweepPaths, append_line, publish, read_lines, write_json
-from fqsweep.results import TrialResult, read_result
+from fqsweep.results import TrialResult
 from fqsweep.setting import open_setting
 from fqsweep.stopping import is_unpromising
 from fqsweep.tasks import Ending, Outcome, Task
@@ -118,11 +118,6 @@ def _peak_gpu_frac(device: str) -> float:
 
 
 def _do(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: str, log: LogFile) -> Ending:
-    if task.kind == "trial" and paths.result(task.key).exists():
-        log.note(
-            "done before: its result stands"
-        )  # a repeat whose search was longer this time and chose the same
-        return "pruned" if read_result(paths.result(task.key)).pruned else "done"
     if task.kind == "trial" and (paths.baseline(task.cell.baseline_key) / "meta.json").exists():
         return _do_trial(task, paths=paths, data_dir=data_dir, device=device)
     setting = open_setting(task.cell, paths=paths, data_dir=data_dir, device=device)

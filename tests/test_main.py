@@ -332,12 +332,12 @@ def test_status_of_a_search_without_a_result_calls_what_would_repeat_it_failed(
     plan = json.loads(paths.plan.read_text())
     plan["cells"] += [
         {"key": f"repeat {key}", "title": "r", "wanted": 1, "needs": ["p"], "cost": 2.0, "repeats": key}
-        for key in "abc"
+        for key in "abcd"
     ]
     write_json(paths.plan, plan)
     assert main(["status", str(tmp_path), "--json"]) == 0
-    # Cell a has a result and b may have one; c failed, and so has nothing to repeat.
-    assert json.loads(capsys.readouterr().out)["cells"] == {"done": 1, "failed": 3, "running": 0, "waiting": 3}
+    # Cell a has a result and b may have one; c failed, and so has nothing to repeat, nor has d, whose parent failed.
+    assert json.loads(capsys.readouterr().out)["cells"] == {"done": 1, "failed": 4, "running": 0, "waiting": 3}
 
 
 def test_status_shows_as_running_what_there_are_slots_for(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 from small_spaces import SMALL, small_space, write_space
 
+from fqsweep import cells
 from fqsweep.cells import (
     Cell,
     expand_cells,
@@ -270,12 +271,13 @@ WRONG = [
     (
         "cell: 2}",
         "cell: 2, repeat_seeds: [5], objectives: [bits/mean_weight]}",
-        "give objectives one that rises there, such as val/acc_worst",
+        "give search.objectives one that rises there, such as val/acc_worst",
     ),
     ("cell: 2}", "cell: 2, objectives: []}", "search.objectives: "),
     ("cell: 2}", "cell: 2, objectives: [val/acc_gap, val/acc_gap]}", "'val/acc_gap' stands here twice"),
     ("seeds: [0, 1]", "seeds: [0, -1]", "seeds[1]: Input should be greater than or equal to 0"),
     ("bitrate_weight: 0.01", "budgets_bits: [2, 2.0]", "methods[3].budgets_bits[1]: '2' stands here twice"),
+    ("bitrate_weight: 0.01", "budgets_bytes: [9, 9]", "methods[3].budgets_bytes[1]: '9' stands here twice"),
     (
         "bitrate_weight: 0.01",
         "regulariser: none\n    fairness_weight: 0.1",
@@ -398,6 +400,17 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         load_space(tmp_path / "latin.yaml")
 
 
+def test_seeds_may_repeat_cells_that_have_nothing_to_search_whatever_the_objectives(tmp_path: Path) -> None:
+    plain = ("fairness_weight: {low: 0.0, high: 1.0, start: 0.25}", "fairness_weight: 0.1")
+    repeated = ("cell: 2}", "cell: 2, repeat_seeds: [5], objectives: [bits/mean_weight]}")
+    assert {cell.seed for cell in expand_cells(small_space(tmp_path, plain, repeated))} == {0, 1, 5}
+
+
+def test_budgets_in_bytes_that_differ_in_one_byte_are_two(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("bitrate_weight: 0.01", "budgets_bytes: [1234567, 1234568]"))
+    assert len({cell.key for cell in expand_cells(space) if cell.budget_bytes}) == 4
+
+
 def test_a_budget_below_the_smallest_choice_of_a_comparator_is_found_before_the_start(tmp_path: Path) -> None:
     text = problems_of(tmp_path, ("method: baq\n    bitrate_weight: 0.01", "method: fairquant"))
     assert "8: budgets_bits[0]: budget 1 is below the smallest bit choice of fairquant (2)" in text
@@ -487,10 +500,11 @@ def test_weights_are_reconstructed_by_default_where_outputs_are_matched_by_our_m
         ({"method": "hawq"}, "9f7d41d34e579698"),
     ],
 )
-def test_what_was_finished_before_weights_were_reconstructed_is_found_again(
-    row: dict[str, object], key: str
+def test_a_new_option_left_the_keys_of_cells_without_it_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, row: dict[str, object], key: str
 ) -> None:
-    """The keys are those of the code before; a raised ``RESULT_VERSION`` changes them all."""
+    """The keys are those of version 3 before weights were re-fitted; a raised ``RESULT_VERSION`` changes them all."""
+    monkeypatch.setattr(cells, "RESULT_VERSION", 3)
     space = {
         "name": "s",
         "datasets": [{"kind": "synthderm", "num_images": 500, "group_attributes": ["skin_tone"]}],

@@ -102,18 +102,6 @@ def test_the_epochs_of_an_attempt_that_was_cut_off_count(
     assert recorder.epochs(until=1) == [{ACC: 0.6}, {ACC: 0.1}]
 
 
-def test_a_trial_that_was_finished_before_is_not_done_again(
-    trial: tuple[SweepPaths, Task], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths, task = trial
-    train_like(monkeypatch, 0.3, 0.4, 0.95)
-    assert do(paths, task) == "pruned"
-    before = paths.result("k").stat()
-    train_like(monkeypatch, 0.6, 0.6, 0.6)
-    assert do(paths, task) == "pruned"
-    assert paths.result("k").stat() == before
-
-
 # --- full disks ----------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from fqsweep.config.datasets import DatasetConfig
 from fqsweep.config.methods import ArchitectureConfig, Budget, BudgetBytes, MethodConfig
 from fqsweep.config.records import Record, named
-from fqsweep.names import DEFAULT_SELECTION, metric_keys, selection_of
+from fqsweep.names import metric_keys
 
 KernelChoice = Literal["auto", "eager", "compiled"]
 Schedule = Literal["cosine", "step", "constant"]
@@ -94,11 +94,6 @@ class SearchConfig(Record):
             if key not in metric_keys():
                 near = difflib.get_close_matches(key, metric_keys(), n=3, cutoff=0.5) or metric_keys()
                 raise ValueError(f"{key!r} is no objective; near: {', '.join(near)}")
-        if self.repeat_seeds and selection_of(self.objectives) not in self.objectives:
-            raise ValueError(
-                "repeat_seeds take the weights that are best on validation data: give objectives one that rises "
-                f"there, such as {DEFAULT_SELECTION}"
-            )
         return self
 
 

@@ -28,7 +28,7 @@ from fqsweep.data.store import fetch_pack, put_pack
 from fqsweep.errors import InputError
 from fqsweep.files import locked, write_json
 
-PACK_VERSION = 1
+PACK_VERSION = 2
 OnProgress = Callable[[int, int], None]
 _HEADER_BYTES = 4096
 # Packs (path, time of change, size) whose checksum this process has compared.

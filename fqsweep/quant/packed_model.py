@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -64,6 +65,12 @@ def read_notes(metadata: Mapping[str, str]) -> ModelNotes:
         raise PackedFileError(f"damaged packed model: its notes cannot be read ({error})") from error
     if not 0 < notes.image_size <= LARGEST_IMAGE:
         raise PackedFileError(f"damaged packed model: it takes images of {notes.image_size} px")
+    channels = (*notes.normalisation.mean, *notes.normalisation.std)
+    scales = all(isinstance(value, int | float) and math.isfinite(value) for value in channels)
+    if not scales or len(channels) != 6 or min(notes.normalisation.std) <= 0:
+        raise PackedFileError("damaged packed model: its normalisation is not of three channels")
+    if not notes.class_names or not all(isinstance(name, str) for name in notes.class_names):
+        raise PackedFileError("damaged packed model: it names no classes")
     return notes
 
 

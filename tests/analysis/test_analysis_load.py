@@ -28,7 +28,7 @@ def test_only_finished_trials_of_the_latest_sweep_of_that_name_are_read(store, s
 def test_runs_of_an_earlier_search_space_are_left_out_with_a_word(small):
     assert "retired" not in set(small["variant"])
     assert "retired" not in {row["variant"] for row in small.attrs["pruned"]}
-    assert any("earlier version of the search space and left out: 2 of" in n for n in small.attrs["notes"])
+    assert any("No result of the search space as it is, and left out: 2 of" in n for n in small.attrs["notes"])
 
 
 def test_every_parameter_and_metric_is_a_column_of_the_right_type(small):

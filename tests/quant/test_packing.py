@@ -294,6 +294,17 @@ def test_a_file_that_does_not_name_its_network_is_refused(blob: bytes) -> None:
         ({"normalisation": "[1"}, "its notes cannot be read"),
         ({"normalisation": '{"mean": [0, 0, 0]}'}, "its notes cannot be read"),
         ({"classes": "3"}, "its notes cannot be read"),
+        ({"classes": "[]"}, "it names no classes"),
+        ({"classes": "[[1], 2]"}, "it names no classes"),
+        ({"normalisation": '{"mean": "abc", "std": [1, 1, 1]}'}, "its normalisation is not of three channels"),
+        (
+            {"normalisation": '{"mean": [0, 0, 0], "std": [1, 0, 1]}'},
+            "its normalisation is not of three channels",
+        ),
+        (
+            {"normalisation": '{"mean": [0, NaN, 0], "std": [1, 1, 1]}'},
+            "its normalisation is not of three channels",
+        ),
         ({"architecture": "resnet18"}, "its weights do not fit resnet18"),
     ],
 )

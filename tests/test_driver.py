@@ -1,0 +1,109 @@
+"""The driver's books without Ray: what is handed out, and what an earlier start did."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from optuna.trial import TrialState
+from small_spaces import small_space
+
+from benchmarks.noop import leave_result
+from fqsweep.driver import SweepDriver, adopt_finished
+from fqsweep.files import SweepPaths, write_json
+from fqsweep.gpus import GpuShares
+from fqsweep.ledger import note_driver, read_ledger
+from fqsweep.results import read_result
+from fqsweep.search import plan_sweep
+from fqsweep.studies import OptunaStudies
+from fqsweep.tasks import Task
+
+REPEATED = ("{trials_per_cell: 2}", "{trials_per_cell: 2, repeat_seeds: [7]}")
+
+
+class Books:
+    """A driver whose spool only remembers the keys that it was given."""
+
+    def __init__(self, folder: Path, *changes: tuple[str, str]) -> None:
+        self.sent: list[str] = []
+        spool: Any = SimpleNamespace(
+            put=lambda result, _files: self.sent.append(result.key), waiting=[], trouble=None
+        )
+        space = small_space(folder, *changes)
+        self.paths = SweepPaths(folder / "out")
+        self.paths.out.mkdir(exist_ok=True)
+        self.studies = OptunaStudies(space.search, self.paths.studies)
+        state = plan_sweep(space, self.studies, lambda _task: 1.0)
+        shares = GpuShares(0.0, total=0)
+        costs: Any = SimpleNamespace(seconds=lambda _task: 1.0)
+        self.driver = SweepDriver(paths=self.paths, state=state, spool=spool, costs=costs, shares=shares)
+        adopt_finished(self.driver, self.studies)
+
+    def do(self, task: Task) -> None:
+        """Leave what the task's worker would, the first trial of a study the best, and book it."""
+        leave_result(task, self.paths)
+        if task.kind == "trial":
+            result = read_result(self.paths.result(task.key))
+            result.metrics["val/acc_worst"] = 1 / (2 + task.number)
+            write_json(self.paths.result(task.key), asdict(result))
+        self.driver._book(task, 1.0)
+
+    def next(self) -> Task | None:
+        task = self.driver.next_task()
+        assert self.driver.trouble is None, self.driver.trouble
+        return task
+
+    def do_all(self) -> list[Task]:
+        done = []
+        while (task := self.next()) is not None:
+            self.do(task)
+            done.append(task)
+        return done
+
+
+def test_a_repeat_that_a_longer_search_chooses_again_is_booked_and_not_started(tmp_path: Path) -> None:
+    first = Books(tmp_path, REPEATED)
+    done = first.do_all()
+    repeats = {task.key: task for task in done if task.kind == "trial" and task.cell.seed == 7 and task.weights}
+    assert repeats
+    before = read_ledger(first.paths).done
+    longer = Books(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 3, repeat_seeds: [7]}"))
+    again = longer.do_all()
+    assert again and all(task.cell.seed != 7 for task in again), "the third trials alone"
+    assert set(repeats) <= set(longer.sent) and longer.driver.state.finished
+    now = read_ledger(first.paths).done
+    assert all(now[key] == before[key] for key in repeats), "with the time that they took"
+
+
+def test_a_searched_trial_whose_failure_was_cleared_comes_again_with_its_weights(tmp_path: Path) -> None:
+    first = Books(tmp_path)
+    failed = None
+    while (task := first.next()) is not None:
+        if failed is None and task.weights:
+            failed = task
+            first.paths.checkpoint(task.key).parent.mkdir(parents=True, exist_ok=True)
+            first.paths.checkpoint(task.key).touch()
+            first.driver._fail(task, "a passing fault")
+        else:
+            first.do(task)
+    assert failed is not None
+    assert Books(tmp_path).do_all() == [], "a failure is not tried again until it is cleared"
+    note_driver(first.paths, "retry", key=failed.key)
+    (again,) = Books(tmp_path).do_all()
+    assert again.weights == failed.weights and again.cell.key == failed.cell.key and again.key != failed.key
+    assert not first.paths.checkpoint(failed.key).exists()
+    after = Books(tmp_path)
+    assert after.do_all() == [] and after.driver.state.counts()["failed"] == 0
+    assert len(after.studies.asked_before(failed.cell)) == 3, "nothing is left waiting in its study"
+
+
+def test_what_failed_before_and_was_replaced_since_is_left_alone(tmp_path: Path) -> None:
+    first = Books(tmp_path)
+    done = first.do_all()
+    searched = next(task for task in done if task.weights)
+    study = first.studies._study(searched.cell)
+    study.tell(study.ask(), state=TrialState.FAIL)
+    assert Books(tmp_path).do_all() == []
+    assert len(Books(tmp_path).studies._study(searched.cell).get_trials()) == 3

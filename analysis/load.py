@@ -54,6 +54,7 @@ from fqsweep.stores import (
     fetch_artifact,
     fetch_space_file,
     find_run,
+    first_line,
     search_runs,
     try_database,
     without_password,
@@ -72,6 +73,7 @@ NUMERIC_PARAMS = (
     "finetune_epochs",
     "distillation_weight",
 )
+MAX_SAID = 300  # letters of what a store says of itself
 NUM_NAMED = 3  # run ids that a note names before it only counts
 
 
@@ -140,7 +142,7 @@ def load_csv(path: Path) -> pd.DataFrame:
     except FileNotFoundError:
         raise InputError(f"The CSV must exist, but there is no file {str(path)!r}.") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{str(path)!r} cannot be read as CSV: {_first_line(error)}") from error
+        raise InputError(f"{str(path)!r} cannot be read as CSV: {first_line(error)[:MAX_SAID]}") from error
     missing = [c for c in ("dataset", "architecture", "variant", "budget_bits", "seed") if c not in frame]
     if missing:
         raise InputError(f"{str(path)!r} must have the columns {', '.join(missing)}, but has not.")
@@ -314,7 +316,7 @@ def _status_counts(runs: list[Run]) -> str:
 
 def _unreadable(tracking_uri: str, error: Exception) -> InputError:
     """What went wrong at the store, and what to do where the server says it wants to know who asks."""
-    said = without_password(_first_line(error))
+    said = first_line(error)[:MAX_SAID]
     if isinstance(error, ModuleNotFoundError):
         said += '; for PostgreSQL install the extra: pip install "fqsweep[postgres]"'
     refused = any(code in said for code in ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED"))
@@ -324,10 +326,6 @@ def _unreadable(tracking_uri: str, error: Exception) -> InputError:
         else ""
     )
     return InputError(f"The tracking URI {without_password(tracking_uri)!r} cannot be read: {said}{hint}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 # --- types and checks ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 from fqsweep.config import (
     RECIPES,
@@ -68,10 +68,8 @@ class MethodPoint(Record):
     @property
     def free_weights(self) -> dict[str, WeightRange]:
         """The weights that Optuna searches; none where nothing is fine-tuned with them."""
-        found: dict[str, WeightRange] = {}
-        if isinstance(self.settings, UniformMethod) and not self.settings.finetune[0]:
-            return found
-        for name in ("fairness_weight", "bitrate_weight"):
+        found = {}
+        for name in ("fairness_weight", "bitrate_weight") if _can_finetune(self.settings) else ():
             value = getattr(self.settings, name, None)
             if isinstance(value, WeightRange):
                 found[name] = value
@@ -312,10 +310,17 @@ def finetune_epochs(cell: Cell) -> int:
     return epochs_of(cell.point, cell.recipe)
 
 
+def _can_finetune(settings: Fp32Method | Finetuning) -> TypeGuard[Finetuning]:
+    """Whether there is a network to fine-tune, and the row asks for it."""
+    return isinstance(settings, Finetuning) and not (
+        isinstance(settings, UniformMethod) and not settings.finetune[0]
+    )
+
+
 def epochs_of(point: MethodPoint, recipe: TrainingRecipe) -> int:
     """Epochs of fine-tuning: the method's own, else the recipe's, 0 where it does none."""
     settings = point.settings
-    if isinstance(settings, Fp32Method) or (isinstance(settings, UniformMethod) and not settings.finetune[0]):
+    if not _can_finetune(settings):
         return 0
     own = settings.finetune_epochs
     return recipe.finetune_epochs if own is None else own

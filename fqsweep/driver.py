@@ -67,11 +67,7 @@ class SweepDriver:
         """Book a trial that an earlier start finished: a repeat whose search is longer now and chose the same."""
         if task.kind != "trial" or not self.paths.result(task.key).exists():
             return False
-        result = read_result(self.paths.result(task.key))
-        self.record(result)
-        self.state.complete(task, result.metrics, _curve(result))
-        if task.key not in read_ledger(self.paths).done:
-            self.note_end(task, result, 0.0)
+        self._book_trial(task, 0.0, is_noted=task.key in read_ledger(self.paths).done)
         return True
 
     @contextlib.contextmanager
@@ -148,10 +144,15 @@ class SweepDriver:
             note(self.paths, task, "done", seconds=round(seconds, 3))
             self.state.complete(task)
             return
+        self._book_trial(task, seconds, is_noted=False)
+
+    def _book_trial(self, task: Task, seconds: float, *, is_noted: bool) -> None:
+        """Take over a trial's result; ``is_noted``: the ledger has it."""
         result = read_result(self.paths.result(task.key))
         self.record(result)
         self.state.complete(task, result.metrics, _curve(result))
-        self.note_end(task, result, seconds)
+        if not is_noted:
+            self.note_end(task, result, seconds)
 
     def note_end(self, task: Task, result: TrialResult, seconds: float) -> None:
         """The ledger's line of a trial that is done or was stopped early."""

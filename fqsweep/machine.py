@@ -167,9 +167,8 @@ class MachineWatch:
         self._sample()
 
     def _sample(self) -> None:
-        with contextlib.suppress(
-            Exception
-        ):  # whatever a tracking server raises, or a disk that does not answer
+        # Whatever a tracking server raises, or a disk that does not answer.
+        with contextlib.suppress(Exception):
             values = sample(self.energy.gpus, folder=self.folder)
             if self.energy.parts:
                 values[ENERGY_KWH] = self.energy_before_kwh + self.energy.add() / JOULES_A_KWH

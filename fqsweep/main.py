@@ -218,11 +218,11 @@ def _run(options: argparse.Namespace) -> int:
                 tracking_uri=options.tracking_uri,
                 address=options.address,
                 max_concurrent=options.max_concurrent,
-                command=(*shlex.split(_own_command()), *_own_arguments(options.tracking_uri)),
+                command=(*shlex.split(_own_command()), *_own_arguments()),
             )
         )
     except KeyboardInterrupt as error:
-        again = f"{_own_command()} {shlex.join(_own_arguments(options.tracking_uri))}"
+        again = f"{_own_command()} {shlex.join(_own_arguments())}"
         raise SweepInterrupted(f"stopped; what is finished is kept in {out}. To go on: {again}") from error
     if summary.counts["done"]:
         metric = selection_of(space.search.objectives)
@@ -266,8 +266,8 @@ def _own_command() -> str:
     return "fqsweep" if shutil.which("fqsweep") else shlex.quote(sys.argv[0])
 
 
-def _own_arguments(tracking_uri: str | None) -> list[str]:
-    """What this program was called with, to be shown and kept: without the password of a tracking URI."""
+def _own_arguments() -> list[str]:
+    """What this program was called with, to be shown and kept: without the passwords of addresses."""
     return [without_password(word) for word in sys.argv[1:]]
 
 

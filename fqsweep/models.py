@@ -228,7 +228,7 @@ def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], in
 
     def note(name: str, weight: torch.Tensor) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-            layer_macs[name] += output.numel() // weight.shape[0] * weight.numel()
+            layer_macs[name] += _macs_of(output, weight)
 
         return hook
 
@@ -248,6 +248,11 @@ def count_macs(model: nn.Module, *, image_size: int) -> tuple[dict[str, int], in
     return macs, max(0, total - sum(macs.values()))
 
 
+def _macs_of(output: torch.Tensor, weight: torch.Tensor) -> int:
+    """Every position or token of the output takes each weight once."""
+    return output.numel() // weight.shape[0] * weight.numel()
+
+
 class _WeightUses(TorchFunctionMode):
     """Counts multiply-accumulates of convolutions and linear maps by the layer whose weight they are given."""
 
@@ -264,5 +269,5 @@ class _WeightUses(TorchFunctionMode):
         if function in (F.linear, F.conv2d):
             weight = given["weight"] if "weight" in given else args[1]
             if id(weight) in self.names:
-                self.macs[self.names[id(weight)]] += output.numel() // weight.shape[0] * weight.numel()
+                self.macs[self.names[id(weight)]] += _macs_of(output, weight)
         return output

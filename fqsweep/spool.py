@@ -17,8 +17,8 @@ from pathlib import Path
 from fqsweep.errors import TrackingError
 from fqsweep.faults import is_no_space, no_space
 from fqsweep.results import TrialResult
-from fqsweep.stores import without_password
-from fqsweep.tracking import Tracker
+from fqsweep.stores import first_line
+from fqsweep.tracking import ALL_IS_KEPT, Tracker
 
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 20.0
@@ -105,10 +105,8 @@ class Spool:
         if left:
             if is_no_space(self.trouble):
                 raise no_space(f"of MLflow's database, with {left} results to record") from self.trouble
-            first = without_password((str(self.trouble).splitlines() or [type(self.trouble).__name__])[0])
             raise TrackingError(
-                f"MLflow did not take {left} results: {first}\n"
-                "every finished trial is kept in the output folder; when MLflow is back, run the same command again"
+                f"MLflow did not take {left} results: {first_line(self.trouble)}\n{ALL_IS_KEPT}"
             )
 
     def stop(self) -> None:

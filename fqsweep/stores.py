@@ -35,6 +35,15 @@ def without_password(text: str) -> str:
     return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
+def first_line(error: Exception | None) -> str:
+    """What went wrong at a store in one line, without the passwords of addresses.
+
+    >>> first_line(ValueError("no answer from http://me:secret@host\\nand more")), first_line(ValueError())
+    ('no answer from http://host', 'ValueError')
+    """
+    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
 def drop_tag(client: Any, run_id: str, tag: str) -> None:
     """Take a tag from a run; one that is gone already is as it should be, because a reply may have got lost."""
     try:

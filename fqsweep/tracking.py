@@ -54,6 +54,7 @@ from fqsweep.stores import (
     fetch_artifact,
     fetch_space_file,
     find_run,
+    first_line,
     is_server,
     search_runs,
     sqlite_file,
@@ -62,6 +63,9 @@ from fqsweep.stores import (
 )
 
 MAX_BATCH = 900
+ALL_IS_KEPT = (
+    "every finished trial is kept in the output folder; when MLflow is back, run the same command again"
+)
 MAX_DIGEST = 36  # characters of a digest that MLflow keeps
 
 
@@ -215,9 +219,8 @@ def open_tracker(
             'pip install "fqsweep[postgres]"'
         ) from error
     except Exception as error:  # what the store raises: MLflow, SQLAlchemy, requests
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"tracking URI {without_password(uri)} cannot be used: {without_password(first)}\n"
+            f"tracking URI {without_password(uri)} cannot be used: {first_line(error)}\n"
             "start the server or correct --tracking-uri; without it the sweep keeps its own database"
         ) from error
 
@@ -336,10 +339,8 @@ def reaching(uri: str) -> Iterator[None]:
     except Exception as error:  # what the store raises: MLflow, SQLAlchemy, requests
         if is_no_space(error):
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrackingError(
-            f"MLflow at {without_password(uri)} did not take it: {without_password(first)}\n"
-            "every finished trial is kept in the output folder; when MLflow is back, run the same command again"
+            f"MLflow at {without_password(uri)} did not take it: {first_line(error)}\n{ALL_IS_KEPT}"
         ) from error
 
 
@@ -350,8 +351,7 @@ def _reading(uri: str) -> Iterator[MlflowClient]:
     try:
         yield MlflowClient(tracking_uri=uri)
     except MlflowException as error:
-        told = without_password(str(error).splitlines()[0])
-        raise InputError(f"{without_password(uri)} cannot be read: {told}") from error
+        raise InputError(f"{without_password(uri)} cannot be read: {first_line(error)}") from error
 
 
 def fetch_model(uri: str, run_id: str) -> bytes:
@@ -369,8 +369,7 @@ def fetch_model(uri: str, run_id: str) -> bytes:
             return fetch_artifact(client, uri, run.info.run_id, "model.fqs", folder).read_bytes()
         except (MlflowException, OSError) as error:
             raise InputError(
-                f"run {run_id} ({title}) has no packed model at {run.info.artifact_uri}: "
-                f"{without_password(str(error).splitlines()[0])}"
+                f"run {run_id} ({title}) has no packed model at {run.info.artifact_uri}: {first_line(error)}"
             ) from error
 
 

@@ -2,104 +2,18 @@
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from small_spaces import METRICS, small_space
 
-from fqsweep.cells import Cell, expand_cells
+from fqsweep.cells import expand_cells
 from fqsweep.config import Resources, SearchSpace
-from fqsweep.search import SweepState, plan_sweep, shared_tasks
-from fqsweep.stopping import Curve
+from fqsweep.search import plan_sweep, shared_tasks
 from fqsweep.tasks import Task
-
-MANY = (
-    ("seeds: [0, 1]", "seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]"),
-    ("architectures: [test_resnet]", "architectures: [test_resnet, resnet18]"),
-    ("budgets_bits: [1, 3]", "budgets_bits: [1, 2, 3, 4, 5, 6]"),
-    ("    fairness_weight: {low: 0.0, high: 1.0, start: 0.25}\n", ""),
-    ("    bits: [4]", "    bits: [3, 4]"),
-)
-
-
-class FakeStudy:
-    """Numbers trials as they are asked for; remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
-        self.told: list[tuple[str, int]] = []
-        self.given_up: list[tuple[str, int]] = []
-        self.pruned: list[tuple[str, int]] = []
-
-    def ask(self, cell: Cell) -> tuple[int, dict[str, float]]:
-        number = self.asked[cell.key]
-        self.asked[cell.key] += 1
-        return number, {name: float(number) for name in cell.point.free_weights}
-
-    def tell(self, cell: Cell, number: int, metrics: Mapping[str, float]) -> None:
-        self.told.append((cell.key, number))
-
-    def chosen(self, cell: Cell) -> dict[str, float] | None:
-        told = [number for key, number in self.told if key == cell.key]
-        return {name: float(told[-1]) for name in cell.point.free_weights} if told else None
-
-    def prune(self, cell: Cell, number: int) -> None:
-        self.pruned.append((cell.key, number))
-
-    def give_up(self, cell: Cell, number: int) -> None:
-        self.given_up.append((cell.key, number))
-
-
-def one_each(_task: Task) -> float:
-    return 1.0
-
-
-def simulate(
-    state: SweepState,
-    *,
-    slots: int,
-    duration: Callable[[Task], float],
-    ends: Callable[[Task, int], str] = lambda _task, _attempt: "done",
-) -> tuple[float, list[tuple[float, float, Task]]]:
-    """Run a sweep on a virtual clock; ``ends`` says how each attempt ends.
-
-    Returns:
-        the makespan, and (start, end, task) of every attempt. Checks on the way that a task starts after
-        what it needs, that no task runs twice at once, and that nothing that is done runs again.
-    """
-    now, order = 0.0, 0
-    busy: list[tuple[float, int, Task]] = []
-    log: list[tuple[float, float, Task]] = []
-    done: set[str] = set()
-    attempts: Counter[str] = Counter()
-    while True:
-        while len(busy) < slots and (task := state.next_task()) is not None:
-            assert set(task.needs) <= done, f"{task.title} starts before what it needs"
-            assert task.key not in done, f"{task.title} runs again"
-            assert task.key not in {other.key for _, _, other in busy}, f"{task.title} runs twice at once"
-            attempts[task.key] += 1
-            order += 1
-            end = now + duration(task)
-            heapq.heappush(busy, (end, order, task))
-            log.append((now, end, task))
-        if not busy:
-            assert state.finished, "nothing runs, nothing is ready and the sweep does not end"
-            return now, log
-        assert not state.finished
-        now, _, task = heapq.heappop(busy)
-        outcome = ends(task, attempts[task.key])
-        if outcome == "done":
-            done.add(task.key)
-            state.complete(task, METRICS)
-        elif outcome == "lost":
-            state.lose(task, "its worker died")
-        else:
-            state.fail(task, outcome)
-
+from tests.simulation import MANY, FakeStudy, one_each, simulate
 
 # --- the state machine ---------------------------------------------------------------------------
 
@@ -454,84 +368,3 @@ def test_the_expected_cost_left_falls_to_zero(tmp_path: Path) -> None:
         left.append(state.cost_left())
     assert left[0] == 20 and left[-1] == 0
     assert all(after < before for before, after in zip(left, left[1:], strict=False))
-
-
-# --- stopping early ------------------------------------------------------------------------------
-
-
-def test_bars_are_set_from_the_ended_trials_of_the_same_cell(tmp_path: Path) -> None:
-    space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 4}"))
-    state = plan_sweep(space, FakeStudy(), one_each)
-    seen: dict[str, list[Task]] = {}
-    while (task := state.next_task()) is not None:
-        epochs = [{"val/acc_worst": 0.1 * (1 + task.number)}]
-        if task.weights:
-            seen.setdefault(task.cell.key, []).append(task)
-        state.complete(task, METRICS, Curve(epochs=epochs, whole=task.number != 3))
-    assert len(seen) == 4
-    for tasks in seen.values():
-        bars = [task.bars.get(0, {}).get("val/acc_worst") for task in tasks]
-        assert bars == [None, None, pytest.approx(0.15), pytest.approx(0.2)]
-
-
-def test_of_a_curve_no_more_is_kept_than_bars_need_and_for_as_long(tmp_path: Path) -> None:
-    space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 3}"))
-    state = plan_sweep(space, FakeStudy(), one_each)
-    curve = Curve(epochs=[{"val/acc_worst": 0.5, "val/loss": 1.0}])
-    most, tasks = 0, []
-    while (task := state.next_task()) is not None:
-        tasks.append(task)
-        state.complete(task, METRICS, curve)
-        kept = [curve for cell in state.cells for curve in cell.curves]
-        most = max(most, len(kept))
-        assert all(curve.epochs == [{"val/acc_worst": 0.5}] and curve.whole for curve in kept)
-    assert most >= 4
-    assert not any(cell.curves for cell in state.cells)
-    later = plan_sweep(space, FakeStudy(), one_each)
-    for task in tasks:
-        if task.kind == "trial":
-            later.adopt(task, METRICS, curve)
-        else:
-            later.complete(task)
-    assert later.finished and not any(cell.curves for cell in later.cells)
-
-
-def test_a_last_trial_that_fails_takes_the_curves_of_its_cell_along(tmp_path: Path) -> None:
-    space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 3}"))
-    state = plan_sweep(space, FakeStudy(), one_each)
-    while (task := state.next_task()) is not None:
-        if task.weights and task.number == 2:
-            assert state._by_key[task.cell.key].curves
-            state.fail(task, "loss is nan")
-        else:
-            state.complete(task, METRICS, Curve(epochs=[{"val/acc_worst": 0.5}]))
-    assert state.failures and not any(cell.curves for cell in state.cells)
-
-
-def test_without_a_rule_no_curve_is_kept(tmp_path: Path) -> None:
-    space = small_space(tmp_path, ("{trials_per_cell: 2}", "{trials_per_cell: 3, early_stopping: none}"))
-    state = plan_sweep(space, FakeStudy(), one_each)
-    while (task := state.next_task()) is not None:
-        state.complete(task, METRICS, Curve(epochs=[{"val/acc_worst": 0.5}]))
-        assert not any(cell.curves for cell in state.cells)
-
-
-def test_a_trial_that_is_stopped_early_ends_its_cell_and_is_no_failure(tmp_path: Path) -> None:
-    study = FakeStudy()
-    state = plan_sweep(small_space(tmp_path), study, one_each)
-    while (task := state.next_task()) is not None:
-        state.complete(task, METRICS, Curve(epochs=[], whole=not (task.weights and task.number == 1)))
-    assert state.counts()["done"] == 12 and state.failures == []
-    assert len(study.pruned) == len(study.told) == 4
-
-
-def test_failures_of_an_earlier_start_are_kept_and_block_what_they_blocked(tmp_path: Path) -> None:
-    space = small_space(tmp_path)
-    state = plan_sweep(space, FakeStudy(), one_each)
-    parent = next(t for t in state.shared.values() if t.kind == "baseline" and t.cell.seed == 1)
-    state.adopt_failure(parent, "no")
-    trial = next(c for c in state.cells if c.cell.seed == 0 and c.cell.point.method == "fp32")
-    state.adopt_failure(Task(key="k", kind="trial", cell=trial.cell), "no")
-    simulate(state, slots=2, duration=one_each)
-    assert state.counts() == {"done": 5, "failed": 7, "running": 0, "waiting": 0}
-    assert [len(failure.blocked) for failure in state.failures] == [6, 0]

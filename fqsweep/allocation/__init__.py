@@ -75,8 +75,9 @@ def allocate_bits(
     - ``gap`` the largest difference between two groups' summed costs plus offsets, plus the mean cost: without
       the mean, the cheapest way to close a gap is to make the better group worse.
 
-    Under 200 units the optimum is returned; above, hull and sort (``mean``) or cutting planes on
-    the groups' weights around it, with the bound as certificate.
+    Under 200 units the optimum is returned (for several groups the best of 2,000 nodes of a branch and bound, where
+    that does not prove it); above, hull and sort (``mean``) or cutting planes on the groups' weights around it. The
+    bound is the certificate.
 
     Args:
         cost_gub: float64 (groups, units, choices); +inf forbids a choice for a unit.

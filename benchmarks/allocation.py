@@ -10,7 +10,6 @@ more than its own gap.
 from __future__ import annotations
 
 import itertools
-import platform
 import time
 
 import numpy as np
@@ -112,8 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure()
     notes = [
-        f"`python -m benchmarks.allocation`, Python {platform.python_version()}, NumPy {np.__version__}, "
-        f"SciPy {scipy.__version__}, {platform.machine()}, one thread of a 2-core machine; budgets in mean "
+        f"NumPy {np.__version__}, SciPy {scipy.__version__}, one thread of a 2-core machine; budgets in mean "
         f"bits, choices 0..8; times are medians of {REPEATS}.",
         "HiGHS: time, and its objective relative to ours (positive: worse).",
     ]

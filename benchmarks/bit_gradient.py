@@ -12,7 +12,6 @@ of channels where gradient and change agree, of those whose change is above the 
 from __future__ import annotations
 
 import copy
-import platform
 import tempfile
 from pathlib import Path
 
@@ -119,8 +118,7 @@ def main() -> None:
         setting, parent = open_trained(Path(folder), image_size=options.image_size, epochs=options.epochs)
         rows = measure(setting, parent)
     notes = [
-        f"`python -m benchmarks.bit_gradient`, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{platform.machine()}, one thread; ResNet18 at {options.image_size} px, {options.epochs} epochs on "
+        f"torch {torch.__version__}, one thread; ResNet18 at {options.image_size} px, {options.epochs} epochs on "
         "synthderm, 300 calibration images, abs-max steps.",
         "Rank: Spearman's correlation of gradient and measured change; sign: agreement among the larger changes.",
     ]

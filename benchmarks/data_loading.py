@@ -15,7 +15,6 @@ parent and its importance are there: how much of it is training and evaluation?
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -339,9 +338,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         lines = measure(options.images, Path(scratch))
     notes = [
-        f"`python -m benchmarks.data_loading`, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, Pillow {Image.__version__}, {platform.machine()}, {usable_cores()} "
-        f"cores, which other work shares (load {os.getloadavg()[0]:.1f} at the end).",
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {Image.__version__}, "
+        f"other work beside it (load {os.getloadavg()[0]:.1f} at the end).",
         f"{NUM_IMAGES} photographs, {SIDE} px, batch {BATCH}, augmentation: flips, rotation, shift, crop, brightness "
         f"and contrast; median of {TURNS} turns. Before augmentation both sides give the same pixels (224 x 224).",
     ]

@@ -10,7 +10,6 @@ turns of whole time / smaller time, and counts only after their logits were comp
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -128,9 +127,8 @@ def main() -> None:
             rows.append(measure_one(architecture, budget_bits))
             print(rows[-1], flush=True)
     notes = [
-        f"`python -m benchmarks.dropped_channels`, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"onnxruntime {onnxruntime.__version__}, {platform.machine()}, one thread of a 2-core machine that other "
-        f"work shared; {IMAGE_SIZE} px. Random weights, bits allocated to drawn costs.",
+        f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, one thread, other work "
+        f"beside it; {IMAGE_SIZE} px. Random weights, bits allocated to drawn costs.",
         "Speed: how many times as fast as the whole network in the same engine (the whole network's time). Medians "
         f"of {TURNS_BY_BATCH[1]} turns at batch 1 and {TURNS_BY_BATCH[32]} at batch 32.",
     ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -228,12 +227,10 @@ def main() -> None:
         search_whole(space_file, folder / "out")
         lines = report(folder / "out", space_file)
     print("\n".join(lines))
-    command = f"python -m benchmarks.early_stopping --network {options.network} --trials {options.trials}"
     notes = [
-        f"`{command} --epochs {options.epochs} --images {options.images}`: `search_spaces/demo.yaml` with its "
+        "`search_spaces/demo.yaml` with its "
         f"searched method alone (baq at 0.5, 1, 2 and 4 bits) and {options.network}, {options.trials} trials a cell "
-        f"of {options.epochs} epochs each, {options.images} images, one seed. Python {platform.python_version()}, "
-        f"{platform.machine()}, {os.cpu_count()} CPU cores shared with other work.",
+        f"of {options.epochs} epochs each, {options.images} images, one seed.",
         "",
         "The trials were run whole once; each row replays their validation curves through the state machine and the "
         "bars of `fqsweep/stopping.py`.",

@@ -11,7 +11,6 @@ import argparse
 import heapq
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -281,9 +280,8 @@ def main() -> None:
         return
     lines = report(options.trials, options.many)
     notes = [
-        f"`python -m benchmarks.engine --trials {options.trials} --many {options.many}`, Python "
-        f"{platform.python_version()}, Ray {version('ray')}, Optuna {version('optuna')}, MLflow {version('mlflow')}, "
-        f"{platform.machine()}, {os.cpu_count()} CPU cores shared with other work (load {os.getloadavg()[1]:.1f}), "
+        f"Ray {version('ray')}, Optuna {version('optuna')}, MLflow {version('mlflow')}, "
+        f"other work beside it (load {os.getloadavg()[1]:.1f}), "
         f"{SLOTS} slots.",
     ]
     write_result(options.out, title="The engine", notes=notes, lines=lines)

@@ -15,7 +15,6 @@ A ResNet18 is trained on synthderm; then no weight is trained any more. Two ques
 from __future__ import annotations
 
 import copy
-import platform
 import tempfile
 from pathlib import Path
 
@@ -215,8 +214,7 @@ def main() -> None:
         setting, model = open_trained(Path(folder), image_size=options.image_size, epochs=options.epochs)
         rows = measure(setting, model)
     notes = [
-        f"`python -m benchmarks.importance`, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{platform.machine()}, one thread of a 2-core machine; ResNet18 at {options.image_size} px, "
+        f"torch {torch.__version__}, one thread of a 2-core machine; ResNet18 at {options.image_size} px, "
         f"{options.epochs} epochs on synthderm, 300 calibration images, no fine-tuning. Passes count forward passes "
         "over the calibration images.",
     ]

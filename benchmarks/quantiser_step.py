@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import platform
 import time
 from collections.abc import Callable
 
@@ -235,10 +234,10 @@ def main() -> None:
     batch = options.batch or (16 if device.type == "cpu" else 128)
     half = device.type != "cpu"
     rows = measure(device, options.networks, options.sizes, batch, half)
-    machine = torch.cuda.get_device_name() if half else f"{platform.machine()}, one thread of a 2-core machine"
+    machine = torch.cuda.get_device_name() if half else "one thread of a 2-core machine"
     notes = [
-        f"`python -m benchmarks.quantiser_step`, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{machine}; batch {batch}, {'bf16 autocast, channels_last' if half else 'float32'}, {ROUNDS} steps of "
+        f"torch {torch.__version__}, {machine}; batch {batch}, "
+        f"{'bf16 autocast, channels_last' if half else 'float32'}, {ROUNDS} steps of "
         "each variant in turn: median step, and median of the ratios to FP32's step of the same turn.",
     ]
     write_result(options.out, title="Quantiser step", notes=notes, lines=rows)

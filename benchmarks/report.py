@@ -8,7 +8,6 @@ The runs are made up and written to a real sqlite store first, which is not coun
 from __future__ import annotations
 
 import os
-import platform
 import sqlite3
 import subprocess
 import sys
@@ -98,9 +97,7 @@ def main() -> None:
     lines.append(f"| {options.points:,} points to a front of {on_front} in 3 objectives | {front_s:.3f} s |")
     print("\n".join(lines))
     notes = [
-        f"`python -m benchmarks.report --runs {options.runs} --points {options.points}`, Python "
-        f"{platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPU cores shared with other work (load "
-        f"{os.getloadavg()[1]:.1f}). {LIMITS}",
+        f"other work beside it (load {os.getloadavg()[1]:.1f}). {LIMITS}",
     ]
     write_result(options.out, title="The report at size", notes=notes, lines=lines)
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def result_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -16,8 +24,46 @@ def result_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def write_result(out: Path | None, *, title: str, notes: Sequence[str], lines: Sequence[str]) -> None:
-    """Write title and date, what was run on what, and the tables; nothing without ``out``."""
+    """Write title and date, what was run on what, notes and tables; nothing without ``out``."""
     if out is None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join([f"# {title}, {datetime.date.today()}", "", *notes, "", *lines, ""]))
+    out.write_text("\n".join([f"# {title}, {datetime.date.today()}", "", _ran_on(), *notes, "", *lines, ""]))
+
+
+def _ran_on() -> str:
+    """The command, the commit of the code and the machine, in a line."""
+    name = Path(sys.argv[0]).stem
+    given = [Path(word).name if word.startswith("/") else word for word in _without_out(sys.argv[1:])]
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *given])
+    machine = f"{_processor()}, {os.cpu_count()} cores"
+    return f"`{command}`, commit {_commit()}, Python {platform.python_version()}, {machine}."
+
+
+def _without_out(words: Sequence[str]) -> list[str]:
+    kept = list(words)
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return kept
+
+
+def _commit() -> str:
+    """The commit that is checked out; a plus where files differ from it; ``unknown`` outside of git."""
+    try:
+        said = [
+            subprocess.run(
+                ["git", *words], cwd=PROJECT, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return said[0] + ("+" if said[1] else "")
+
+
+def _processor() -> str:
+    """The processor's model where Linux names it."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

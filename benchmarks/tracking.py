@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -112,8 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     lines = report(options.trials)
     notes = [
-        f"`python -m benchmarks.tracking --trials {options.trials}`, Python {platform.python_version()}, MLflow "
-        f"{version('mlflow')}, {platform.machine()}, {os.cpu_count()} CPU cores shared with other work (load "
+        f"MLflow {version('mlflow')}, other work beside it (load "
         f"{os.getloadavg()[1]:.1f}). A trial: {len(metric_keys())} metrics, {NUM_EPOCHS} epochs of "
         f"{len(EPOCH_METRICS)} metrics, {len(FILES)} files of {sum(FILES.values()) / 1e6:.1f} MB. Wanted: 200 trials "
         f"within {LIMIT_S:.0f} s of the driver's time (sent by a thread beside the sweep, which never waits for it). "

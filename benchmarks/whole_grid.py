@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -220,9 +219,8 @@ def main() -> None:
     lines = report(options.images, options.epochs)
     print("\n".join(lines))
     notes = [
-        f"`python -m benchmarks.whole_grid --images {options.images} --epochs {options.epochs}`: ResNet18 and "
-        f"DeiT-Tiny at 32 px, all methods, one seed. Python {platform.python_version()}, {platform.machine()}, "
-        f"{os.cpu_count()} CPU cores shared with other work (load {os.getloadavg()[1]:.1f}).",
+        "ResNet18 and DeiT-Tiny at 32 px, all methods, one seed; "
+        f"other work beside it (load {os.getloadavg()[1]:.1f}).",
         "",
         "Parents of few epochs keep it short: the more a parent costs, the more sharing it saves.",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fqsweep.config.records import Record
 
@@ -62,15 +62,13 @@ BudgetBytes = Annotated[int, Field(gt=0)]
 Width = Annotated[int, Field(ge=0, le=8)]
 
 
-def _check_choices(choices: Choices) -> Choices:
+def _ascending(choices: Choices) -> Choices:
     if not choices or any(b < 0 or b > 8 for b in choices):
         raise ValueError("bit choices must be whole numbers from 0 to 8")
     return tuple(sorted(set(choices)))
 
 
-BitChoices = Annotated[
-    Choices, BeforeValidator(lambda v: _check_choices(tuple(v)) if isinstance(v, (list, tuple)) else v)
-]
+BitChoices = Annotated[Choices, AfterValidator(_ascending)]
 
 
 class Finetuning(Record):
@@ -87,7 +85,6 @@ class Finetuning(Record):
             images, before anything is trained (``quant.moments``); None does so for ``static`` and ``baq`` alone.
         reconstruct: re-fit each quantised layer's weights to its outputs in full precision before they are rounded
             (``quant.reconstruction``); needs ``match_moments``. None does so for ``static`` and ``baq`` that have it.
-        budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's.
     """
 
     finetune_epochs: int | None = Field(default=None, ge=0)
@@ -97,8 +94,6 @@ class Finetuning(Record):
     exempt: tuple[str, ...] = ()
     match_moments: bool | None = None
     reconstruct: bool | None = None
-    budgets_bits: tuple[Budget, ...] | None = None
-    budgets_bytes: tuple[BudgetBytes, ...] | None = None
 
     @property
     def matches(self) -> bool:
@@ -125,6 +120,17 @@ class Finetuning(Record):
         return self
 
 
+class Spending(Finetuning):
+    """What methods share that spend a budget.
+
+    Attributes:
+        budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's.
+    """
+
+    budgets_bits: tuple[Budget, ...] | None = None
+    budgets_bytes: tuple[BudgetBytes, ...] | None = None
+
+
 class Fp32Method(Record):
     """The full-precision parent itself.
 
@@ -148,8 +154,8 @@ class UniformMethod(Finetuning):
 
     method: Literal["uniform"]
     label: str | None = None
-    bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (4, 8)
-    finetune: tuple[bool, ...] = (False,)
+    bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(default=(4, 8), min_length=1)
+    finetune: tuple[bool, ...] = Field(default=(False,), min_length=1)
     scale: ScaleRule = "absmax"
 
 
@@ -170,8 +176,8 @@ class BitLimits(Record):
         return self
 
 
-class Allocating(Finetuning):
-    """What methods share that spend a bit budget over units.
+class Allocating(Spending):
+    """What methods share that divide their budget among units by importance.
 
     Attributes:
         importance: which predictor of the loss rise fills the cost table; where none is named, ``taylor_matched``,
@@ -323,7 +329,7 @@ else:
     Recipe = Literal[tuple(RECIPES)]
 
 
-class RecipeMethod(Finetuning):
+class RecipeMethod(Spending):
     """A published comparator at the same budget; what it fixes is in ``fqsweep.config.methods.RECIPES``.
 
     Attributes:

@@ -89,6 +89,8 @@ def run(
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"Error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        print(
+            f"Error: {error.filename or 'a file'} cannot be read or written: {error.strerror}", file=sys.stderr
+        )
         return 2
     return 0

@@ -84,16 +84,6 @@ def pack_path(samples: Samples, *, size: int, pack_dir: Path) -> Path:
     return pack_dir / f"{key}_{size}px.npy"
 
 
-def verify_pack(path: Path) -> None:
-    """Read a whole pack and compare its checksum.
-
-    Raises:
-        InputError: it is incomplete or has changed since it was written.
-    """
-    if not _is_whole(path) or _read_record(path).get("sha256") != _checksum(path):
-        raise InputError(f"{path} is not as it was written; delete it, the next run makes it again")
-
-
 def _copy_to(local_dir: Path, path: Path) -> Path:
     """The pack's copy in ``local_dir``, made now if it is not there; of several processes one copies."""
     local = local_dir / path.name

@@ -154,10 +154,8 @@ def _one_class_each(group_n: np.ndarray, label_n: np.ndarray) -> bool:
     return len(pairs) == len({group for group, _ in pairs})
 
 
-def thin_pairs(
-    samples: Samples, splits: Splits, *, attributes: Sequence[str], min_count: int = MIN_PAIR_IMAGES
-) -> list[str]:
-    """(class, group) pairs with few test images, in words: figures that rest on them are noisy.
+def thin_pairs(samples: Samples, splits: Splits, *, attributes: Sequence[str]) -> list[str]:
+    """(class, group) pairs with fewer than ``MIN_PAIR_IMAGES`` test images, in words: figures on them are noisy.
 
     ``test/balanced_acc_worst`` is a mean of recalls over the classes of one group: a class of three images
     moves it in steps of a third.
@@ -172,7 +170,7 @@ def thin_pairs(
             f"{attribute} {groups.names[g]!r}, class {samples.class_names[k]!r}: {count_kg[k, g]} test images"
             for g in range(shape[1])
             for k in range(shape[0])
-            if count_kg[k, g] < min_count
+            if count_kg[k, g] < MIN_PAIR_IMAGES
         ]
     return found
 

@@ -20,6 +20,7 @@ from fqsweep.cells import budgets_of, method_points
 from fqsweep.config import Allocating, SearchSpace, content_hash
 from fqsweep.errors import InputError, TrialError
 from fqsweep.files import SweepPaths, write_bytes, write_json
+from fqsweep.import_path import python_path
 from fqsweep.space import load_space
 
 if TYPE_CHECKING:
@@ -48,11 +49,9 @@ def check_in_own_process(space_file: Path, paths: SweepPaths, data_dir: Path | N
         InputError: bad input; nothing was started.
     """
     given = [str(space_file), str(paths.out), *([str(data_dir)] if data_dir else [])]
-    own = str(Path(__file__).resolve().parents[1])
-    python_path = os.pathsep.join([own, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     ended = subprocess.run(
         [sys.executable, "-m", "fqsweep.checks", *given],
-        env={**os.environ, "PYTHONPATH": python_path},
+        env={**os.environ, "PYTHONPATH": python_path()},
         text=True,
         capture_output=True,
         check=False,
@@ -159,7 +158,7 @@ def _check_writable(out: Path) -> None:
 
 def _check_unchanged(paths: SweepPaths, digests: dict[str, str]) -> None:
     """A sweep goes on only with the data it began with."""
-    noted = paths.out / "data.json"
+    noted = paths.data_digests
     before = json.loads(noted.read_text()) if noted.exists() else {}
     changed = [name for name, digest in digests.items() if before.get(name, digest) != digest]
     if changed:

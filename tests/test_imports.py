@@ -19,7 +19,7 @@ ORDER = (
     ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus", "faults", "forgetting"),
     ("data", "models", "allocation", "cost_table", "fairness", "progress", "pictures", "checkpoints"),
     ("quant",),
-    ("importance", "training"),
+    ("predictors", "importance", "training"),
     ("setting", "assignment", "baseline"),
     ("trial",),
     (

@@ -1,4 +1,4 @@
-"""Training in progress on disk, so that what is killed goes on from its last epoch."""
+"""Training in progress on disk, so that what is killed goes on from the end of the epoch that was saved last."""
 
 from __future__ import annotations
 

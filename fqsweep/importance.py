@@ -146,9 +146,10 @@ def _group_losses(model: nn.Module, batches: Batches, num_groups: int) -> tuple[
 
 @torch.no_grad()
 def _input_moments(model: nn.Module, batches: Batches) -> dict[str, torch.Tensor]:
-    """Mean square of what each weight multiplies, per layer, as (1 or units, weights per unit).
+    """Mean square of what each weight multiplies, per layer, as (1 or output channels, weights of a channel).
 
-    Averages over images and positions; at image borders of convolutions the padding is ignored.
+    The mean is over images and positions, up to a factor that all weights share, to which the choice of steps is
+    blind; at image borders of convolutions the padding is ignored.
     """
     total: dict[str, torch.Tensor] = {}
     with ExitStack() as hooks:

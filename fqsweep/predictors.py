@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fqsweep.models import output_change, quantisable_layers
-from fqsweep.quant.moments import Lines, expected_lines
+from fqsweep.quant.moments import Corrections, expected_corrections
 from fqsweep.quant.units import LayerUnits, UnitTable, as_units
 
 HUTCHINSON_PROBES = 8
@@ -56,7 +56,9 @@ def taylor_costs(
     layers = quantisable_layers(model)
     device = next(model.parameters()).device
     held = {layer.name: list(changes(layer.name)) for layer in units.layers}
-    lines = expected_lines(model, units, (image for image, _, _ in batches()), held) if matched else {}
+    corrections = (
+        expected_corrections(model, units, (image for image, _, _ in batches()), held) if matched else {}
+    )
     num_choices = len(held[units.layers[0].name])
     cost_gub = torch.zeros(len(count_g), units.num_units, num_choices, dtype=torch.float64, device=device)
     group_ng = torch.zeros(0)
@@ -70,7 +72,7 @@ def taylor_costs(
             def on_gradient(gradient: torch.Tensor) -> None:
                 met.add(part.name)
                 along_knu = _along(
-                    layer, value, gradient, held[part.name], lines.get(part.name), part.num_units
+                    layer, value, gradient, held[part.name], corrections.get(part.name), part.num_units
                 )
                 for choice, along_nu in enumerate(along_knu):
                     # Windowed attention stacks the windows of an image along the first axis.
@@ -127,22 +129,22 @@ def _along(
     value: torch.Tensor,
     gradient: torch.Tensor,
     changes: Sequence[torch.Tensor],
-    line: Lines | None,
+    correction: Corrections | None,
     num_units: int,
 ) -> Iterator[torch.Tensor]:
     """g_i . dy for what each change of the weight does to a layer's outputs y, (n, u) a choice.
 
-    With a line of matching y + R becomes stretch (y + R) + shift, so that dy is
+    With a correction y + R becomes stretch (y + R) + shift, so that dy is
     stretch R + (stretch - 1) y + shift.
     """
     own_nc = one_nc = torch.zeros(())
-    if line is not None:
+    if correction is not None:
         own_nc = _over_places(layer, layer.forward(value) * gradient)
         one_nc = _over_places(layer, gradient)
     for choice, change in enumerate(changes):
         along_nc = _over_places(layer, output_change(layer, value, change) * gradient)
-        if line is not None:
-            stretch_c, shift_c = line.stretch_kc[choice], line.shift_kc[choice]
+        if correction is not None:
+            stretch_c, shift_c = correction.stretch_kc[choice], correction.shift_kc[choice]
             along_nc = stretch_c * along_nc + (stretch_c - 1) * own_nc + shift_c * one_nc
         yield along_nc if along_nc.shape[1] == num_units else along_nc.sum(dim=1, keepdim=True)
 

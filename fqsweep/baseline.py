@@ -54,7 +54,7 @@ def _train_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
         channels_last=setting.channels_last,
     )
     folder = paths.baseline(cell.baseline_key)
-    checkpoint = Checkpoint(paths.checkpoint(cell.baseline_key))
+    checkpoint = Checkpoint(paths.checkpoint(cell.baseline_key), stop_request=paths.cancel_request)
     log = train(
         model,
         setting.training_batches(seed=cell.seed),

@@ -1,4 +1,4 @@
-"""Training in progress on disk, so that what is killed goes on from the end of the epoch that was saved last."""
+"""Training in progress on disk, so that what is stopped or killed goes on from an epoch that was saved."""
 
 from __future__ import annotations
 
@@ -21,31 +21,44 @@ MAX_TIME_FRAC = 0.02
 EXPECTED_BYTES_A_SECOND = 4e8
 
 
+class TrainingStopped(Exception):
+    """The sweep was asked to stop; the state of this training run is saved."""
+
+
 @dataclass
 class Checkpoint:
     """One file that holds the newest state of one training run, whole or not at all.
 
     Attributes:
         path: the file; it belongs to this very run, as its folder's key says.
+        stop_request: a file that is there once the sweep was asked to stop; None where nobody asks.
         max_time_frac: largest share of the time that is spent on saving; 1 saves after every epoch.
     """
 
     path: Path
+    stop_request: Path | None = None
     max_time_frac: float = MAX_TIME_FRAC
     _last_save_s: float | None = None
     _last_end: float = field(default_factory=time.perf_counter)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Store ``state`` (tensors, numbers, text and containers of them), if it is time to."""
+        """Store ``state`` (tensors, numbers, text and containers of them), if it is time to.
+
+        Raises:
+            TrainingStopped: the sweep was asked to stop; then it is always time to.
+        """
         start = time.perf_counter()
         save_s = _num_bytes(state) / EXPECTED_BYTES_A_SECOND if self._last_save_s is None else self._last_save_s
-        if self.max_time_frac * (start - self._last_end + save_s) < save_s:
+        stops = self.stop_request is not None and self.stop_request.exists()
+        if not stops and self.max_time_frac * (start - self._last_end + save_s) < save_s:
             return
         # Not synced: after a loss of power a damaged file is as good as none, training starts anew.
         versioned = {"version": CHECKPOINT_VERSION, **state}
         write_whole(self.path, lambda stream: torch.save(versioned, stream), sync=False)
         self._last_end = time.perf_counter()
         self._last_save_s = self._last_end - start
+        if stops:
+            raise TrainingStopped
 
     def load(self) -> dict[str, Any] | None:
         """The stored state on the CPU; None where there is none, or none that can be used.

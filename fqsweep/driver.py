@@ -43,7 +43,7 @@ class SweepDriver:
     shares: GpuShares
     num_slots: int = 1
     best: dict[str, tuple[float, str]] = field(default_factory=dict)
-    trouble: Exception | None = None
+    trouble: Exception | KeyboardInterrupt | None = None
     spent_s: float = 0.0
     spent_cost: float = 0.0
 
@@ -82,6 +82,8 @@ class SweepDriver:
         """An attempt ended, and its worker said how."""
         self.shares.end(task, peak_frac=outcome.peak_gpu_frac)
         with self._kept():
+            if outcome.ending == "stopped":
+                return  # nobody's fault: the next start hands it out again
             if outcome.done:
                 self._book(task, outcome.seconds)
             elif outcome.ending == "no_space":

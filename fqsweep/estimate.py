@@ -117,16 +117,16 @@ def _rows(path: Path) -> int | None:
 
 def num_images(dataset: DatasetConfig, data_dir: Path | None) -> int:
     """Images of a data set: its own count, the rows of its CSV where that is at hand, else the official number."""
+    if dataset.kind == "synthderm":
+        return min(dataset.num_images, dataset.max_images or dataset.num_images)
     found = _counted(dataset, data_dir)
     count = found if found is not None else OFFICIAL_IMAGES.get(dataset.kind, ASSUMED_IMAGES)
     return min(count, dataset.max_images or count)
 
 
 def _counted(dataset: DatasetConfig, data_dir: Path | None) -> int | None:
-    """How many images are painted, or the rows of the data set's CSV; None where that is not at hand."""
-    if dataset.kind == "synthderm":
-        return dataset.num_images
-    if data_dir is None:
+    """Rows of the data set's CSV; None where that is not at hand."""
+    if data_dir is None or dataset.kind == "synthderm":
         return None
     if dataset.kind == "isic2019":
         return _rows(data_dir / dataset.folder / "ISIC_2019_Training_GroundTruth.csv")
@@ -137,7 +137,7 @@ def _counted(dataset: DatasetConfig, data_dir: Path | None) -> int | None:
 
 def _images_text(dataset: DatasetConfig, data_dir: Path | None) -> str:
     text = f"{num_images(dataset, data_dir):,} images"
-    if _counted(dataset, data_dir) is not None:
+    if dataset.kind == "synthderm" or _counted(dataset, data_dir) is not None:
         return text
     source = "of the official release" if dataset.kind in OFFICIAL_IMAGES else "assumed"
     most = f"at most {dataset.max_images:,} " if dataset.max_images else ""

@@ -61,7 +61,7 @@ from fqsweep.tracking import Tracker, default_uri, open_tracker, reaching
 
 TICK_S = 1.0
 LOOK_AT_RAY_S = 5.0
-GRACE_S = 10.0
+GRACE_S = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,24 +96,27 @@ class SweepSummary:
 class TaskSearcher(Searcher):
     """The state machine as Ray Tune wants to see it."""
 
-    def __init__(self, driver: SweepDriver, request: dict[str, Any]) -> None:
+    def __init__(self, driver: SweepDriver, request: dict[str, Any], *, limit: int | None) -> None:
         super().__init__()
         self.driver = driver
         self.request = request
+        self.limit = limit
         self.tasks: dict[str, Task] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps a copy for its own way of going on, which is not used: ledger and studies are the state."""
         return {}
 
-    def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """Tune itself keeps the limit; were it to wrap this searcher, starts would come one by one."""
-        return True
-
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next task; None to be asked again later."""
+        """The next task; None to be asked again later.
+
+        Tune asks ahead of what the cluster has room for, so that a worker that comes free finds its next task. With a
+        limit nothing is handed out ahead: Tune's own one (``max_concurrent_trials``) starts one task at a time.
+        """
         if self.driver.stopped:
             return Searcher.FINISHED
+        if self.limit is not None and len(self.tasks) >= self.limit:
+            return None
         task = self.driver.next_task()
         if task is None:
             return Searcher.FINISHED if self.driver.stopped or self.driver.state.finished else None
@@ -147,7 +150,8 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
         TrackingError: MLflow was away at the end; the results are kept.
         ClusterError: Ray on this machine died; the results are kept.
         OSError: ``errno.ENOSPC``: a disk is full, whatever that led to; the results are kept.
-        KeyboardInterrupt: Ctrl-C, or ``fqsweep cancel``; what is finished is kept.
+        KeyboardInterrupt: Ctrl-C, or ``fqsweep cancel``; what is finished is kept, and of what was in training the
+            last epoch that ended.
     """
     try:
         return _run(options)
@@ -246,10 +250,9 @@ def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=TaskSearcher(driver, request),
+                search_alg=TaskSearcher(driver, request, limit=options.max_concurrent),
                 scheduler=ForgetfulScheduler(),
                 num_samples=-1,
-                max_concurrent_trials=driver.num_slots,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -334,18 +337,28 @@ def _count_slots(space: SearchSpace, limit: int | None) -> int:
 def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
     """Refresh the display once a second while Tune has the main thread, and look whether to stop.
 
-    After trouble (a full disk, Ray dead) running tasks have ``GRACE_S`` to end: Tune would wait for them, and for
-    workers that cannot start, without end.
-
-    ``fqsweep cancel`` comes as SIGTERM, which a batch system sends too: a shell may have made a driver in the
-    background deaf to SIGINT.
+    After trouble (a full disk, Ray dead, a wish to stop) running tasks have ``GRACE_S`` to end: Tune would wait for
+    them, and for workers that cannot start, without end. Who is told to stop saves its state at the end of an epoch;
+    a second signal does not wait for that. SIGTERM counts as Ctrl-C: batch systems send it. A driver that a shell
+    made deaf to Ctrl-C, in the background, stays so.
     """
     over = threading.Event()
     main = threading.main_thread().ident
     assert main is not None
 
+    def stop(*_given: Any) -> None:
+        if driver.stopped:
+            raise KeyboardInterrupt
+        driver.trouble = KeyboardInterrupt()
+        with contextlib.suppress(OSError):
+            driver.paths.cancel_request.touch()
+        print(
+            f"\nstopping: what is in training is saved, for up to {GRACE_S:g} s; Ctrl-C again ends it now",
+            flush=True,
+        )
+
     def run() -> None:
-        asked = False
+        is_over = False
         troubled_s = 0.0
         next_look = time.monotonic() + LOOK_AT_RAY_S
         while not over.wait(TICK_S):
@@ -354,12 +367,17 @@ def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
             if not driver.stopped and time.monotonic() > next_look:
                 driver.trouble = driver.trouble or _ray_is_dead(driver.paths)
                 next_look = time.monotonic() + LOOK_AT_RAY_S
+            if not driver.stopped and is_asked_to_stop(driver.paths):
+                driver.trouble = KeyboardInterrupt()
             troubled_s += TICK_S * driver.stopped
-            if not asked and (is_asked_to_stop(driver.paths) or troubled_s > GRACE_S):
-                asked = True
+            if not is_over and troubled_s > GRACE_S:
+                is_over = True
                 signal.pthread_kill(main, signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heard = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        heard.append(signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in heard}
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
@@ -367,7 +385,8 @@ def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
     finally:
         over.set()
         thread.join(timeout=2 * TICK_S)
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _ray_is_dead(paths: SweepPaths) -> ClusterError | None:

@@ -14,8 +14,9 @@ from fqsweep.cells import Cell
 from fqsweep.config import Record
 
 TaskKind = Literal["baseline", "importance", "trial"]
-# How an attempt ends. ``failed``: again would fail again; ``broken``: another attempt may do better.
-Ending = Literal["done", "pruned", "failed", "broken", "out_of_memory", "no_space"]
+# How an attempt ends. ``failed``: again would fail again; ``broken``: another attempt may do better; ``stopped``: the
+# sweep was asked to stop.
+Ending = Literal["done", "pruned", "stopped", "failed", "broken", "out_of_memory", "no_space"]
 
 
 class Task(Record):

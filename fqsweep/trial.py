@@ -85,7 +85,7 @@ def run_trial(
     seed_everything(cell.seed)
     units = list_units(parent, granularity=granularity_of(cell), exempt=exempt_of(cell))
     macs = count_macs(parent, image_size=cell.dataset.image_size)
-    checkpoint = Checkpoint(paths.checkpoint(key))
+    checkpoint = Checkpoint(paths.checkpoint(key), stop_request=paths.cancel_request)
     state, bits_u, log = _quantise(setting, parent, units, weights, paths, recorder, checkpoint)
     blob = pack_weights(
         state.tensors,

@@ -16,6 +16,7 @@ import torch
 
 from fqsweep.baseline import ensure_baseline, ensure_importance
 from fqsweep.cells import finetune_epochs, run_params
+from fqsweep.checkpoints import TrainingStopped
 from fqsweep.faults import limit_time, outcome_of
 from fqsweep.files import AttemptPaths, SweepPaths, append_line, publish, read_lines, write_json
 from fqsweep.results import TrialResult
@@ -90,6 +91,8 @@ def perform(
     start = time.perf_counter()
     ending: Ending = "done"
     try:
+        if paths.cancel_request.exists():  # handed out just before
+            return Outcome(ending="stopped")
         log = LogFile(paths.log(task.key))
         log.note(f"start: {task.title}")
         torch.set_num_threads(num_threads)
@@ -97,6 +100,8 @@ def perform(
             torch.cuda.reset_peak_memory_stats()
         with limit_time(paths.log(task.key), time_limit_s):
             ending = _do(task, paths=paths, data_dir=data_dir, device=device, log=log)
+    except TrainingStopped:
+        ending = "stopped"
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk must not hide its own message
             LogFile(paths.log(task.key)).note(traceback.format_exc())

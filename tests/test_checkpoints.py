@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from fqsweep.checkpoints import Checkpoint, random_state, restore_random_state
+from fqsweep.checkpoints import Checkpoint, TrainingStopped, random_state, restore_random_state
 from fqsweep.files import SweepPaths
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import attach_quantisers, freeze_bits
@@ -120,6 +120,32 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert recorder.epochs == []
     assert again[0].epochs == first[0].epochs
     assert all(torch.equal(again[1][key], first[1][key]) for key in first[1])
+
+
+class Asking(Breaking):
+    """Asks the sweep to stop when it hears of epoch ``at``."""
+
+    def __init__(self, at: int, request: Path) -> None:
+        super().__init__(-1)
+        self.asks_at, self.request = at, request
+
+    def log_metrics(self, metrics: dict[str, float], *, epoch: int) -> None:
+        super().log_metrics(metrics, epoch=epoch)
+        if epoch == self.asks_at:
+            self.request.touch()
+
+
+def test_who_is_asked_to_stop_saves_the_epoch_that_ends_however_short(tmp_path: Path) -> None:
+    whole_log, whole_state = finish(MAKERS["plain"], None, Silent())
+    checkpoint = Checkpoint(tmp_path / "c.pt", stop_request=tmp_path / "cancel", max_time_frac=1e-9)
+    with pytest.raises(TrainingStopped):
+        finish(MAKERS["plain"], checkpoint, Asking(2, tmp_path / "cancel"))
+    (tmp_path / "cancel").unlink()
+    recorder = Breaking(-1)
+    log, state = finish(MAKERS["plain"], checkpoint, recorder)
+    assert recorder.notes == [f"training goes on after epoch 3 of {EPOCHS}"]
+    assert log.epochs == whole_log.epochs
+    assert all(torch.equal(state[key], whole_state[key]) for key in state)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other plan", "foreign object", "other version"])

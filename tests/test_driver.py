@@ -18,7 +18,7 @@ from fqsweep.ledger import note_driver, read_ledger
 from fqsweep.results import read_result
 from fqsweep.search import plan_sweep
 from fqsweep.studies import OptunaStudies
-from fqsweep.tasks import Task
+from fqsweep.tasks import Outcome, Task
 
 REPEATED = ("{trials_per_cell: 2}", "{trials_per_cell: 2, repeat_seeds: [7]}")
 
@@ -97,6 +97,17 @@ def test_a_searched_trial_whose_failure_was_cleared_comes_again_with_its_weights
     after = Books(tmp_path)
     assert after.do_all() == [] and after.driver.state.counts()["failed"] == 0
     assert len(after.studies.asked_before(failed.cell)) == 3, "nothing is left waiting in its study"
+
+
+def test_who_stopped_because_it_was_told_to_has_neither_failed_nor_lost_an_attempt(tmp_path: Path) -> None:
+    books = Books(tmp_path)
+    task = books.next()
+    assert task is not None
+    books.driver.ended(task, Outcome(ending="stopped"))
+    book = read_ledger(books.paths)
+    assert task.key not in book.done and not book.failed
+    again = Books(tmp_path).next()
+    assert again is not None and (again.key, again.attempt) == (task.key, 1)
 
 
 def test_what_failed_before_and_was_replaced_since_is_left_alone(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ def test_a_driver_killed_at_20_random_moments_does_every_cell_once(
     assert kills == 20, said(out)
     assert run_driver(space, out, address=cluster.address) == 0, said(out)
     assert_books_agree(space, out, trials=10 * 8 + 2 * 6)
+
+
+def test_no_more_than_max_concurrent_tasks_run_at_a_time_and_a_worker_is_used_again(
+    tmp_path: Path, cluster: ClusterProcess
+) -> None:
+    space, out = write_cheap(tmp_path, sleep_s=0.3)
+    assert run_driver(space, out, address=cluster.address, max_concurrent=1) == 0, said(out)
+    runs = executed(out)
+    starts = sorted(float(str(run["time"])) for run in runs)
+    assert len(starts) > NUM_TRIALS
+    assert min(b - a for a, b in pairwise(starts)) >= 0.3
+    assert len({run["pid"] for run in runs}) == 1
 
 
 def test_each_fault_costs_what_it_must_and_retry_clears_what_failed(

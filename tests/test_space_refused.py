@@ -69,7 +69,7 @@ WRONG = [
     ("bitrate_weight: 0.01", "choices: [two, 4]", "methods[3].choices[0]: Input should be a valid integer"),
     ("bits: [4]", "bits: []", "methods[1].bits: "),
     ("bits: [4]", "finetune: []", "methods[1].finetune: "),
-    ("bits: [4]", "budgets_bits: [4]", "methods[1].budgets_bits: unknown key; did you mean 'bits'?"),
+    ("bits: [4]", "bits: [4]\n    budgets_bits: [3]", "uniform spends what its widths take"),
     ("bitrate_weight: 0.01", "reducer: mean", "set reducer to none"),
     ("bitrate_weight: 0.01", "allocator: mean", "allocator mean needs a reducer"),
     ("bitrate_weight: 0.01", "label: static", "'static' stands here twice; give one of them another label"),

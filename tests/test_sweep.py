@@ -180,7 +180,31 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
     process = start(space, out)
     wait_for(lambda: len(done_trials(out)) >= 1, what="a finished trial")
     os.kill(process.pid, signal.SIGINT)
-    code, output = finish(process, timeout_s=60)
+    code, output = finish(process, timeout_s=15)
     assert code == 130, output
     assert f"main.py run {space} --out {out}" in output.split("To go on: ")[1]
     assert "Traceback" not in output
+
+
+def test_what_trains_when_the_sweep_is_stopped_is_saved_and_goes_on_from_there(tmp_path: Path) -> None:
+    space, out = write_tiny(tmp_path, epochs=400, text=ONE_SEED), tmp_path / "out"
+    process = start(space, out)
+
+    def logs_with(text: str) -> list[Path]:
+        return [log for log in (out / "logs").glob("*.log") if text in log.read_text()]
+
+    wait_for(lambda: bool(logs_with("epoch 2:")), what="a parent in training")
+    (log,) = logs_with("epoch 2:")
+    os.kill(process.pid, signal.SIGINT)
+    code, output = finish(process, timeout_s=15)
+    assert code == 130, output
+    assert "stopping: what is in training is saved" in output
+    assert log.read_text().splitlines()[-1].endswith("stopped")
+    last = log.read_text().rpartition("epoch ")[2].partition(":")[0]
+    assert len(list((out / "checkpoints").glob("*.pt"))) == 1
+    assert not events(out, "lost") and not events(out, "done")
+    again = start(space, out)
+    wait_for(lambda: bool(logs_with("goes on after")), what="the parent that goes on")
+    os.kill(again.pid, signal.SIGINT)
+    finish(again, timeout_s=15)
+    assert f"training goes on after epoch {last} of 400" in log.read_text()

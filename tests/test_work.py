@@ -106,6 +106,18 @@ def test_the_epochs_of_an_attempt_that_was_cut_off_count(
 
 
 @pytest.mark.slow
+def test_what_is_handed_out_after_a_wish_to_stop_does_nothing(
+    trial: tuple[SweepPaths, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, task = trial
+    train_like(monkeypatch, 0.9, 0.9, 0.9)
+    paths.cancel_request.touch()
+    assert do(paths, task) == "stopped"
+    assert not paths.trial("k").exists() and not paths.log("k").exists()
+    paths.cancel_request.unlink()
+    assert do(paths, task) == "done"
+
+
 @pytest.mark.parametrize("folder", ["packs", "logs", "baselines"])
 def test_a_disk_that_is_full_is_no_failure_of_the_task(tmp_path: Path, folder: str) -> None:
     """Memory mounted in place of one folder: too little for a pack of 1.5 MB, or no room at all."""

@@ -85,6 +85,8 @@ class Finetuning(Record):
             images, before anything is trained (``quant.moments``); None does so for ``static`` and ``baq`` alone.
         reconstruct: re-fit each quantised layer's weights to its outputs in full precision before they are rounded
             (``quant.reconstruction``); needs ``match_moments``. None does so for ``static`` and ``baq`` that have it.
+        budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's; ``uniform`` has
+            ``bits`` instead.
     """
 
     finetune_epochs: int | None = Field(default=None, ge=0)
@@ -94,6 +96,8 @@ class Finetuning(Record):
     exempt: tuple[str, ...] = ()
     match_moments: bool | None = None
     reconstruct: bool | None = None
+    budgets_bits: tuple[Budget, ...] | None = None
+    budgets_bytes: tuple[BudgetBytes, ...] | None = None
 
     @property
     def matches(self) -> bool:
@@ -118,17 +122,6 @@ class Finetuning(Record):
                 "fairness_weight weighs the regulariser: name one (gap, group_dro), or leave the weight out"
             )
         return self
-
-
-class Spending(Finetuning):
-    """What methods share that spend a budget.
-
-    Attributes:
-        budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's.
-    """
-
-    budgets_bits: tuple[Budget, ...] | None = None
-    budgets_bytes: tuple[BudgetBytes, ...] | None = None
 
 
 class Fp32Method(Record):
@@ -158,6 +151,12 @@ class UniformMethod(Finetuning):
     finetune: tuple[bool, ...] = Field(default=(False,), min_length=1)
     scale: ScaleRule = "absmax"
 
+    @model_validator(mode="after")
+    def _width_is_the_budget(self) -> UniformMethod:
+        if self.budgets_bits is not None or self.budgets_bytes is not None:
+            raise ValueError("uniform spends what its widths take: give bits in place of budgets")
+        return self
+
 
 class BitLimits(Record):
     """The smallest and largest width that the units of a layer may have.
@@ -176,8 +175,8 @@ class BitLimits(Record):
         return self
 
 
-class Allocating(Spending):
-    """What methods share that divide their budget among units by importance.
+class Allocating(Finetuning):
+    """What methods share that spend a bit budget over units.
 
     Attributes:
         importance: which predictor of the loss rise fills the cost table; where none is named, ``taylor_matched``,
@@ -329,7 +328,7 @@ else:
     Recipe = Literal[tuple(RECIPES)]
 
 
-class RecipeMethod(Spending):
+class RecipeMethod(Finetuning):
     """A published comparator at the same budget; what it fixes is in ``fqsweep.config.methods.RECIPES``.
 
     Attributes:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fqsweep.allocation import allocate_bits, allocate_by_quantile
+from fqsweep.allocation import allocate_bits, allocate_by_quantile, minimax
 from fqsweep.allocation.minimax import _spend
 from tests.allocation_instances import (
     OBJECTIVES,
@@ -399,3 +399,34 @@ def test_minimax_of_one_group_is_mean() -> None:
         for o in OBJECTIVES
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
+# --- where the optimum is not proven -------------------------------------------------------------
+
+
+def test_a_search_that_ends_before_its_proof_still_says_how_far_it_may_be_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cost_gub, num_weights_u = realistic(4, groups=6, units=40)
+    asked: dict[str, Any] = {"budget_bits": 1.0, "choices": range(9), "objective": "minimax"}
+    best = allocate_bits(cost_gub, num_weights_u, **asked)
+    assert best.gap_frac == 0.0
+    monkeypatch.setattr(minimax, "MAX_NODES", 1)
+    early = allocate_bits(cost_gub, num_weights_u, **asked)
+    assert 0.0 < early.gap_frac < 0.05
+    assert early.lower_bound <= best.objective <= early.objective
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget_bits", [0.25, 1.5, 4.0])
+@pytest.mark.parametrize(
+    ("objective", "groups", "gap"), [("mean", 2, 1e-5), ("minimax", 2, 1e-3), ("minimax", 6, 1e-3)]
+)
+def test_as_many_units_as_a_resnet50_has_stay_within_what_is_promised(
+    objective: str, groups: int, gap: float, budget_bits: float
+) -> None:
+    cost_gub, num_weights_u = realistic(0, groups=groups, units=26_568)
+    found = allocate_bits(
+        cost_gub, num_weights_u, budget_bits=budget_bits, choices=range(9), objective=objective
+    )
+    assert found.gap_frac <= gap

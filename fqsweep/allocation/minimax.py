@@ -14,6 +14,7 @@ from fqsweep.allocation.problem import Float, Int, spent, weighted_cost, worst_c
 
 MAX_CUTS = 200  # after those of single groups; far more than a handful of groups needs
 CUT_TOLERANCE = 1e-4
+MAX_NODES = 2000  # of HiGHS's tree: half a minute at most, and on every machine the same end
 
 
 def allocate_minimax(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float) -> tuple[Int, float]:
@@ -27,10 +28,10 @@ def allocate_minimax(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Flo
     exact = _solve_minimax_exactly(cost_gub, size_ub, capacity, offset_g, lower_bound, upper)
     if exact is None:
         return index_u, lower_bound
-    found_u, proven = exact
+    found_u, proven_bound = exact
     if worst_cost(cost_gub, found_u, offset_g) > upper:
         found_u = index_u
-    return found_u, worst_cost(cost_gub, found_u, offset_g) if proven else lower_bound
+    return found_u, min(max(lower_bound, proven_bound), worst_cost(cost_gub, found_u, offset_g))
 
 
 def _cut_planes(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float) -> tuple[Int, float]:
@@ -187,8 +188,8 @@ def _solve_minimax_exactly(
     offset_g: Float,
     lower_bound: float,
     upper: float,
-) -> tuple[Int, bool] | None:
-    """HiGHS on the whole problem, for few units; returns the allocation and whether its optimality is proven.
+) -> tuple[Int, float] | None:
+    """HiGHS on the whole problem, for few units; returns the allocation and the bound that it proved.
 
     Costs are scaled so that the distance from bound to best known value is 1000: the solver's absolute
     tolerance of 1e-6 then lies far below any difference that matters.
@@ -217,11 +218,11 @@ def _solve_minimax_exactly(
             LinearConstraint(size, -np.inf, capacity),
             LinearConstraint(one, 1, 1),
         ],
-        options={"mip_rel_gap": 0.0, "time_limit": 20.0},
+        options={"mip_rel_gap": 0.0, "node_limit": MAX_NODES},
     )
     if solved.x is None:
         return None
     index_u = solved.x[:num_pairs].reshape(num_units, num_choices).argmax(axis=1)
     if spent(size_ub, index_u) > capacity:
         return None
-    return index_u, solved.status == 0
+    return index_u, np.inf if solved.status == 0 else float(solved.mip_dual_bound) / scale

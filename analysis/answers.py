@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from analysis.columns import (
     group_names,
     is_full_precision,
     is_maximized,
+    of_panel,
     on_test,
     panel_title,
     panels,
@@ -59,6 +59,10 @@ class Recommendation:
     value: float
     reason: str
 
+    @property
+    def panel(self) -> tuple[str, ...]:
+        return self.dataset, self.group_attribute, self.architecture
+
 
 def headlines(points: pd.DataFrame, comparisons: pd.DataFrame, *, metric: str) -> list[Answer]:
     """One answer a panel, for the smallest budget that costs little against the best validation value.
@@ -72,7 +76,7 @@ def headlines(points: pd.DataFrame, comparisons: pd.DataFrame, *, metric: str) -
     for panel, part in panels(points):
         lead = leaders(part, metric=metric)
         if not lead.empty:
-            answers.append(_answer(panel, part, lead, _of_panel(comparisons, panel), metric=metric))
+            answers.append(_answer(panel, part, lead, of_panel(comparisons, panel), metric=metric))
     return answers
 
 
@@ -88,12 +92,6 @@ def _headline(part: pd.DataFrame, lead: pd.DataFrame, *, metric: str) -> tuple[p
         return lead.iloc[int(near.argmax())], ""
     far = f"No budget comes within {100 * HEADLINE_LOSS_FRAC:g} points of the best {metric}"
     return lead.iloc[int(value.to_numpy().argmax())], f"{far}: the one that comes nearest is shown."
-
-
-def _of_panel(frame: pd.DataFrame, panel: Sequence[str]) -> pd.DataFrame:
-    for column, value in zip(PANEL, panel, strict=True):
-        frame = frame[frame[column].astype(str) == value]
-    return frame
 
 
 def _answer(
@@ -267,14 +265,30 @@ def recommended_record(
     """
     by_panel: dict[tuple[str, ...], dict[str, Any]] = {}
     for item in found:
-        panel = (item.dataset, item.group_attribute, item.architecture)
         plain = {k: v for k, v in asdict(item).items() if k not in (*PANEL, "budget")}
-        by_panel.setdefault(panel, {})[item.budget] = plain
+        by_panel.setdefault(item.panel, {})[item.budget] = plain
     settings = [
         dict(zip(PANEL, panel, strict=True)) | {"budgets": value, "rules": rules_record(choices, panel)}
         for panel, value in by_panel.items()
     ]
     return {"sweep": sweep, "metric": metric, "settings": settings}
+
+
+def headline_markdown(answers: list[Answer]) -> str:
+    """The headlines for a description in Markdown."""
+    parts = []
+    for answer in answers:
+        parts += [f"### {markdown_safe(panel_title(answer.panel))}", f"**{markdown_safe(answer.sentence)}**"]
+        parts += [markdown_safe(line) for line in answer.evidence]
+    return "\n\n".join(parts) or "No quantised variant has finished: there is nothing to compare yet."
+
+
+def headline_text(answers: list[Answer]) -> str:
+    """The headlines as lines for a terminal."""
+    lines = []
+    for answer in answers:
+        lines += [f"{panel_title(answer.panel)}:", f"  {answer.sentence}", *(f"  {e}" for e in answer.evidence)]
+    return "\n".join(lines) or "No quantised variant has finished: there is nothing to compare yet."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -294,23 +308,6 @@ def main(argv: list[str] | None = None) -> int:
         print(headline_text(headlines(points, pairs, metric=arguments.metric)))
 
     return cli.run(parser, act, argv)
-
-
-def headline_markdown(answers: list[Answer]) -> str:
-    """The headlines for a description in Markdown."""
-    parts = []
-    for answer in answers:
-        parts += [f"### {markdown_safe(panel_title(answer.panel))}", f"**{markdown_safe(answer.sentence)}**"]
-        parts += [markdown_safe(line) for line in answer.evidence]
-    return "\n\n".join(parts) or "No quantised variant has finished: there is nothing to compare yet."
-
-
-def headline_text(answers: list[Answer]) -> str:
-    """The headlines as lines for a terminal."""
-    lines = []
-    for answer in answers:
-        lines += [f"{panel_title(answer.panel)}:", f"  {answer.sentence}", *(f"  {e}" for e in answer.evidence)]
-    return "\n".join(lines) or "No quantised variant has finished: there is nothing to compare yet."
 
 
 if __name__ == "__main__":

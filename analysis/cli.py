@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.columns import check_selection_metric
 from analysis.load import join_sweeps, load_csv, load_runs, load_selection
-from fqsweep.errors import InputError
+from fqsweep.errors import EXIT_BAD_INPUT, EXIT_OK, InputError
 from fqsweep.files import write_bytes
 from fqsweep.names import DEFAULT_SELECTION
 
@@ -87,8 +87,10 @@ def run(
         act(arguments)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_BAD_INPUT
     except OSError as error:
-        print(f"Error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
+        print(
+            f"Error: {error.filename or 'a file'} cannot be read or written: {error.strerror}", file=sys.stderr
+        )
+        return EXIT_BAD_INPUT
+    return EXIT_OK

@@ -21,6 +21,7 @@ GROUP_ACCURACY = "acc_group/"
 GROUP_COUNT = "count_group/"
 REFERENCE_VARIANT = "fp32"
 ABSENT = "–"
+_BUDGETS = ("budget_bits", "budget_bytes")
 
 
 def check_selection_metric(metric: str) -> str:
@@ -57,6 +58,14 @@ def panels(frame: pd.DataFrame) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
     return [(tuple(map(str, key)), part) for key, part in frame.groupby(list(PANEL), sort=True)]
 
 
+def of_panel(frame: pd.DataFrame, panel: Iterable[str]) -> pd.DataFrame:
+    """The rows of one panel."""
+    here = pd.Series(True, index=frame.index)
+    for column, value in zip(PANEL, panel, strict=True):
+        here &= frame[column].astype(str).eq(str(value))
+    return frame[here]
+
+
 def panel_title(panel: Iterable[str]) -> str:
     """A panel in words.
 
@@ -79,7 +88,7 @@ def with_budget(runs: pd.DataFrame) -> pd.DataFrame:
     A budget is in bits per weight ("0.5"), in bytes on disk ("1.5 MB"), or ``none``: full precision, and
     methods that were given none. Records from before there were budgets in bytes have no ``budget_bytes``.
     """
-    known = {c: runs.get(c, np.nan) for c in ("method", "budget_bits", "budget_bytes")}
+    known = {c: runs.get(c, np.nan) for c in ("method", *_BUDGETS)}
     numbers = {c: pd.to_numeric(pd.Series(known[c], index=runs.index), errors="coerce") for c in _BUDGETS}
     labels = [
         budget_label(bits, size)
@@ -87,9 +96,6 @@ def with_budget(runs: pd.DataFrame) -> pd.DataFrame:
     ]
     method = pd.Series(known["method"], index=runs.index, dtype=object).fillna(NO_VALUE)
     return runs.assign(**numbers, method=method, budget=labels)
-
-
-_BUDGETS = ("budget_bits", "budget_bytes")
 
 
 def budget_label(budget_bits: float, budget_bytes: float) -> str:

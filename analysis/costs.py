@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.columns import POINT, bytes_text, duration_text, is_full_precision, variants, with_budget
+from analysis.columns import BYTES, POINT, bytes_text, duration_text, is_full_precision, variants, with_budget
 
 TIME = "time/total_s"
 
@@ -17,7 +17,7 @@ def cost_rows(runs: pd.DataFrame) -> list[list[str]]:
     rows = []
     for variant in variants(runs):
         part = runs[runs["variant"] == variant]
-        time, size = part[TIME], part["size/packed_bytes"]
+        time, size = part[TIME], part[BYTES]
         sizes = dict.fromkeys([bytes_text(float(size.min())), bytes_text(float(size.max()))])
         times = [duration_text(float(time.mean())), duration_text(float(time.sum(min_count=1)))]
         rows.append([variant, str(len(part)), *times, " to ".join(sizes)])

@@ -60,9 +60,10 @@ class _Axes:
         share = (y - self.y[0]) / (self.y[1] - self.y[0])
         return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP), 1)
 
-    def y_ticks(self, num: int = 5, *, scale: float = 100.0, digits: int = 1) -> list[tuple[float, str]]:
-        values = [self.y[0] + (self.y[1] - self.y[0]) * i / (num - 1) for i in range(num)]
-        return [(self.place_y(v), f"{scale * v:.{digits}f}") for v in values]
+    def y_ticks(self) -> list[tuple[float, str]]:
+        """Places and texts, in percent, of five ticks from end to end."""
+        values = [self.y[0] + (self.y[1] - self.y[0]) * i / 4 for i in range(5)]
+        return [(self.place_y(v), f"{100 * v:.1f}") for v in values]
 
 
 def _points(places: Sequence[tuple[float, float]]) -> str:
@@ -138,7 +139,7 @@ def radar_drawing(rows: pd.DataFrame, *, all_variants: list[str]) -> dict[str, A
     lines = []
     for i, (_, row) in enumerate(rows.iterrows()):
         places = [
-            _spoke(j, len(axes), _rank_share(rows[key], row[key], is_maximized(key)), center)
+            _spoke(j, len(axes), _reach(rows[key], row[key], maximize=is_maximized(key)), center)
             for j, (key, _) in enumerate(axes)
         ]
         color = look[row["variant"]].color if row["variant"] in look else REFERENCE_COLOR
@@ -158,10 +159,11 @@ def radar_drawing(rows: pd.DataFrame, *, all_variants: list[str]) -> dict[str, A
     }
 
 
-def _rank_share(values: pd.Series, value: float, maximize: bool) -> float:
-    low, high = float(values.min()), float(values.max())
-    share = (value - low) / (high - low) if high > low else 1.0
-    return RADAR_INNER + (1 - RADAR_INNER) * (share if maximize else 1 - share if high > low else 1.0)
+def _reach(values: pd.Series, value: float, *, maximize: bool) -> float:
+    """How far out a value lies: ``RADAR_INNER`` for the worst of ``values``, 1 for the best, or if all are equal."""
+    worst, best = (values.min(), values.max()) if maximize else (values.max(), values.min())
+    share = float((value - worst) / (best - worst)) if best != worst else 1.0
+    return RADAR_INNER + (1 - RADAR_INNER) * share
 
 
 def _spoke(index: int, num: int, share: float, center: float) -> tuple[float, float]:

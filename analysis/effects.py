@@ -12,6 +12,7 @@ from analysis.columns import CELL, PANEL, is_full_precision
 
 WEIGHTS = ("fairness_weight", "bitrate_weight")
 MIN_RUNS = 4  # fewer have no correlation worth a number
+NOTHING_SEARCHED = "No weight took several values within a cell: nothing was searched."
 
 
 def weight_effects(runs: pd.DataFrame, *, metrics: tuple[str, ...]) -> pd.DataFrame:
@@ -86,8 +87,6 @@ def main(argv: list[str] | None = None) -> int:
 
     return cli.run(parser, act, argv)
 
-
-NOTHING_SEARCHED = "No weight took several values within a cell: nothing was searched."
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -24,7 +24,6 @@ from analysis.style import FRONT_COLOR, REFERENCE_COLOR, Look, bits_ticks, looks
 from fqsweep.names import metric_of
 
 NUM_RUNS_SHOWN = 5  # run ids that a hover box lists
-SPLITS = ("test", "val")
 HOVER = (
     "<b>%{customdata[0]}</b>, budget %{customdata[1]}<br>true bits %{customdata[2]}, %{customdata[3]}<br>"
     "test %{customdata[4]} %, validation %{customdata[5]} %<br>worst group on test %{customdata[6]} %, "

@@ -85,6 +85,7 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     Args:
         tracking_uri: an MLflow tracking URI, for example ``sqlite:////data/out/mlflow.db``.
         sweep: the sweep's name, as in its search space.
+        parent_id: the parent run of the sweep that is meant, where several are called so.
 
     Returns:
         One row a run, see the top of this file.
@@ -100,30 +101,14 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
         raise
     except Exception as error:  # MLflow raises what its backend raises: SQLAlchemy, requests, its own
         raise _unreadable(tracking_uri, error) from error
-    trials = [run for run in children if run.data.tags.get(TAG_KIND) == KIND_TRIAL]
-    num_trials = len(trials)
-    retired = [run for run in trials if run.data.tags.get(TAG_RETIRED) == "true"]
-    trials = [run for run in trials if run.data.tags.get(TAG_RETIRED) != "true"]
-    # They have no test metrics and take no part.
-    pruned = [run for run in trials if run.data.tags.get(TAG_PRUNED) == "true"]
-    trials = [run for run in trials if run.data.tags.get(TAG_PRUNED) != "true"]
-    finished = [run for run in trials if run.info.status == "FINISHED"]
-    if not finished:
+    trials = _sort_trials(children)
+    if not trials.finished:
         raise InputError(
-            f"Sweep {sweep!r} must have a finished trial run, but has {_status_counts(trials)}: "
+            f"Sweep {sweep!r} must have a finished trial run, but has {_status_counts(trials.unfinished)}: "
             "wait for one, or run `fqsweep run` again and read what failed."
         )
-    if len(finished) < len(trials):
-        unfinished = [run for run in trials if run.info.status != "FINISHED"]
-        notes.append(f"Left out: {_status_counts(unfinished)} of {num_trials} trial runs.")
-    if retired:
-        notes.append(
-            f"No result of the search space as it is, and left out: {len(retired)} of {num_trials} trial runs."
-        )
-    if pruned:
-        notes.append(f"Stopped early and left out: {len(pruned)} of {num_trials} trial runs.")
-    frame = _typed(pd.DataFrame([_row(run) for run in finished]), notes)
-    frame.attrs["pruned"] = [_row(run) for run in pruned]
+    frame = _typed(pd.DataFrame([_row(run) for run in trials.finished]), [*notes, *trials.notes()])
+    frame.attrs["pruned"] = [_row(run) for run in trials.pruned]
     frame.attrs["energy_kwh"] = parent.data.metrics.get(ENERGY_KWH, math.nan)
     frame.attrs["shared_s"] = parent.data.metrics.get(SHARED_S, math.nan)
     return frame
@@ -294,6 +279,41 @@ def _no_such_sweep(sweep: str, known: set[str], tracking_uri: str) -> str:
     nearest = difflib.get_close_matches(sweep, sorted(known), n=1, cutoff=0.0)
     listed = ", ".join(repr(name) for name in sorted(known)[:20])
     return f"Sweep {sweep!r} must exist, but {store!r} holds {listed}: use {nearest[0]!r}?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trials:
+    """The trial runs of a sweep by what becomes of them: only those that are finished take part."""
+
+    finished: list[Run]
+    unfinished: list[Run]
+    retired: list[Run]
+    pruned: list[Run]
+
+    def notes(self) -> list[str]:
+        """What was left out, in sentences."""
+        whole = sum(map(len, (self.finished, self.unfinished, self.retired, self.pruned)))
+        left_out = (
+            (f"Left out: {_status_counts(self.unfinished)}", self.unfinished),
+            (f"No result of the search space as it is, and left out: {len(self.retired)}", self.retired),
+            (f"Stopped early and left out: {len(self.pruned)}", self.pruned),
+        )
+        return [f"{text} of {whole} trial runs." for text, runs in left_out if runs]
+
+
+def _sort_trials(children: Iterable[Run]) -> _Trials:
+    """Runs that are retired first, then those that were stopped early, then those that have not finished."""
+    trials = _Trials(finished=[], unfinished=[], retired=[], pruned=[])
+    for run in children:
+        if run.data.tags.get(TAG_KIND) != KIND_TRIAL:
+            continue
+        if run.data.tags.get(TAG_RETIRED) == "true":
+            trials.retired.append(run)
+        elif run.data.tags.get(TAG_PRUNED) == "true":
+            trials.pruned.append(run)
+        else:
+            (trials.finished if run.info.status == "FINISHED" else trials.unfinished).append(run)
+    return trials
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -24,13 +24,13 @@ from analysis.columns import (
     BITS,
     GROUP_ACCURACY,
     GROUP_COUNT,
-    PANEL,
     budget_phrase,
     budgets,
     bytes_text,
     group_names,
     is_full_precision,
     is_maximized,
+    of_panel,
     on_test,
     panel_title,
     panels,
@@ -161,15 +161,15 @@ def _panel_view(index: int, panel: tuple[str, ...], part: pd.DataFrame, findings
         "rows": list(zip(cell_texts(part), part["on_front"].tolist(), strict=True)),
         "heat": _heat_map(part, key=on_test(findings.metric)),
         "groups": _group_view(part),
-        "volumes": _volumes(_of(findings.volumes, panel), findings.metric),
+        "volumes": _volumes(of_panel(findings.volumes, panel), findings.metric),
         "surfaces": drawings.surfaces_drawing(
-            _of(findings.surfaces, panel), metric=findings.metric, all_variants=looks_of
+            of_panel(findings.surfaces, panel), metric=findings.metric, all_variants=looks_of
         ),
         "radar": _radar(part, answer, looks_of),
         "layers": layer_view(part, answer, findings.layers),
         "effects": _effect_view(panel, findings, looks_of),
         "choices": [c for c in findings.choices if c.panel == panel],
-        "recommended": [r for r in findings.recommendations if _same_panel(r, panel)],
+        "recommended": [r for r in findings.recommendations if r.panel == panel],
     }
 
 
@@ -184,13 +184,6 @@ def run_links(findings: Findings, points: pd.DataFrame | None = None) -> dict[st
     return {
         run: f"{base}/#/experiments/{quote(place, safe='')}/runs/{quote(run, safe='')}" for run, place in known
     }
-
-
-def _of(frame: pd.DataFrame, panel: tuple[str, ...]) -> pd.DataFrame:
-    here = pd.Series(True, index=frame.index)
-    for column, value in zip(PANEL, panel, strict=True):
-        here &= frame[column].astype(str).eq(value)
-    return frame[here]
 
 
 def _radar(part: pd.DataFrame, answer: Answer | None, all_variants: list[str]) -> dict[str, Any] | None:
@@ -221,7 +214,7 @@ def layer_view(part: pd.DataFrame, answer: Answer | None, layers: pd.DataFrame) 
 
 
 def _bits_cell(bits: float) -> dict[str, str] | None:
-    if bits != bits:
+    if math.isnan(bits):
         return None
     ground, text = heat_color(bits / REFERENCE_BITS)
     return {"text": f"{bits:.2f}", "ground": ground, "color": text}
@@ -229,11 +222,11 @@ def _bits_cell(bits: float) -> dict[str, str] | None:
 
 def _effect_view(panel: tuple[str, ...], findings: Findings, all_variants: list[str]) -> dict[str, Any]:
     """How the searched weights moved validation metrics: words, numbers, and one drawing a weight."""
-    effects, runs = _of(findings.effects, panel), _of(findings.runs, panel)
+    effects, runs = of_panel(findings.effects, panel), of_panel(findings.runs, panel)
     metrics = [c for c in effects.columns if c.startswith("val/")]
     rows = [
         [row["variant"], row["weight"].replace("_", " "), str(row["num_runs"])]
-        + [f"{effect_words(row[m])} ({row[m]:+.2f})" if row[m] == row[m] else "not known" for m in metrics]
+        + [f"{effect_words(row[m])} ({row[m]:+.2f})" if math.isfinite(row[m]) else "not known" for m in metrics]
         for _, row in effects.iterrows()
     ]
     pictures = []
@@ -242,10 +235,6 @@ def _effect_view(panel: tuple[str, ...], findings: Findings, all_variants: list[
         drawing = drawings.slices_drawing(moved, metric=findings.metric, all_variants=all_variants)
         pictures += [(weight.replace("_", " "), drawing)] if drawing else []
     return {"headings": ["variant", "weight", "runs", *metrics], "rows": rows, "pictures": pictures}
-
-
-def _same_panel(item: Recommendation, panel: tuple[str, ...]) -> bool:
-    return (item.dataset, item.group_attribute, item.architecture) == panel
 
 
 def _figure_text(part: pd.DataFrame, metric: str) -> str:
@@ -275,7 +264,7 @@ def _heat_map(part: pd.DataFrame, *, key: str) -> dict[str, Any]:
 
 
 def _heat_cell(value: float | None, low: float, high: float, key: str) -> dict[str, str] | None:
-    if value is None or value != value:
+    if value is None or math.isnan(value):
         return None
     share = (value - low) / (high - low) if high > low else 1.0
     ground, text = heat_color(share if is_maximized(key) else 1 - share)
@@ -307,7 +296,7 @@ def _group_rates(row: pd.Series, names: list[str]) -> list[tuple[str, float, flo
     rates = []
     for name in names:
         value, count = float(row[f"test/{GROUP_ACCURACY}{name}"]), row.get(f"test/{GROUP_COUNT}{name}", 0)
-        if value == value:
+        if math.isfinite(value):
             low, high = share_interval(value, int(count)) if count and count >= 1 else (value, value)
             rates.append((name, value, min(low, value), max(high, value)))
     return rates
@@ -350,6 +339,6 @@ def _volume_row(row: pd.Series) -> list[str]:
 
 def _chosen_row(row: pd.Series, metric: str) -> list[str]:
     place = " / ".join(str(row[c]) for c in ("dataset", "group_attribute", "architecture"))
-    weights = [f"{row[c]:g}" if row[c] == row[c] else NO_VALUE for c in ("fairness_weight", "bitrate_weight")]
+    weights = [f"{row[c]:g}" if pd.notna(row[c]) else NO_VALUE for c in ("fairness_weight", "bitrate_weight")]
     chosen = [place, str(row["variant"]), str(row["budget"]), str(row["seed"]), *weights]
     return [*chosen, str(row["num_runs"]), percent(row[metric], digits=2), str(row["run_id"])]

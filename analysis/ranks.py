@@ -93,13 +93,13 @@ def friedman_p(value_bv: np.ndarray) -> float:
     return float(stats.friedmanchisquare(*value_bv.T).pvalue)
 
 
-def critical_difference(num_variants: int, num_blocks: int, *, alpha: float = ALPHA) -> float:
-    """Nemenyi's: q_alpha sqrt(k (k + 1) / (6 N)), q the studentised range over sqrt(2).
+def critical_difference(num_variants: int, num_blocks: int) -> float:
+    """Nemenyi's at ``ALPHA``: q_alpha sqrt(k (k + 1) / (6 N)), q the studentised range over sqrt(2).
 
     >>> round(critical_difference(4, 14), 2)  # the example of Demsar 2006, section 3.2.2
     1.25
     """
-    q = stats.studentized_range.ppf(1 - alpha, num_variants, np.inf) / math.sqrt(2)
+    q = stats.studentized_range.ppf(1 - ALPHA, num_variants, np.inf) / math.sqrt(2)
     return float(q * math.sqrt(num_variants * (num_variants + 1) / (6 * num_blocks)))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.columns import (
+    ABSENT,
     GROUP_ACCURACY,
     GROUP_COUNT,
     bytes_text,
@@ -60,14 +61,12 @@ def _figure(metrics: dict[str, float], key: str) -> str:
 def _groups(metrics: dict[str, float]) -> str:
     rows = []
     for name in group_names(pd.DataFrame([metrics]), split="test"):
-        accuracy, count = (
-            metrics[f"test/{GROUP_ACCURACY}{name}"],
-            int(metrics.get(f"test/{GROUP_COUNT}{name}", 0)),
-        )
+        accuracy = metrics[f"test/{GROUP_ACCURACY}{name}"]
+        count = int(metrics.get(f"test/{GROUP_COUNT}{name}", 0))
         interval = share_interval(accuracy, count) if count else None
-        ends = f"{percent(interval[0])} to {percent(interval[1])}" if interval else "–"
+        ends = f"{percent(interval[0])} to {percent(interval[1])}" if interval else ABSENT
         validation = _figure(metrics, f"val/{GROUP_ACCURACY}{name}")
-        rows.append((name, validation, percent(accuracy, digits=2), ends, str(count) if count else "–"))
+        rows.append((name, validation, percent(accuracy, digits=2), ends, str(count) if count else ABSENT))
     head = ("group, accuracy %", "validation", "test", "95 % of images alone", "test images")
     return _aligned([head, *rows], right=(1, 2, 3, 4)) if rows else ""
 

@@ -14,13 +14,22 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.columns import GROUP_ACCURACY, GROUP_COUNT, PANEL, group_names, is_full_precision, is_maximized
+from analysis.columns import (
+    GROUP_ACCURACY,
+    GROUP_COUNT,
+    PANEL,
+    group_names,
+    is_full_precision,
+    is_maximized,
+    of_panel,
+)
 
 MIN_SEEDS = 5
 ALPHA = 0.05
 CONFIDENCE = 0.95
-NUM_DRAWS = 2000
+NUM_DRAWS, DRAWS_SEED = 2000, 0
 RUNS_AT_ONCE = 200  # keeps the draws of many runs in a few MB
+PAIR_COLUMNS = (*PANEL, "budget", "variant", "other", "num_pairs", "difference", "low", "high", "p_value")
 Test = Literal["ttest", "wilcoxon"]
 Verdict = Literal["better", "no evidence", "worse", "cannot be told"]
 
@@ -47,7 +56,7 @@ class PairedTest:
     p_value: float
 
 
-def summarize(values: Any, *, confidence: float = CONFIDENCE) -> Summary:
+def summarize(values: Any) -> Summary:
     """Mean, sample standard deviation and Student's t interval of the mean; NaN values take no part.
 
     The interval is mean +- t(n-1) * std / sqrt(n). It needs two different values: with one seed, or seeds
@@ -64,17 +73,17 @@ def summarize(values: Any, *, confidence: float = CONFIDENCE) -> Summary:
     std = float(x.std(ddof=1)) if len(x) > 1 else math.nan
     if len(x) > 1 and np.ptp(x) == 0:
         std = 0.0
-    half = float(student_half_width(std, len(x), confidence=confidence))
+    half = float(student_half_width(std, len(x)))
     return Summary(num=len(x), mean=mean, std=std, low=mean - half, high=mean + half)
 
 
-def student_half_width(std: Any, num: Any, *, confidence: float = CONFIDENCE) -> Any:
+def student_half_width(std: Any, num: Any) -> Any:
     """Half of Student's t interval of a mean; NaN where ``num`` < 2 or nothing varies. Arrays go value by value."""
-    quantile = stats.t.ppf((1 + confidence) / 2, np.where(np.asarray(num) > 1, np.asarray(num) - 1, np.nan))
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, np.where(np.asarray(num) > 1, np.asarray(num) - 1, np.nan))
     return np.where(np.asarray(std) > 0, quantile, np.nan) * std / np.sqrt(np.maximum(num, 1))
 
 
-def bootstrap_interval(values: Any, *, confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: Any) -> tuple[float, float]:
     """Bias-corrected and accelerated bootstrap interval of a mean over seeds, the same at every call.
 
     Resampling a handful of values gives intervals that are too short, so below ``MIN_SEEDS`` values, or where
@@ -87,14 +96,12 @@ def bootstrap_interval(values: Any, *, confidence: float = CONFIDENCE, seed: int
     x = x[np.isfinite(x)]
     if len(x) < MIN_SEEDS or np.ptp(x) == 0:
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    found = stats.bootstrap((x,), np.mean, n_resamples=2000, confidence_level=confidence, rng=rng)
+    rng = np.random.default_rng(DRAWS_SEED)
+    found = stats.bootstrap((x,), np.mean, n_resamples=NUM_DRAWS, confidence_level=CONFIDENCE, rng=rng)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def stratified_bootstrap(
-    accuracy_rg: Any, count_rg: Any, *, confidence: float = CONFIDENCE, seed: int = 0
-) -> dict[str, np.ndarray]:
+def stratified_bootstrap(accuracy_rg: Any, count_rg: Any) -> dict[str, np.ndarray]:
     """Percentile intervals of runs' worst, mean and gap of group accuracies over test images, drawn within groups.
 
     Drawing n images anew from a group's n, of which k were right, makes Binomial(n, k / n) right: no prediction of a
@@ -117,13 +124,13 @@ def stratified_bootstrap(
     sound_r = known_rg.any(axis=1) & np.where(known_rg, count_rg >= 1, True).all(axis=1)
     right_rg = np.where(known_rg, np.rint(np.nan_to_num(accuracy_rg * count_rg)), 0)
     size_rg = np.where(known_rg & (count_rg >= 1), count_rg, 1)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(DRAWS_SEED)
     drawn_brg = (
         rng.binomial(size_rg.astype(int), right_rg / size_rg, size=(NUM_DRAWS, *size_rg.shape)) / size_rg
     )
     worst_br = np.where(known_rg, drawn_brg, 1.0).min(axis=2, initial=1.0)
     mean_br = np.where(known_rg, drawn_brg, 0.0).sum(axis=2) / np.maximum(known_rg.sum(axis=1), 1)
-    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     drawn = {"acc_worst": worst_br, "acc_avg": mean_br, "acc_gap": mean_br - worst_br}
     return {
         key: np.where(sound_r[:, None], np.quantile(values_br, ends, axis=0).T, np.nan)
@@ -134,13 +141,12 @@ def stratified_bootstrap(
 def image_intervals(cells: pd.DataFrame) -> pd.DataFrame:
     """``stratified_bootstrap`` of each run on test data, as columns such as ``test/acc_worst:images_low``."""
     names = group_names(cells, split="test")
-    columns = [f"test/{GROUP_COUNT}{name}" for name in names]
-    counts = cells.reindex(columns=columns).to_numpy(dtype=float)
+    accuracy_rg = cells[[f"test/{GROUP_ACCURACY}{name}" for name in names]].to_numpy(dtype=float)
+    count_rg = cells.reindex(columns=[f"test/{GROUP_COUNT}{name}" for name in names]).to_numpy(dtype=float)
     parts = []
     for start in range(0, len(cells), RUNS_AT_ONCE):
         rows = slice(start, start + RUNS_AT_ONCE)
-        accuracies = cells[[f"test/{GROUP_ACCURACY}{name}" for name in names]].to_numpy(dtype=float)[rows]
-        found = stratified_bootstrap(accuracies, counts[rows])
+        found = stratified_bootstrap(accuracy_rg[rows], count_rg[rows])
         ends = {
             f"test/{key}:images_{end}": v[:, i]
             for key, v in found.items()
@@ -150,7 +156,7 @@ def image_intervals(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def share_interval(share_frac: float, count: int, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def share_interval(share_frac: float, count: int) -> tuple[float, float]:
     """Wilson's interval of an accuracy measured on ``count`` images: the noise of the images themselves.
 
     Source: E. B. Wilson, JASA 1927.
@@ -159,18 +165,18 @@ def share_interval(share_frac: float, count: int, *, confidence: float = CONFIDE
     >>> round(low, 2), round(high, 2)
     (0.71, 0.87)
     """
-    interval = stats.binomtest(round(share_frac * count), count).proportion_ci(confidence, method="wilson")
+    interval = stats.binomtest(round(share_frac * count), count).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def paired_test(differences: Any, *, test: Test = "ttest", confidence: float = CONFIDENCE) -> PairedTest:
+def paired_test(differences: Any, *, test: Test = "ttest") -> PairedTest:
     """Test whether paired differences have mean (``ttest``) or centre (``wilcoxon``) zero.
 
     The t-test is the default because Wilcoxon's signed ranks cannot fall below p = 0.0625 with five pairs.
     Differences that all agree have no variance to test against: Wilcoxon decides there.
     """
     d = np.asarray(differences, dtype=float)
-    summary = summarize(d, confidence=confidence)
+    summary = summarize(d)
     if summary.num < 2:
         p_value = math.nan
     elif not d.any():
@@ -227,7 +233,7 @@ def compare_variants(
         p_holm, verdict``. ``difference`` is variant minus other; Holm's family is the panel.
     """
     rows = [row for _, leader in leaders.iterrows() for row in _pairs(cells, leader, metric, test)]
-    frame = pd.DataFrame(rows, columns=[*PANEL, *_PAIR_COLUMNS])
+    frame = pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
     if frame.empty:
         return frame.assign(p_holm=pd.Series(dtype=float), verdict=pd.Series(dtype=str))
     testable = frame["p_value"].where(frame["num_pairs"] >= MIN_SEEDS)
@@ -238,22 +244,26 @@ def compare_variants(
     return frame
 
 
-_PAIR_COLUMNS = ("budget", "variant", "other", "num_pairs", "difference", "low", "high", "p_value")
-
-
 def _pairs(cells: pd.DataFrame, leader: pd.Series, metric: str, test: Test) -> list[dict[str, Any]]:
     at_budget = cells[~is_full_precision(cells) & (cells["budget"] == leader["budget"])]
-    for column in PANEL:
-        at_budget = at_budget[at_budget[column] == leader[column]]
+    at_budget = of_panel(at_budget, leader[list(PANEL)])
     by_seed = at_budget.pivot_table(index="seed", columns="variant", values=metric, dropna=False)
+    if leader["variant"] not in by_seed:
+        return []
     rows = []
-    for other in by_seed.columns.drop(leader["variant"], errors="ignore"):
-        if leader["variant"] not in by_seed:
-            continue
+    for other in by_seed.columns.drop(leader["variant"]):
         result = paired_test((by_seed[leader["variant"]] - by_seed[other]).dropna(), test=test)
-        row = {**{c: leader[c] for c in (*PANEL, "budget", "variant")}, "other": other}
-        numbers = {"num_pairs": result.num_pairs, "difference": result.mean, "low": result.low}
-        rows.append({**row, **numbers, "high": result.high, "p_value": result.p_value})
+        rows.append(
+            {
+                **{column: leader[column] for column in (*PANEL, "budget", "variant")},
+                "other": other,
+                "num_pairs": result.num_pairs,
+                "difference": result.mean,
+                "low": result.low,
+                "high": result.high,
+                "p_value": result.p_value,
+            }
+        )
     return rows
 
 

@@ -36,7 +36,7 @@ def leave_result(task: Task, paths: SweepPaths) -> None:
         write_json(own.result(task.key), asdict(made_up(task)))
         publish(own.trial(task.key), paths.trial(task.key), last="result.json")
     elif task.kind == "baseline":
-        write_json(paths.baseline(task.key) / "meta.json", {"made": "up"})
+        write_json(paths.baseline_meta(task.key), {"made": "up"})
     else:
         write_bytes(paths.importance(task.key), b"made up")
 

@@ -78,9 +78,7 @@ def run_space(
     paths = SweepPaths(out)
     state = plan_sweep(load_space(space_file), FixedWeights(), lambda task: COSTS[task.kind])
     for task in state.shared.values():
-        whole = (
-            paths.baseline(task.key) / "meta.json" if task.kind == "baseline" else paths.importance(task.key)
-        )
+        whole = paths.baseline_meta(task.key) if task.kind == "baseline" else paths.importance(task.key)
         if whole.exists():
             state.complete(task)
     running: dict[Future[Outcome], tuple[Task, float]] = {}

@@ -29,7 +29,7 @@ def ensure_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
     """The trained parent of a cell, on the setting's device in eval mode; trained now if it is not on disk."""
     folder = paths.baseline(setting.cell.baseline_key)
     with locked(folder):
-        if not (folder / "meta.json").exists():
+        if not paths.baseline_meta(setting.cell.baseline_key).exists():
             _train_baseline(setting, paths, recorder)
     return setting.model_with(load_file(folder / "model.safetensors"))
 
@@ -74,13 +74,13 @@ def _train_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
         "epochs": log.epochs,
         "best_epoch": log.best_epoch,
     }
-    write_json(folder / "meta.json", meta)
+    write_json(paths.baseline_meta(cell.baseline_key), meta)
     checkpoint.remove()
 
 
 def baseline_log(setting: Setting, paths: SweepPaths) -> dict[str, object]:
     """What was noted of the parent's training."""
-    meta: dict[str, object] = json.loads((paths.baseline(setting.cell.baseline_key) / "meta.json").read_text())
+    meta: dict[str, object] = json.loads(paths.baseline_meta(setting.cell.baseline_key).read_text())
     return meta
 
 

@@ -62,10 +62,6 @@ class MethodPoint(Record):
     bits: int | None = None
 
     @property
-    def spends_budget(self) -> bool:
-        return isinstance(self.settings, Allocating)
-
-    @property
     def free_weights(self) -> dict[str, WeightRange]:
         """The weights that Optuna searches; none where nothing is fine-tuned with them."""
         found = {}
@@ -94,12 +90,8 @@ class Cell(Record):
         budget = "" if self.budget_bits is None or self.point.bits else f"@{self.budget_bits:g}"
         if self.budget_bytes is not None:
             budget = f"@{self.budget_bytes}B"
-        parts = (
-            f"{self.dataset.name}/{self.group_attribute}",
-            self.architecture.name,
-            self.point.variant + budget,
-        )
-        return " ".join((*parts, f"seed {self.seed}"))
+        data = f"{self.dataset.name}/{self.group_attribute}"
+        return f"{data} {self.architecture.name} {self.point.variant}{budget} seed {self.seed}"
 
     @cached_property
     def key(self) -> str:

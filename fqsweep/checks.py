@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from fqsweep.cells import budgets_of, method_points
 from fqsweep.config import Allocating, SearchSpace, content_hash
-from fqsweep.errors import InputError, TrialError
+from fqsweep.errors import EXIT_BAD_INPUT, EXIT_OK, InputError, TrialError
 from fqsweep.files import SweepPaths, write_bytes, write_json
+from fqsweep.import_path import python_path
 from fqsweep.space import load_space
 
 if TYPE_CHECKING:
@@ -48,18 +49,16 @@ def check_in_own_process(space_file: Path, paths: SweepPaths, data_dir: Path | N
         InputError: bad input; nothing was started.
     """
     given = [str(space_file), str(paths.out), *([str(data_dir)] if data_dir else [])]
-    own = str(Path(__file__).resolve().parents[1])
-    python_path = os.pathsep.join([own, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     ended = subprocess.run(
         [sys.executable, "-m", "fqsweep.checks", *given],
-        env={**os.environ, "PYTHONPATH": python_path},
+        env={**os.environ, "PYTHONPATH": python_path()},
         text=True,
         capture_output=True,
         check=False,
     )
-    if ended.returncode == 2:
+    if ended.returncode == EXIT_BAD_INPUT:
         raise InputError(ended.stderr.strip())
-    if ended.returncode != 0:
+    if ended.returncode != EXIT_OK:
         raise RuntimeError(f"the checks of {space_file} ended with {ended.returncode}:\n{ended.stderr}")
     return Checked(**json.loads(ended.stdout.splitlines()[-1]))
 
@@ -159,7 +158,7 @@ def _check_writable(out: Path) -> None:
 
 def _check_unchanged(paths: SweepPaths, digests: dict[str, str]) -> None:
     """A sweep goes on only with the data it began with."""
-    noted = paths.out / "data.json"
+    noted = paths.data_digests
     before = json.loads(noted.read_text()) if noted.exists() else {}
     changed = [name for name, digest in digests.items() if before.get(name, digest) != digest]
     if changed:
@@ -174,17 +173,17 @@ def main(arguments: list[str]) -> int:
     """Check, and print what was found as JSON."""
     from fqsweep.estimate import macs_per_image
 
-    space = load_space(Path(arguments[0]))
     data_dir = Path(arguments[2]) if len(arguments) > 2 else None
     try:
+        space = load_space(Path(arguments[0]))
         facts, warnings = check_inputs(space, SweepPaths(Path(arguments[1])), data_dir)
+        sizes = {dataset.image_size for dataset in space.datasets}
+        macs = {f"{a.name}@{size}": macs_per_image(a.name, size) for a in space.architectures for size in sizes}
     except InputError as error:
         print(error, file=sys.stderr)
-        return 2
-    sizes = {dataset.image_size for dataset in space.datasets}
-    macs = {f"{a.name}@{size}": macs_per_image(a.name, size) for a in space.architectures for size in sizes}
+        return EXIT_BAD_INPUT
     print(json.dumps(asdict(Checked(facts=facts, macs=macs, warnings=warnings))))
-    return 0
+    return EXIT_OK
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths, read_lines, write_json
-from fqsweep.ledger import Ledger, note_driver, replay
+from fqsweep.ledger import Ledger, note_driver, read_ledger
 from fqsweep.progress import format_duration
 from fqsweep.search import SweepState, cell_stage
 
@@ -161,7 +161,7 @@ def look(paths: SweepPaths) -> Status:
         InputError: the folder holds no sweep.
     """
     plan = _plan_of(paths)
-    book = replay(read_lines(paths.ledger))
+    book = read_ledger(paths)
     held = is_held(paths)
     # Tune asks for some tasks ahead, so that a worker that is free need not wait: those do not run yet.
     slots = int((book.begin or {}).get("slots", 1))
@@ -322,7 +322,7 @@ def clear_failures(paths: SweepPaths) -> list[str]:
     """
     _plan_of(paths)
     command = read_holder(paths).get("command", ())
-    failed = replay(read_lines(paths.ledger)).failed
+    failed = read_ledger(paths).failed
     if failed:
         with only_driver(paths, command):
             for key in failed:

@@ -199,7 +199,7 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
     Failures count too, until ``fqsweep retry`` clears them.
     """
     book = read_ledger(driver.paths)
-    for leftover in (driver.paths.out / "trials").glob(".*"):
+    for leftover in driver.paths.trials.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)  # of attempts that were cut off
     for key, task in driver.state.shared.items():
         if _whole(driver.paths, task).exists():
@@ -227,7 +227,8 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
 
 
 def _whole(paths: SweepPaths, task: Task) -> Path:
-    return paths.baseline(task.key) / "meta.json" if task.kind == "baseline" else paths.importance(task.key)
+    """The file of a parent or a cost table that is there only when it is whole."""
+    return paths.baseline_meta(task.key) if task.kind == "baseline" else paths.importance(task.key)
 
 
 def _tasks_asked_before(state: CellState, sweep: SweepState, studies: OptunaStudies) -> list[Task]:

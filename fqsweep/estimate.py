@@ -21,6 +21,7 @@ GPU_MACS_PER_S = 1.5e13
 FIXED_TASK_S = 3.0
 # Images where the set is not at hand: of the official releases.
 OFFICIAL_IMAGES = {"isic2019": 25_331, "fitzpatrick17k": 16_012}
+ASSUMED_IMAGES = 10_000  # of a table that is not at hand
 FORWARD_AND_BACKWARD = 3.0
 # Passes over the calibration images that a predictor makes whatever the choices, and for each choice.
 PASSES_OF_IMPORTANCE = {
@@ -117,9 +118,9 @@ def _rows(path: Path) -> int | None:
 def num_images(dataset: DatasetConfig, data_dir: Path | None) -> int:
     """Images of a data set: its own count, the rows of its CSV where that is at hand, else the official number."""
     if dataset.kind == "synthderm":
-        return dataset.num_images
+        return min(dataset.num_images, dataset.max_images or dataset.num_images)
     found = _counted(dataset, data_dir)
-    count = found if found is not None else OFFICIAL_IMAGES.get(dataset.kind, 10_000)
+    count = found if found is not None else OFFICIAL_IMAGES.get(dataset.kind, ASSUMED_IMAGES)
     return min(count, dataset.max_images or count)
 
 

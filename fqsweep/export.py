@@ -22,6 +22,7 @@ from fqsweep.files import SweepPaths, write_bytes
 from fqsweep.quant.packed_model import ModelNotes, load_model, mean_bits, read_notes
 from fqsweep.quant.packing import REMOVED, PackedFileError, read_metadata, unpack_weights
 from fqsweep.space import load_space
+from fqsweep.stores import sqlite_file
 from fqsweep.tracking import fetch_model, fetch_space
 
 BATCH = 64
@@ -127,8 +128,8 @@ def _test_images(uri: str, run_id: str, notes: ModelNotes, data_dir: Path | None
     wanted = [dataset for dataset in space.datasets if dataset.name == params["dataset"]]
     if not wanted:
         raise InputError(f"{file.name} has no data set {params['dataset']!r}")
-    database = Path(uri.removeprefix("sqlite:///"))
-    packs = SweepPaths(database.parent if database.is_file() else folder).packs
+    database = sqlite_file(uri)
+    packs = SweepPaths(folder if database is None else database.parent).packs
     dataset = open_dataset(wanted[0], data_dir=data_dir, pack_dir=packs)
     loader = BatchLoader(
         images=dataset.image_nhwc,

@@ -6,7 +6,6 @@ Source: FairPrune (Wu, Zeng, Xu, Shi and Hu 2022), as FairQuant (Woergaard and S
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -212,9 +211,7 @@ def macro_auc(probability_nc: Float, labels: NDArray[np.integer]) -> float:
     for c in range(probability_nc.shape[1]):
         positive_n = labels == c
         if positive_n.any() and not positive_n.all():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                areas.append(roc_auc_score(positive_n, probability_nc[:, c]))
+            areas.append(roc_auc_score(positive_n, probability_nc[:, c]))
     return float(np.mean(areas)) if areas else float("nan")
 
 

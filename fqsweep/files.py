@@ -18,7 +18,7 @@ from filelock import FileLock
 
 @dataclass(frozen=True)
 class SweepPaths:
-    """Where one sweep keeps what. Only this class joins paths below ``out``."""
+    """Where one sweep keeps what: the names of the files and folders directly below ``out`` stand here alone."""
 
     out: Path
 
@@ -47,6 +47,16 @@ class SweepPaths:
         return self.out / "plan.json"
 
     @property
+    def data_digests(self) -> Path:
+        """Of the data and weights that the sweep began with."""
+        return self.out / "data.json"
+
+    @property
+    def parent_run(self) -> Path:
+        """The id of the sweep's parent run in MLflow."""
+        return self.out / "parent_run.txt"
+
+    @property
     def tracking_db(self) -> Path:
         return self.out / "mlflow.db"
 
@@ -65,11 +75,19 @@ class SweepPaths:
     def baseline(self, key: str) -> Path:
         return self.out / "baselines" / key
 
+    def baseline_meta(self, key: str) -> Path:
+        """Written last: where it is, the parent is whole."""
+        return self.baseline(key) / "meta.json"
+
     def importance(self, key: str) -> Path:
         return self.out / "importance" / f"{key}.npz"
 
+    @property
+    def trials(self) -> Path:
+        return self.out / "trials"
+
     def trial(self, key: str) -> Path:
-        return self.out / "trials" / key
+        return self.trials / key
 
     def checkpoint(self, key: str) -> Path:
         """Training in progress: not in the trial's folder, so that the next attempt finds it."""
@@ -95,7 +113,7 @@ class AttemptPaths(SweepPaths):
     attempt: str
 
     def trial(self, key: str) -> Path:
-        return self.out / "trials" / f".{key}.{self.attempt}"
+        return self.trials / f".{key}.{self.attempt}"
 
 
 def publish(attempt: Path, final: Path, *, last: str) -> bool:

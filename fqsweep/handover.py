@@ -24,14 +24,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fqsweep.errors import InputError
+from fqsweep.errors import EXIT_INTERRUPTED, EXIT_OK, InputError
 
 # Where a job runs: relative paths, and so `out/<name of the space>`, lie there. Every node must see it.
 WORK_DIR_VARIABLE = "FQSWEEP_WORK_DIR"
 METADATA_KEY = "fqsweep"
 GATHER_S = 900.0
 LOOK_S = 5.0
-EXIT_INTERRUPTED = 130
 
 
 def is_submitted_copy(script: Path) -> bool:
@@ -121,7 +120,7 @@ def _exit_code(client: Any, job: str) -> int:
     if info.status.value == "STOPPED":
         return EXIT_INTERRUPTED
     if info.status.value == "SUCCEEDED":
-        return 0
+        return EXIT_OK
     return int(info.driver_exit_code or 1)
 
 

@@ -41,12 +41,12 @@ from fqsweep.errors import (
 )
 from fqsweep.files import SweepPaths
 from fqsweep.handover import hand_over, is_submitted_copy
+from fqsweep.import_path import python_path
 from fqsweep.names import DEFAULT_SELECTION, selection_of
 from fqsweep.space import find_space, load_space
 from fqsweep.stores import is_server, without_password
 
 DATA_DIR_VARIABLE = "FQSWEEP_DATA_DIR"
-PROJECT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -252,7 +252,7 @@ def _print_end(options: argparse.Namespace, out: Path, uri: str, counts: dict[st
         + (f", {counts['failed']} failed" if counts["failed"] else "")
     )
     if counts["done"]:
-        print(f"report:   {(out / 'report' / 'report.html').resolve()}")
+        print(f"report:   {(SweepPaths(out).report / 'report.html').resolve()}")
     uri = without_password(uri)
     print(f"tracking: {uri}")
     where = f"--tracking-uri {shlex.quote(uri)}" if options.tracking_uri else f"--out {shlex.quote(str(out))}"
@@ -291,8 +291,7 @@ def _report(uri: str, sweep: str, out: Path, *, metric: str | None, parent_id: s
 def _run_analysis(script: str, options: Sequence[str]) -> str:
     """What a script of the analysis prints, run in a process of its own."""
     command = [sys.executable, "-m", f"analysis.{script}", *options]
-    python_path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": python_path}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     ended = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     if ended.returncode == EXIT_BAD_INPUT:
         raise InputError(ended.stderr.strip().removeprefix("Error: "))
@@ -425,17 +424,18 @@ def _is_taken(port: int) -> bool:
 
 
 def _newest_out(option: str = "--out") -> Path:
-    found = sorted(Path("out").glob("*/mlflow.db"), key=lambda file: file.stat().st_mtime)
+    databases = [SweepPaths(folder).tracking_db for folder in Path("out").glob("*")]
+    found = [database for database in databases if database.exists()]
     if not found:
         raise InputError(f"no sweep below out/ here: give {option} DIR or --tracking-uri URI")
-    return found[-1].parent
+    return max(found, key=lambda database: database.stat().st_mtime).parent
 
 
 def _uri_of(out: Path) -> str:
-    database = (out / "mlflow.db").resolve()
+    database = SweepPaths(out).tracking_db.resolve()
     if not database.exists():
         raise InputError(
-            f"{out} holds no MLflow database (mlflow.db): give the output folder of a sweep, or --tracking-uri"
+            f"{out} holds no MLflow database ({database.name}): give the output folder of a sweep, or --tracking-uri"
         )
     return f"sqlite:///{database}"
 

@@ -1,6 +1,6 @@
 """Every metric, parameter and tag key that is recorded, with its unit, direction and meaning.
 
-Nothing else in the project spells a key out: reports, tables and searches read them here.
+Reports, tables, searches and the reference take units, directions and meanings from here.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from fqsweep.cells import MethodPoint, budgets_of, epochs_of, expand_cells, method_points, points_of
 from fqsweep.config import Allocating, SearchConfig, SearchSpace
 from fqsweep.errors import InputError
-from fqsweep.names import DEFAULT_SELECTION, METHODS, selection_of
+from fqsweep.names import DEFAULT_SELECTION, selection_of
 
 SHIPPED_SPACES = (
     Path(__file__).resolve().parents[1] / "search_spaces",
@@ -167,8 +167,7 @@ def _describe(found: dict[str, Any], lines: dict[Location, int]) -> tuple[int, s
         expected = [
             text.strip(" '") for text in str(context.get("expected_tags", "")).split(",") if text.strip()
         ]
-        options = expected or (list(METHODS) if field == "method" else ["synthderm", "isic2019"])
-        message = f"{field} {tag!r} is not known{_nearest(tag, options)}" if tag else f"{field} is required"
+        message = f"{field} {tag!r} is not known{_nearest(tag, expected)}" if tag else f"{field} is required"
     elif kind == "literal_error" and isinstance(found.get("input"), str):
         options = re.findall(r"'([^']*)'", str(found.get("ctx", {}).get("expected", "")))
         message = f"{found['input']!r} is not known{_nearest(found['input'], options)}"

@@ -47,6 +47,7 @@ from fqsweep.faults import is_no_space, no_space
 from fqsweep.files import SweepPaths
 from fqsweep.forgetting import ForgetfulProgress, ForgetfulScheduler
 from fqsweep.gpus import MOST_TASKS_A_GPU, GpuShares
+from fqsweep.import_path import python_path
 from fqsweep.ledger import note_driver, read_ledger
 from fqsweep.machine import MachineWatch
 from fqsweep.names import SHARED_S
@@ -299,7 +300,7 @@ def _ray(address: str | None) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 **({} if address else {"include_dashboard": False}),
-                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(_import_paths())}},
+                runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
             )
         except ConnectionError as error:
             raise InputError(f"no Ray cluster at {address}: {error}") from error
@@ -307,13 +308,6 @@ def _ray(address: str | None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
-
-
-def _import_paths() -> list[str]:
-    """Where workers find this package, installed or not."""
-    own = str(Path(__file__).resolve().parents[1])
-    given = os.environ.get("PYTHONPATH", "")
-    return [own, *(part for part in given.split(os.pathsep) if part and part != own)]
 
 
 def _count_slots(space: SearchSpace, limit: int | None) -> int:

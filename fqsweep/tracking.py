@@ -256,7 +256,7 @@ def _experiment(client: MlflowClient, uri: str, paths: SweepPaths) -> str:
 
 def _parent(client: MlflowClient, experiment_id: str, sweep: str, paths: SweepPaths) -> str:
     """The parent run of this output folder: its id lies beside the ledger."""
-    noted = paths.out / "parent_run.txt"
+    noted = paths.parent_run
     if noted.exists():
         parent_id = noted.read_text().strip()
         if _is_active(client, parent_id):

@@ -29,7 +29,7 @@ from fqsweep.quant.at_once import AtOnce
 from fqsweep.quant.baq import LearnedBits
 
 RUNNING_MOMENTUM = 0.1
-DRO_STEP = 0.1
+DRO_TEMPERATURE = 0.1
 GAIN_LEARNING_RATE = 2e-3
 FINAL_RATE_FRAC = 0.02
 STEP_FACTOR = 0.1
@@ -53,7 +53,8 @@ class GroupRegulariser(nn.Module):
     mean as it was and gives no gradient.
 
     - ``gap``: worst minus best group loss (FairQuant's disparity);
-    - ``group_dro``: sum of group losses under weights that grow with the running loss (Sagawa et al. 2020).
+    - ``group_dro``: sum of group losses weighted by the softmax of their running losses over ``DRO_TEMPERATURE``.
+      The worst groups weigh most, as in Sagawa et al. 2020, whose weights instead grow by a factor in every step.
     """
 
     running_g: torch.Tensor
@@ -79,7 +80,9 @@ class GroupRegulariser(nn.Module):
         # Value: the running mean. Gradient: the batch's mean, for groups that are present.
         estimate_g = self.running_g.clone() + torch.where(present_g, batch_g - batch_g.detach(), 0.0)
         if self.kind == "group_dro":
-            weight_g = torch.softmax(torch.where(self.seen_g, self.running_g / DRO_STEP, -torch.inf), dim=0)
+            weight_g = torch.softmax(
+                torch.where(self.seen_g, self.running_g / DRO_TEMPERATURE, -torch.inf), dim=0
+            )
             return (weight_g * estimate_g).sum()
         worst = torch.where(self.seen_g, self.running_g, -torch.inf).argmax(dim=0, keepdim=True)
         best = torch.where(self.seen_g, self.running_g, torch.inf).argmin(dim=0, keepdim=True)

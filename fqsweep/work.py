@@ -123,7 +123,7 @@ def _peak_gpu_frac(device: str) -> float:
 
 
 def _do(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: str, log: LogFile) -> Ending:
-    if task.kind == "trial" and (paths.baseline(task.cell.baseline_key) / "meta.json").exists():
+    if task.kind == "trial" and paths.baseline_meta(task.cell.baseline_key).exists():
         return _do_trial(task, paths=paths, data_dir=data_dir, device=device)
     setting = open_setting(task.cell, paths=paths, data_dir=data_dir, device=device)
     if task.kind == "trial":
@@ -161,8 +161,8 @@ def _do_trial(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: s
         write_json(own.result(task.key), asdict(result))
         own.checkpoint(task.key).unlink(missing_ok=True)
         ending = "pruned"
-    (paths.out / "trials").mkdir(exist_ok=True)
-    if not publish(own.trial(task.key), paths.trial(task.key), last="result.json"):
+    paths.trials.mkdir(exist_ok=True)
+    if not publish(own.trial(task.key), paths.trial(task.key), last=paths.result(task.key).name):
         recorder.note("another attempt was first: its result stands")
     return ending
 

@@ -77,7 +77,7 @@ MUTANTS = (
     Mutant(GROUPS, "eopp0=float(fpr_gap_c.mean())", "eopp0=float(tpr_gap_c.mean())", FAIRNESS),
     # The regulariser.
     Mutant("fqsweep/training.py", "* present_g\n", "\n", TRAINING),
-    Mutant("fqsweep/training.py", "self.running_g / DRO_STEP, -torch.inf", "-self.running_g / DRO_STEP, -torch.inf", TRAINING),
+    Mutant("fqsweep/training.py", "self.running_g / DRO_TEMPERATURE, -torch.inf", "-self.running_g / DRO_TEMPERATURE, -torch.inf", TRAINING),
     Mutant("fqsweep/training.py", "present_g.gather(0, worst) & present_g.gather(0, best)", "present_g.gather(0, worst)", TRAINING),
     # Levels, the quantiser's gradients, and those of the bits.
     Mutant(LEVELS, "float(2 ** (b - 1) - 1) for b", "float(2 ** (b - 1)) for b", QUANTISER),
@@ -93,9 +93,9 @@ MUTANTS = (
     Mutant(BAQ, "@ share_u\n", "@ torch.full_like(share_u, 1 / len(share_u))\n", QUANTISER),
     Mutant(BAQ, "limit = max(min(self.budget_bits, learned_mean + 1e-3)", "limit = max(self.budget_bits + 0.1", QUANTISER),
     # Importance: the cost of a change, per group.
-    Mutant("fqsweep/importance.py", "/ (2 * count_g[:, None, None])", "/ (2 * count_g.sum())", IMPORTANCE),
-    Mutant("fqsweep/importance.py", '"ng,nu->gu", group_ng, of_image_nu.square()', '"ng,nu->gu", group_ng, of_image_nu', IMPORTANCE),
-    Mutant("fqsweep/importance.py", ".double().cpu().numpy() / 2)", ".double().cpu().numpy())", IMPORTANCE),
+    Mutant("fqsweep/predictors.py", "/ (2 * count_g[:, None, None])", "/ (2 * count_g.sum())", IMPORTANCE),
+    Mutant("fqsweep/predictors.py", '"ng,nu->gu", group_ng, of_image_nu.square()', '"ng,nu->gu", group_ng, of_image_nu', IMPORTANCE),
+    Mutant("fqsweep/predictors.py", ".double().cpu().numpy() / 2)", ".double().cpu().numpy())", IMPORTANCE),
     Mutant("fqsweep/quant/moments.py", "torch.where(moves_c, now.variance_c, 1.0)).sqrt()", "torch.where(moves_c, now.variance_c, 1.0))", MOMENTS),
     Mutant("fqsweep/quant/moments.py", "wanted.mean_c - stretch_c * now.mean_c", "wanted.mean_c - now.mean_c", MOMENTS),
     Mutant("fqsweep/quant/moments.py", "(norm.running_mean - shift_c) / stretch_c", "norm.running_mean - shift_c", MOMENTS),
@@ -106,9 +106,9 @@ MUTANTS = (
     Mutant("fqsweep/quant/moments.py", "stretches = in_norm or can_stretch", "stretches = can_stretch", IMPORTANCE),
     Mutant("fqsweep/quant/moments.py", "if not seen[part.name].images:", "if False:", IMPORTANCE),
     Mutant("fqsweep/quant/moments.py", "num_steps == layer.weight.shape[0] and ", "", MOMENTS),
-    Mutant("fqsweep/importance.py", "(stretch_c - 1) * own_nc", "stretch_c * own_nc", IMPORTANCE),
-    Mutant("fqsweep/importance.py", "+ shift_c * one_nc", "- shift_c * one_nc", IMPORTANCE),
-    Mutant("fqsweep/importance.py", "as_units(gradient * change, part.num_units)", "as_units(change, part.num_units)", IMPORTANCE),
+    Mutant("fqsweep/predictors.py", "(stretch_c - 1) * own_nc", "stretch_c * own_nc", IMPORTANCE),
+    Mutant("fqsweep/predictors.py", "+ shift_c * one_nc", "- shift_c * one_nc", IMPORTANCE),
+    Mutant("fqsweep/predictors.py", "as_units(gradient * change, part.num_units)", "as_units(change, part.num_units)", IMPORTANCE),
     # What exempt layers, and layers that are used by their weights, compute.
     Mutant("fqsweep/quant/costs.py", "if name not in quantised", "if name in quantised", ("tests/quant/test_units.py",)),
     Mutant("fqsweep/quant/costs.py", "float(exempt_macs) * FULL_PRECISION_BITS", "float(exempt_macs)", ("tests/quant/test_units.py",)),

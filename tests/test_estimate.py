@@ -89,6 +89,7 @@ def test_images_are_counted_where_the_data_is_and_taken_from_the_release_where_n
     assert num_images(config, tmp_path) == 3
     assert num_images(config.model_copy(update={"max_images": 2}), tmp_path) == 2
     assert num_images(SynthdermConfig(kind="synthderm", num_images=123), None) == 123
+    assert num_images(SynthdermConfig(kind="synthderm", num_images=123, max_images=60), None) == 60
 
 
 def test_a_table_is_counted_from_its_csv(tmp_path: Path) -> None:

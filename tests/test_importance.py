@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fqsweep import importance as importance_module
+from fqsweep import predictors
 from fqsweep.config import ArchitectureConfig
 from fqsweep.cost_table import Importance
 from fqsweep.errors import TrialError
@@ -123,7 +124,7 @@ def exact_hawq(model: nn.Module, units: UnitTable, found: Importance, batches: l
 def test_hawq_costs_approach_those_of_the_exact_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 2, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
-    monkeypatch.setattr(importance_module, "HUTCHINSON_PROBES", 1500)
+    monkeypatch.setattr(predictors, "HUTCHINSON_PROBES", 1500)
     found, units = measure(model, "hawq", images(batch=9), choices=(2, 4))
     wanted = exact_hawq(model, units, found, images())
     assert np.allclose(found.cost_gub, wanted, rtol=0.15, atol=0.05 * wanted.max())

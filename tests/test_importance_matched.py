@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fqsweep.models import quantisable_layers
-from fqsweep.quant.moments import MAX_STRETCH, expected_lines
+from fqsweep.quant.moments import MAX_STRETCH, expected_corrections
 from fqsweep.quant.units import list_units
 from tests.tiny_network import CHOICES, SIZE, Batch, images, measure, rounding_errors, tiny_network
 
@@ -122,8 +122,8 @@ def test_of_a_tensor_with_one_step_and_no_norm_only_the_mean_is_taken_to_come_ba
     units = list_units(model, granularity="tensor")
     changes = {"1": [-0.5 * model[1].weight.detach()]}
     image = images(batch=9)[0][0]
-    line = expected_lines(model, units, [image], changes)["1"]
-    assert torch.equal(line.stretch_kc, torch.ones(1, 3))
+    correction = expected_corrections(model, units, [image], changes)["1"]
+    assert torch.equal(correction.stretch_kc, torch.ones(1, 3))
     with torch.no_grad():
         missing_c = 0.5 * F.linear(image.flatten(1), model[1].weight).mean(dim=0)
-    torch.testing.assert_close(line.shift_kc[0], missing_c)
+    torch.testing.assert_close(correction.shift_kc[0], missing_c)

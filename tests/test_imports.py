@@ -15,11 +15,11 @@ PROJECT = Path(__file__).resolve().parents[1]
 # A module imports from its own line and the lines before it; packages count as one.
 ORDER = (
     ("fqsweep", "errors", "names", "config"),
-    ("cells", "space", "files", "stores", "reference"),
+    ("cells", "space", "files", "import_path", "stores", "reference"),
     ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus", "faults", "forgetting"),
     ("data", "models", "allocation", "cost_table", "fairness", "progress", "pictures", "checkpoints"),
     ("quant",),
-    ("importance", "training"),
+    ("predictors", "importance", "training"),
     ("setting", "assignment", "baseline"),
     ("trial",),
     (

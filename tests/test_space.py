@@ -221,8 +221,9 @@ def test_the_parent_depends_on_its_data_and_training(tmp_path: Path, change: str
 
 def test_static_and_baq_of_every_budget_share_one_cost_table(tmp_path: Path) -> None:
     cells = [cell for cell in expand_cells(small_space(tmp_path)) if cell.seed == 0]
-    assert len({cell.importance_key for cell in cells if cell.point.spends_budget}) == 1
-    assert {cell.importance_key for cell in cells if not cell.point.spends_budget} == {None}
+    allocating = [isinstance(cell.point.settings, Allocating) for cell in cells]
+    assert len({cell.importance_key for cell, has in zip(cells, allocating, strict=True) if has}) == 1
+    assert {cell.importance_key for cell, has in zip(cells, allocating, strict=True) if not has} == {None}
 
 
 def test_a_trials_key_depends_on_its_number_and_weights(tmp_path: Path) -> None:

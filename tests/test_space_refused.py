@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 from small_spaces import small_space, write_space
 
-from fqsweep.cells import (
-    expand_cells,
-)
+from fqsweep.cells import expand_cells
 from fqsweep.errors import InputError
 from fqsweep.space import load_space
 
@@ -68,6 +66,10 @@ WRONG = [
     ("bitrate_weight: 0.01", "bitrate_weight: -1", "methods[3].bitrate_weight: "),
     ("bitrate_weight: 0.01", "choices: [2, 4, 8]", "choices must be two or more without a hole"),
     ("bitrate_weight: 0.01", "choices: [2, 9]", "bit choices must be whole numbers from 0 to 8"),
+    ("bitrate_weight: 0.01", "choices: [two, 4]", "methods[3].choices[0]: Input should be a valid integer"),
+    ("bits: [4]", "bits: []", "methods[1].bits: "),
+    ("bits: [4]", "finetune: []", "methods[1].finetune: "),
+    ("bits: [4]", "bits: [4]\n    budgets_bits: [3]", "uniform spends what its widths take"),
     ("bitrate_weight: 0.01", "reducer: mean", "set reducer to none"),
     ("bitrate_weight: 0.01", "allocator: mean", "allocator mean needs a reducer"),
     ("bitrate_weight: 0.01", "label: static", "'static' stands here twice; give one of them another label"),

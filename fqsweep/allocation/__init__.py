@@ -75,9 +75,10 @@ def allocate_bits(
     - ``gap`` the largest difference between two groups' summed costs plus offsets, plus the mean cost: without
       the mean, the cheapest way to close a gap is to make the better group worse.
 
-    Under 200 units the optimum is returned (for several groups the best of 2,000 nodes of a branch and bound, where
-    that does not prove it); above, hull and sort (``mean``) or cutting planes on the groups' weights around it. The
-    bound is the certificate.
+    Under 200 units the optimum is returned, but for instances on which the exact search has too many states
+    (``mean``) or does not prove it within 2,000 nodes of a branch and bound (the others). There, and from 200 units
+    on, the answer is that of hull and sort (``mean``) or of cutting planes on the groups' weights around it, or the
+    best node if that is better; ``lower_bound`` says how far from the optimum it can be.
 
     Args:
         cost_gub: float64 (groups, units, choices); +inf forbids a choice for a unit.

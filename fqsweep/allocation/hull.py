@@ -26,6 +26,8 @@ class Relaxed:
         index_u: each unit's last whole hull step.
         split: the one unit between two choices, its next choice and the share of it, or None.
         value: the relaxation's objective; price: cost that one more bit of budget saves.
+        segment_unit, segment_index, segment_size: all hull segments by rising slope: their unit, the choice that they
+            lead to, the bits that they cost; the first ``taken`` of them fit into the budget.
     """
 
     index_u: Int
@@ -152,7 +154,7 @@ def fill(relaxed: Relaxed, size_ub: Int, capacity: int) -> Int:
 
 
 def _search_exactly(cost_ub: Float, size_ub: Int, capacity: int, relaxed: Relaxed, index_u: Int) -> Int | None:
-    """Dynamic programming over non-dominated (bits, cost) states, pruned by the relaxation's prices.
+    """Dynamic programming over non-dominated (bits, cost) states, pruned by the relaxation's price of a bit.
 
     A state's summed reduced cost above (best known - bound) cannot lead to something better (Pisinger
     1995). Returns None where too many states survive; the caller keeps hull and sort with its bound.

@@ -65,12 +65,8 @@ def _cut_planes(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float) -
         queue.append(weight_g)
     assert best_index is not None
     active = [relaxed for relaxed, share in zip(visited, share_k, strict=False) if share > 1e-9]
-    mixed = _round_mixture(cost_gub, size_ub, capacity, offset_g, active)
-    for candidate in mixed:
-        value = worst_cost(cost_gub, candidate, offset_g)
-        if value < best_value:
-            best_index, best_value = candidate, value
-    return best_index, bound
+    rounded = _round_mixture(cost_gub, size_ub, capacity, offset_g, active)
+    return min(best_index, rounded, key=lambda index_u: worst_cost(cost_gub, index_u, offset_g)), bound
 
 
 def _group_cost(cost_gub: Float, relaxed: Relaxed) -> Float:
@@ -100,13 +96,11 @@ def _master(cut_kg: Float) -> tuple[Float, float, Float]:
     return weight_g / weight_g.sum(), float(solved.x[-1]) * scale, np.abs(solved.ineqlin.marginals)
 
 
-def _round_mixture(
-    cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float, active: list[Relaxed]
-) -> list[Int]:
-    """Allocations from a mixture of relaxed solutions: where they differ, a linear program chooses.
+def _round_mixture(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float, active: list[Relaxed]) -> Int:
+    """An allocation from a mixture of relaxed solutions: where they differ, a linear program chooses.
 
-    A vertex of that program has at most (groups + 1) units between choices; those are rounded down and
-    the budget that this leaves is spent best first for the worst group.
+    A vertex of that program has at most (groups + 1) units between choices; those get their smallest choice, and the
+    budget that this leaves is spent best first for the worst group.
     """
     option_uk = np.stack([relaxed.index_u for relaxed in active], axis=1)
     for column, relaxed in enumerate(active):
@@ -117,17 +111,17 @@ def _round_mixture(
     differs = np.flatnonzero((option_uk != option_uk[:, :1]).any(axis=1))
     base_u = option_uk.min(axis=1)
     if not len(differs):
-        return [_spend(cost_gub, size_ub, capacity, offset_g, base_u)]
+        return _spend(cost_gub, size_ub, capacity, offset_g, base_u)
     pairs = sorted({(int(u), int(i)) for u in differs for i in option_uk[u]})
     unit_p = np.array([u for u, _ in pairs])
     index_p = np.array([i for _, i in pairs])
     share_p = _mixture_program(cost_gub, size_ub, capacity, offset_g, base_u, unit_p, index_p)
     if share_p is None:
-        return [_spend(cost_gub, size_ub, capacity, offset_g, base_u)]
+        return _spend(cost_gub, size_ub, capacity, offset_g, base_u)
     whole_u = base_u.copy()
     whole = share_p > 1 - 1e-7
     whole_u[unit_p[whole]] = index_p[whole]
-    return [_spend(cost_gub, size_ub, capacity, offset_g, whole_u)]
+    return _spend(cost_gub, size_ub, capacity, offset_g, whole_u)
 
 
 def _mixture_program(

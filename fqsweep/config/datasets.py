@@ -62,6 +62,12 @@ def _attribute_of(*known: str) -> Callable[[str], str]:
     return check
 
 
+def _check_rising(edges: tuple[float, ...]) -> tuple[float, ...]:
+    if not edges or list(edges) != sorted(set(edges)):
+        raise ValueError(f"must be rising numbers such as [40, 60], but is {list(edges)}")
+    return edges
+
+
 SkinAttribute = Annotated[str, AfterValidator(_attribute_of("skin_type", "skin_tone"))]
 PersonAttribute = Annotated[str, AfterValidator(_attribute_of("sex", "age"))]
 
@@ -146,7 +152,7 @@ class Isic2019Config(FilesBase):
     name: str = "isic2019"
     folder: str = "isic2019"
     group_attributes: tuple[PersonAttribute, ...] = Field(default=("sex",), min_length=1)
-    age_edges: tuple[int, ...] = (40, 60)
+    age_edges: Annotated[tuple[int, ...], AfterValidator(_check_rising)] = (40, 60)
 
 
 class Fitzpatrick17kConfig(FilesBase):
@@ -194,7 +200,9 @@ class TableConfig(FilesBase):
     group_columns: dict[str, str] = Field(min_length=1)
     patient_column: str | None = None
     group_maps: dict[str, dict[str, tuple[str | int | float, ...]]] = Field(default_factory=dict)
-    group_edges: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    group_edges: dict[str, Annotated[tuple[float, ...], AfterValidator(_check_rising)]] = Field(
+        default_factory=dict
+    )
     split_column: str | None = None
 
     @model_validator(mode="after")
@@ -203,11 +211,8 @@ class TableConfig(FilesBase):
             if attribute not in self.group_columns:
                 known = ", ".join(self.group_columns)
                 raise ValueError(f"group attribute {attribute!r} has no entry in group_columns (has: {known})")
-        for attribute, edges in self.group_edges.items():
-            if attribute in self.group_maps:
-                raise ValueError(f"group attribute {attribute!r} has both group_maps and group_edges; keep one")
-            if not edges or list(edges) != sorted(set(edges)):
-                raise ValueError(f"group_edges of {attribute!r} must be rising numbers such as [40, 60]")
+        for attribute in self.group_edges.keys() & self.group_maps.keys():
+            raise ValueError(f"group attribute {attribute!r} has both group_maps and group_edges; keep one")
         return self
 
 

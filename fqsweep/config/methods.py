@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fqsweep.config.records import Record
 
@@ -62,15 +62,13 @@ BudgetBytes = Annotated[int, Field(gt=0)]
 Width = Annotated[int, Field(ge=0, le=8)]
 
 
-def _check_choices(choices: Choices) -> Choices:
+def _ascending(choices: Choices) -> Choices:
     if not choices or any(b < 0 or b > 8 for b in choices):
         raise ValueError("bit choices must be whole numbers from 0 to 8")
     return tuple(sorted(set(choices)))
 
 
-BitChoices = Annotated[
-    Choices, BeforeValidator(lambda v: _check_choices(tuple(v)) if isinstance(v, (list, tuple)) else v)
-]
+BitChoices = Annotated[Choices, AfterValidator(_ascending)]
 
 
 class Finetuning(Record):
@@ -87,7 +85,8 @@ class Finetuning(Record):
             images, before anything is trained (``quant.moments``); None does so for ``static`` and ``baq`` alone.
         reconstruct: re-fit each quantised layer's weights to its outputs in full precision before they are rounded
             (``quant.reconstruction``); needs ``match_moments``. None does so for ``static`` and ``baq`` that have it.
-        budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's.
+        budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's; ``uniform`` has
+            ``bits`` instead.
     """
 
     finetune_epochs: int | None = Field(default=None, ge=0)
@@ -148,9 +147,15 @@ class UniformMethod(Finetuning):
 
     method: Literal["uniform"]
     label: str | None = None
-    bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (4, 8)
-    finetune: tuple[bool, ...] = (False,)
+    bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(default=(4, 8), min_length=1)
+    finetune: tuple[bool, ...] = Field(default=(False,), min_length=1)
     scale: ScaleRule = "absmax"
+
+    @model_validator(mode="after")
+    def _width_is_the_budget(self) -> UniformMethod:
+        if self.budgets_bits is not None or self.budgets_bytes is not None:
+            raise ValueError("uniform spends what its widths take: give bits in place of budgets")
+        return self
 
 
 class BitLimits(Record):

@@ -17,8 +17,6 @@ from fqsweep.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError)
-
-
 Spellings = Callable[[str], Iterable[str]]
 
 
@@ -178,8 +176,7 @@ def decode_square(path: Path, *, size: int) -> np.ndarray:
     """The central square of an image file, scaled to ``size``, as uint8 (size, size, 3), RGB.
 
     The EXIF orientation is applied, transparency shows white, 16-bit values keep their upper 8 bits, and floats up
-    to 1 are shares of white.
-    Scaling averages over the area that a pixel covers (a triangle filter of that support).
+    to 1 are shares of white. Scaling averages over the area that a pixel covers (a triangle filter of that support).
 
     Raises:
         InputError: the file is missing or cannot be decoded.

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,26 +41,18 @@ def describe(config: Isic2019Config, data_dir: Path) -> Samples:
     """
     root = require_folder(data_dir, config.folder, what="ISIC 2019")
     truth, metadata = _read_tables(root)
-    group_n: dict[str, np.ndarray] = {}
-    group_names: dict[str, tuple[str, ...]] = {}
-    for attribute in plain_attributes(config.group_attributes):
-        values = (
-            _sexes(metadata, root / METADATA_CSV)
-            if attribute == "sex"
-            else _age_bins(metadata, config.age_edges, root / METADATA_CSV)
-        )
-        group_n[attribute] = values
-        group_names[attribute] = SEXES if attribute == "sex" else bin_names(config.age_edges)
     id_n = truth["image"].to_numpy(str)
-
     rows = Rows(
         origin=str(root),
         id_n=id_n,
         label_n=_labels(truth, root / TRUTH_CSV),
         cluster_n=metadata["lesion_id"].to_numpy(str),
         class_names=tuple(name for name in CLASSES if name in truth.columns),
-        group_n=group_n,
-        group_names=group_names,
+        group_n={
+            name: _group_values(name, metadata, config, root / METADATA_CSV)
+            for name in plain_attributes(config.group_attributes)
+        },
+        group_names={"sex": SEXES, "age": bin_names(config.age_edges)},
         images=TableImages(id_n, lambda: first_folder(root, IMAGE_FOLDERS), _spellings),
     )
     return assemble(rows, config, unknown_groups=config.unknown_groups, missing_images=config.missing_images)
@@ -100,7 +91,10 @@ def _labels(truth: pd.DataFrame, path: Path) -> np.ndarray:
     return np.where(hot_nk.max(axis=1) > 0.5, np.array(names)[hot_nk.argmax(axis=1)], "")
 
 
-def _sexes(metadata: pd.DataFrame, path: Path) -> np.ndarray:
+def _group_values(attribute: str, metadata: pd.DataFrame, config: Isic2019Config, path: Path) -> np.ndarray:
+    """Each row's sex, or the bin of its age, str (n,); empty where unknown."""
+    if attribute == "age":
+        return name_bins(as_numbers(metadata["age_approx"], path=path), config.age_edges)
     value_n = np.array([plain_text(text).lower() for text in metadata["sex"]], dtype=str)
     strange = sorted(set(value_n) - {*SEXES, ""})
     if strange:
@@ -108,12 +102,6 @@ def _sexes(metadata: pd.DataFrame, path: Path) -> np.ndarray:
             f"{path}: column 'sex' must hold female, male or nothing, but has {', '.join(strange)}"
         )
     return value_n
-
-
-def _age_bins(metadata: pd.DataFrame, edges: Sequence[int], path: Path) -> np.ndarray:
-    if not edges or list(edges) != sorted(set(edges)):
-        raise InputError(f"age_edges must be rising ages such as [40, 60], but is {list(edges)}")
-    return name_bins(as_numbers(metadata["age_approx"], path=path), edges)
 
 
 def _spellings(name: str) -> tuple[str, str]:

@@ -22,8 +22,8 @@ class Meter:
     def __init__(self, title: str, *, unit: str, stream: TextIO | None = None) -> None:
         self.title, self.unit = title, unit
         self.stream = stream or sys.stderr
-        self._started = time.monotonic()
-        self._shown, self._first = self._started, None  # type: float, int | None
+        self._started = self._shown = time.monotonic()
+        self._first: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
         now, live = time.monotonic(), self.stream.isatty()

@@ -8,7 +8,6 @@ it for the first time.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -18,15 +17,17 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fqsweep.config import content_hash
 from fqsweep.data.records import Samples
-from fqsweep.data.store import fetch_pack, put_pack
+from fqsweep.data.store import COPY_BYTES, fetch_pack, put_pack
 from fqsweep.errors import InputError
-from fqsweep.files import locked, write_json
+from fqsweep.faults import no_space
+from fqsweep.files import locked, write_json, write_whole
 
 PACK_VERSION = 2
 OnProgress = Callable[[int, int], None]
@@ -82,16 +83,6 @@ def pack_path(samples: Samples, *, size: int, pack_dir: Path) -> Path:
     """Where the pack of these samples at this size lies."""
     key = content_hash([PACK_VERSION, samples.content, size, samples.id_n.tolist()])
     return pack_dir / f"{key}_{size}px.npy"
-
-
-def verify_pack(path: Path) -> None:
-    """Read a whole pack and compare its checksum.
-
-    Raises:
-        InputError: it is incomplete or has changed since it was written.
-    """
-    if not _is_whole(path) or _read_record(path).get("sha256") != _checksum(path):
-        raise InputError(f"{path} is not as it was written; delete it, the next run makes it again")
 
 
 def _copy_to(local_dir: Path, path: Path) -> Path:
@@ -182,23 +173,16 @@ def _describe_pack(path: Path, shape: tuple[int, ...]) -> dict[str, object]:
 
 
 def _copy_whole(target: Path, source: Path) -> None:
-    """Copy a file whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        shutil.copyfile(source, name)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    """Copy a file whole or not at all; a damaged copy of a pack is found by its checksum and made again."""
+    with source.open("rb") as stream:
+        write_whole(target, partial(shutil.copyfileobj, stream, length=COPY_BYTES), sync=False)
 
 
 def _require_room(folder: Path, *, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         # Its cause makes it a full disk to a sweep, which then stops, and no failure of a cell.
-        full = OSError(errno.ENOSPC, "No space left on device", str(folder))
-        raise InputError(_no_room(folder, needed_bytes, free_bytes)) from full
+        raise InputError(_no_room(folder, needed_bytes, free_bytes)) from no_space(folder)
 
 
 def _no_room(folder: Path, needed_bytes: int, free_bytes: int) -> str:

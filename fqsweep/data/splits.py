@@ -33,6 +33,11 @@ _GROUP_WEIGHT = 2.0
 # With fewer test images of a class in a group, that group's recall of the class is mostly chance.
 MIN_PAIR_IMAGES = 10
 MOST_NAMED = 20
+REMEDY = (
+    "Merge groups or classes (age_edges, group_edges, group_maps, label_map), keep more classes (label_map, "
+    "drop_classes), give the split a larger fraction, use more images (max_images, num_images), or lower "
+    "min_group_count"
+)
 
 
 def split_samples(samples: Samples, fractions: SplitFractions, *, attributes: Sequence[str]) -> Splits:
@@ -87,13 +92,23 @@ def _deal(
 def check_groups(samples: Samples, splits: Splits, *, attributes: Sequence[str], min_count: int) -> None:
     """Refuse splits whose figures would mean nothing, or cannot be computed.
 
-    A class may be missing in a group, but the area under the ROC curve needs images of two classes: in validation
-    and test, and there in one group of each attribute at least.
-
     Raises:
-        InputError: an attribute has one group alone, a group has fewer than ``min_count`` images in validation or
-            test, or none in training or calibration, a class has none in training, there is one class alone, or
-            classes are missing as said above; one message lists them.
+        InputError: ``group_problems`` finds something; one message lists it.
+    """
+    problems = group_problems(samples, splits, attributes=attributes, min_count=min_count)
+    if problems:
+        more = len(problems) - MOST_NAMED
+        rest = f"; and {more:,} more" if more > 0 else ""
+        raise InputError(f"{'; '.join(problems[:MOST_NAMED])}{rest}. {REMEDY}")
+
+
+def group_problems(samples: Samples, splits: Splits, *, attributes: Sequence[str], min_count: int) -> list[str]:
+    """Why groups cannot be compared on these splits, in words; empty where they can.
+
+    An attribute has one group alone, a group has fewer than ``min_count`` images in validation or test, or none in
+    training or calibration, a class has none in training, or there is one class alone. A class may be missing in a
+    group, but the area under the ROC curve needs images of two classes: in validation and test, and there in one
+    group of each attribute at least.
     """
     least = {"train": 1, "calibration": 1, "validation": min_count, "test": min_count}
     problems = []
@@ -116,16 +131,7 @@ def check_groups(samples: Samples, splits: Splits, *, attributes: Sequence[str],
         for name, count in zip(samples.class_names, count_k, strict=True)
         if count == 0
     ]
-    problems += _lone_classes(samples, splits, attributes)
-    if problems:
-        more = len(problems) - MOST_NAMED
-        raise InputError(
-            "; ".join(problems[:MOST_NAMED])
-            + (f"; and {more:,} more" if more > 0 else "")
-            + ". Merge groups or classes (age_edges, group_edges, group_maps, label_map), keep more classes "
-            "(label_map, drop_classes), give the split a larger fraction, use more images (max_images, num_images), "
-            "or lower min_group_count"
-        )
+    return problems + _lone_classes(samples, splits, attributes)
 
 
 def _lone_classes(samples: Samples, splits: Splits, attributes: Sequence[str]) -> list[str]:
@@ -154,10 +160,8 @@ def _one_class_each(group_n: np.ndarray, label_n: np.ndarray) -> bool:
     return len(pairs) == len({group for group, _ in pairs})
 
 
-def thin_pairs(
-    samples: Samples, splits: Splits, *, attributes: Sequence[str], min_count: int = MIN_PAIR_IMAGES
-) -> list[str]:
-    """(class, group) pairs with few test images, in words: figures that rest on them are noisy.
+def thin_pairs(samples: Samples, splits: Splits, *, attributes: Sequence[str]) -> list[str]:
+    """(class, group) pairs with fewer than ``MIN_PAIR_IMAGES`` test images, in words: figures on them are noisy.
 
     ``test/balanced_acc_worst`` is a mean of recalls over the classes of one group: a class of three images
     moves it in steps of a third.
@@ -172,7 +176,7 @@ def thin_pairs(
             f"{attribute} {groups.names[g]!r}, class {samples.class_names[k]!r}: {count_kg[k, g]} test images"
             for g in range(shape[1])
             for k in range(shape[0])
-            if count_kg[k, g] < min_count
+            if count_kg[k, g] < MIN_PAIR_IMAGES
         ]
     return found
 

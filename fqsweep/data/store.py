@@ -13,7 +13,7 @@ from fqsweep.errors import InputError
 from fqsweep.files import write_whole
 
 PACK_STORE_VARIABLE = "FQSWEEP_PACK_STORE"
-_CHUNK_BYTES = 1 << 24
+COPY_BYTES = 1 << 24
 
 
 def fetch_pack(store: str, path: Path) -> bool:
@@ -32,7 +32,7 @@ def fetch_pack(store: str, path: Path) -> bool:
             return False
         for target in (path, path.with_suffix(".json")):
             with system.open_input_stream(f"{folder}/{target.name}") as source:
-                write_whole(target, partial(shutil.copyfileobj, source, length=_CHUNK_BYTES))
+                write_whole(target, partial(shutil.copyfileobj, source, length=COPY_BYTES))
     return True
 
 
@@ -49,7 +49,7 @@ def put_pack(store: str, path: Path) -> None:
                 source.open("rb") as stream,
                 system.open_output_stream(f"{folder}/{source.name}") as target,
             ):
-                shutil.copyfileobj(stream, target, _CHUNK_BYTES)
+                shutil.copyfileobj(stream, target, COPY_BYTES)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +13,22 @@ from fqsweep.config import DatasetConfig, FilesBase
 from fqsweep.data import describe_samples
 from fqsweep.data.duplicates import THUMBNAIL_SIDE, details, join_pairs, near_duplicate_pairs
 from fqsweep.data.folder import MissingImages, check_header
-from fqsweep.data.packs import usable_cores
+from fqsweep.data.packs import OnProgress, usable_cores
 from fqsweep.data.records import Samples, Splits
 from fqsweep.data.report import describe_set
-from fqsweep.data.splits import MIN_PAIR_IMAGES, Leak, check_groups, find_leaks, split_samples, thin_pairs
+from fqsweep.data.splits import (
+    MIN_PAIR_IMAGES,
+    REMEDY,
+    Leak,
+    find_leaks,
+    group_problems,
+    split_samples,
+    thin_pairs,
+)
 from fqsweep.data.subset import stratified_subset, take
 from fqsweep.errors import InputError
 
 SHOWN = 10
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,7 @@ class Findings:
         missing: images of the table without a file; refused images only, not those that may be missing.
         broken: image id and why it cannot be decoded.
         leaks: lesions, patients or near-duplicates that lie on several sides of the split.
-        small: groups and classes that are too small to be scored, in a sentence; empty where none is.
+        small: groups and classes that are too small to be scored (``splits.group_problems``).
         thin: (class, group) pairs with few test images.
         fast: whether only headers were read, so that near-duplicates and broken contents were not looked for.
     """
@@ -46,7 +53,7 @@ class Findings:
     missing: tuple[str, ...] = ()
     broken: tuple[tuple[str, str], ...] = ()
     leaks: list[Leak] = field(default_factory=list)
-    small: str = ""
+    small: list[str] = field(default_factory=list)
     thin: list[str] = field(default_factory=list)
     fast: bool = False
 
@@ -88,7 +95,9 @@ def verify_dataset(
         missing=missing,
         broken=tuple((str(looked_at.id_n[index]), reason) for index, reason in sorted(broken.items())),
         leaks=find_leaks(samples, splits),
-        small=_too_small(samples, splits, config),
+        small=group_problems(
+            samples, splits, attributes=config.group_attributes, min_count=config.min_group_count
+        ),
         thin=thin_pairs(samples, splits, attributes=config.group_attributes),
         fast=fast,
     )
@@ -140,14 +149,6 @@ def _look_at_images(
     return broken, detail_nd
 
 
-def _too_small(samples: Samples, splits: Splits, config: DatasetConfig) -> str:
-    try:
-        check_groups(samples, splits, attributes=config.group_attributes, min_count=config.min_group_count)
-    except InputError as error:
-        return str(error)
-    return ""
-
-
 # --- in words -------------------------------------------------------------------------------------
 
 
@@ -163,7 +164,8 @@ def describe_findings(found: Findings) -> str:
         "leaks between splits",
         [f"{' and '.join(leak.ids)} ({' and '.join(leak.splits)})" for leak in found.leaks],
     )
-    lines += _section("groups or classes too small", found.small.split("; ") if found.small else [])
+    lines += _section("groups or classes too small", found.small)
+    lines += [f"  {REMEDY}"] if found.small else []
     title = f"warning: fewer than {MIN_PAIR_IMAGES} test images, so that balanced_acc_worst is noisy"
     lines += _section(title, found.thin)
     if found.fast:

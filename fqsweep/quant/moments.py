@@ -9,7 +9,7 @@ norm statistics re-estimated, Sun et al. 2019). The same images on both sides ke
 Nothing is added to the network: what corrects a channel goes into the statistics of the batch norm behind it, else
 into its quantiser's step and the layer's bias. A layer with neither is left as it is.
 
-``expected_lines`` says beforehand what that will do to each layer, so that importance can price what will be left.
+``expected_corrections`` says beforehand what that will do to each layer, so that importance prices what will be left.
 
 Axes: b images, c output channels of a layer, k bit choices.
 """
@@ -47,7 +47,7 @@ class Moments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lines:
+class Corrections:
     """What matching makes of a layer's outputs y at each bit choice, stretch * y + shift; float32 (k, c) each."""
 
     stretch_kc: torch.Tensor
@@ -116,7 +116,7 @@ def match_moments(
                 return None
             done.add(name)
             if name in norms:
-                _into_norm(norms[name], *_line(_moments(layer, output), target[name], stretches=True))
+                _into_norm(norms[name], *_correction(_moments(layer, output), target[name], stretches=True))
                 return None
             return _into_layer(layer, quantiser, output, target[name])
 
@@ -130,12 +130,12 @@ def match_moments(
 
 
 @torch.no_grad()
-def expected_lines(
+def expected_corrections(
     model: nn.Module,
     units: UnitTable,
     batches: Iterable[torch.Tensor],
     changes: Mapping[str, Sequence[torch.Tensor]],
-) -> dict[str, Lines]:
+) -> dict[str, Corrections]:
     """How ``match_moments`` would correct each layer if it alone were rounded, to each bit choice, by its name.
 
     A layer that cannot be corrected keeps its outputs (stretch 1, shift 0); one that the network does not use is
@@ -168,18 +168,18 @@ def expected_lines(
             for name in seen:
                 hooks.enter_context(layers[name].register_forward_hook(note(name)))
             model(image_bchw)
-    lines = {}
+    corrections = {}
     for part in units.layers:
         if not seen[part.name].images:
             continue
         wanted, now = seen[part.name].moments()
         layer, in_norm = layers[part.name], part.name in (norms or {})
         stretches = in_norm or can_stretch(layer, num_steps=part.num_units)
-        stretch_kc, shift_kc = _line(now, wanted, stretches=stretches)
+        stretch_kc, shift_kc = _correction(now, wanted, stretches=stretches)
         if not in_norm and layer.bias is None:
             stretch_kc, shift_kc = torch.ones_like(stretch_kc), torch.zeros_like(shift_kc)
-        lines[part.name] = Lines(stretch_kc=stretch_kc, shift_kc=shift_kc)
-    return lines
+        corrections[part.name] = Corrections(stretch_kc=stretch_kc, shift_kc=shift_kc)
+    return corrections
 
 
 def can_stretch(layer: nn.Conv2d | nn.Linear, *, num_steps: int) -> bool:
@@ -228,7 +228,7 @@ def _moments(layer: nn.Module, output: torch.Tensor) -> Moments:
     return Moments(mean_c=mean_c, variance_c=variance_c)
 
 
-def _line(now: Moments, wanted: Moments, *, stretches: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _correction(now: Moments, wanted: Moments, *, stretches: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Stretch and shift, in the shape of ``now``, that take the one's moments to the other's.
 
     A constant channel is only shifted, and without ``stretches`` every channel is.
@@ -282,7 +282,7 @@ def _into_layer(
         return None
     now = _moments(layer, output)
     stretches = can_stretch(layer, num_steps=len(quantiser.log_gain_u))
-    stretch_c, shift_c = _line(now, wanted, stretches=stretches)
+    stretch_c, shift_c = _correction(now, wanted, stretches=stretches)
     if stretches:
         quantiser.log_gain_u.add_(stretch_c.log())
         chain: Any = layer.parametrizations

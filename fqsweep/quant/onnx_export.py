@@ -8,7 +8,6 @@ Needs the extra ``export`` (onnx, onnxruntime, onnxscript).
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterable
@@ -173,10 +172,10 @@ def _shorten_names(graph: onnx.GraphProto, *, keep: set[str]) -> None:
         node.output[:] = [renamed(name) for name in node.output]
 
 
-def open_onnx(content: bytes, *, num_threads: int = 1) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU."""
+def open_onnx(content: bytes) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on one thread of the CPU."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
@@ -203,9 +202,3 @@ def compare_with_torch(content: bytes, model: nn.Module, batches: Iterable[torch
         num_images += len(found_bk)
         num_differing += int((found_bk.argmax(axis=1) != expected_bk.argmax(axis=1)).sum())
     return Agreement(num_images=num_images, max_error=max_error, num_differing=num_differing)
-
-
-def read_onnx_notes(content: bytes) -> dict[str, object]:
-    """What an exported file says of itself, its JSON values decoded."""
-    notes = {entry.key: entry.value for entry in onnx.ModelProto.FromString(content).metadata_props}
-    return {key: json.loads(v) if key in ("classes", "normalisation") else v for key, v in notes.items()}

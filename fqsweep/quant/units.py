@@ -25,7 +25,6 @@ class LayerUnits:
     """The units of one layer: ``start`` to ``stop`` of the model's units, ``num_weights`` weights each."""
 
     name: str
-    shape: tuple[int, ...]
     start: int
     stop: int
     num_weights: int
@@ -80,11 +79,10 @@ def list_units(model: nn.Module, *, granularity: Granularity, exempt: Sequence[s
     for name, module in every.items():
         if name in left_out:
             continue
-        shape = tuple(module.weight.shape)
-        num_units = shape[0] if granularity == "channel" else 1
+        num_units = module.weight.shape[0] if granularity == "channel" else 1
         stop = start + num_units
-        num_weights = int(np.prod(shape)) // num_units
-        layers.append(LayerUnits(name=name, shape=shape, start=start, stop=stop, num_weights=num_weights))
+        num_weights = module.weight.numel() // num_units
+        layers.append(LayerUnits(name=name, start=start, stop=stop, num_weights=num_weights))
         start = stop
     if not layers and left_out:
         raise TrialError(f"exempt {list(exempt)}: no layer is left to quantise")

@@ -116,7 +116,17 @@ def test_leaks_in_official_lists_are_found_by_patient_and_by_picture(clinic: Pat
 def test_groups_too_small_are_said_beside_the_counts(clinic: Path) -> None:
     found = verify_dataset(config(min_group_count=30), data_dir=clinic)
     assert not found.is_sound
-    assert "of 30 images in validation" in describe_findings(found)
+    assert len(found.small) == 4  # two sexes, in validation and in test
+    text = describe_findings(found)
+    assert "groups or classes too small (4):" in text and "of 30 images in validation\n" in text
+    assert "\n  Merge groups or classes (" in text
+
+
+def test_very_many_small_groups_are_counted_to_the_last(clinic: Path) -> None:
+    groups = config(min_group_count=30, group_columns={"who": "who"}, group_attributes=("who",))
+    found = verify_dataset(groups, data_dir=clinic)
+    assert f"groups or classes too small ({len(found.small)}):" in describe_findings(found)
+    assert len(found.small) >= NUM_IMAGES  # of two images a patient, in validation and in test
 
 
 def test_a_folder_without_any_readable_image_is_bad_input(clinic: Path) -> None:

@@ -13,7 +13,7 @@ from fqsweep.models import quantisable_layers
 from fqsweep.quant import pack_weights
 from fqsweep.quant.convert import attach_quantisers, detach_quantisers, quantisers_of
 from fqsweep.quant.levels import absmax_steps
-from fqsweep.quant.moments import MAX_STRETCH, expected_lines, match_moments, output_moments
+from fqsweep.quant.moments import MAX_STRETCH, expected_corrections, match_moments, output_moments
 from fqsweep.quant.packed_model import load_model
 from fqsweep.quant.units import list_units
 from tests.quant.packed_networks import SIZE_BY_NAME, notes_of, random_network, settle_norms
@@ -118,14 +118,14 @@ def test_each_layer_alone_is_corrected_as_was_expected(name: str, granularity: s
         handle = layer.register_forward_hook(lambda _m, _i, output: outputs.append(output))
         rounded(image)
         change = layer.weight - model.get_submodule(name).weight
-        line = expected_lines(model, only, image.split(5), {name: [change]})[name]
+        correction = expected_corrections(model, only, image.split(5), {name: [change]})[name]
         match_moments(rounded, output_moments(model, image), image)
         outputs = outputs[:1]
         rounded(image)
     handle.remove()
     before, after = outputs[0], outputs[1]
     shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
-    wanted = before * line.stretch_kc[0].view(shape) + line.shift_kc[0].view(shape)
+    wanted = before * correction.stretch_kc[0].view(shape) + correction.shift_kc[0].view(shape)
     if name == "0":  # its norm does it
         after, wanted = rounded[1](before), model[1](wanted)  # type: ignore[index]
     torch.testing.assert_close(after, wanted, atol=1e-4, rtol=1e-3)

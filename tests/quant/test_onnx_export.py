@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 import numpy as np
@@ -19,7 +20,7 @@ ort = pytest.importorskip("onnxruntime", reason="the extra 'export' is not insta
 
 from fqsweep.quant import onnx_export  # noqa: E402
 from fqsweep.quant.onnx_decoding import DOMAIN, OPSET, WeightWriter, decoding_functions  # noqa: E402
-from fqsweep.quant.onnx_export import OnnxMismatch, compare_with_torch, export_onnx, read_onnx_notes  # noqa: E402
+from fqsweep.quant.onnx_export import OnnxMismatch, compare_with_torch, export_onnx  # noqa: E402
 
 # Beside the packed file, for images of 32 or 64 pixels and about 1.8 bits a weight: small files, much graph.
 LARGEST_GROWTH = {"resnet18": 0.06, "deit_tiny_patch16_224": 0.09, "tiny_vit_5m_224": 0.14}
@@ -93,10 +94,10 @@ def test_rows_come_back_in_their_order(bits: list[int], num_coded: int, num_colu
 
 def test_the_file_says_how_to_use_it() -> None:
     content = exported(small_network("resnet18"))
-    notes = read_onnx_notes(content)
+    notes = {entry.key: entry.value for entry in onnx.ModelProto.FromString(content).metadata_props}
     assert notes["architecture"] == "resnet18" and notes["image_size"] == "32"
-    assert notes["classes"] == [f"class {i}" for i in range(7)]
-    assert notes["normalisation"] == {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+    assert json.loads(notes["classes"]) == [f"class {i}" for i in range(7)]
+    assert json.loads(notes["normalisation"]) == {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
     session = onnx_export.open_onnx(content)
     (image,), (logits,) = session.get_inputs(), session.get_outputs()
     assert image.name == "image" and image.shape == ["batch", 3, 32, 32]

@@ -180,8 +180,8 @@ def main() -> None:
     hardware = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine()
     form = "compiled" if options.compiled else "eager"
     notes = [
-        f"{hardware}, torch {torch.__version__}; {form} networks, {SIDE} px, batch {options.batch}, {options.steps} steps, "
-        f"median of {TURNS} turns."
+        f"{hardware}, torch {torch.__version__}; {form} networks, {SIDE} px, batch {options.batch}, "
+        f"{options.steps} steps, median of {TURNS} turns."
     ]
     write_result(options.out, title="Training on a GPU", notes=notes, lines=lines)
 

@@ -23,7 +23,7 @@ def test_every_block_of_the_page_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    assert len(blocks()) == 5
+    assert len(blocks()) == 6
     for block in blocks():
         exec(compile(block, str(PAGE), "exec"), names)
     assert main(["plan", "ward3.yaml"]) == 0

@@ -9,7 +9,7 @@ state is as before afterwards.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -24,7 +24,7 @@ from fqsweep.models import quantisable_layers
 from fqsweep.predictors import (
     HUTCHINSON_PROBES,
     Batches,
-    Progress,
+    LabelledBatch,
     RoundingErrors,
     first_order_costs,
     fisher_costs,
@@ -35,6 +35,8 @@ from fqsweep.quant.grid import quantise_units
 from fqsweep.quant.levels import MAX_BITS
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import UnitTable, as_units
+
+Progress = Callable[[str, float], None]
 
 
 def measure_importance(
@@ -57,6 +59,7 @@ def measure_importance(
         num_groups: every group needs at least one image.
         predictor, choices, scale: see ``predictors`` and ``quant.steps``.
         seed: for the probes of ``hawq``.
+        progress: told the stage and the share of its images that were gone through.
 
     Raises:
         TrialError: a group without calibration images, or costs that are not finite.
@@ -73,9 +76,11 @@ def measure_importance(
         steps = _all_steps(model, units, choices, scale, curvature)
         changes = _rounding_errors(model, units, choices, steps)
         progress(predictor, 0.0)
+        turns = {"taylor_matched": 2, "gradient": num_groups, "grape": num_groups}.get(predictor, 1)
+        batches = _telling(batches, predictor, progress, num_images=turns * int(count_g.sum()))
         if predictor in ("taylor", "taylor_matched"):
             matched = predictor == "taylor_matched"
-            cost_gub = taylor_costs(model, units, batches, changes, count_g, progress, matched=matched)
+            cost_gub = taylor_costs(model, units, batches, changes, count_g, matched=matched)
             passes += 5.0 + 2 * len(choices) if matched else 3.0 + len(choices)
         elif predictor == "fisher":
             cost_gub = fisher_costs(model, units, batches, changes, count_g)
@@ -99,6 +104,20 @@ def measure_importance(
         passes=passes,
         seconds=time.perf_counter() - start,
     )
+
+
+def _telling(batches: Batches, stage: str, progress: Progress, *, num_images: int) -> Batches:
+    """The same batches, with progress told after each; ``num_images`` are expected over all turns."""
+    seen = 0
+
+    def again() -> Iterator[LabelledBatch]:
+        nonlocal seen
+        for batch in batches():
+            yield batch
+            seen += len(batch[0])
+            progress(stage, min(1.0, seen / num_images))
+
+    return again
 
 
 def start_steps(

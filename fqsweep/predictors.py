@@ -35,7 +35,6 @@ HUTCHINSON_PROBES = 8
 LabelledBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # images (n, 3, h, w), labels (n,), groups (n,)
 Batches = Callable[[], Iterator[LabelledBatch]]  # gives the calibration images anew at each call
 RoundingErrors = Callable[[str], Iterator[torch.Tensor]]  # of a layer by name: its dW at each choice
-Progress = Callable[[str, float], None]
 
 
 def taylor_costs(
@@ -44,7 +43,6 @@ def taylor_costs(
     batches: Batches,
     changes: RoundingErrors,
     count_g: np.ndarray,
-    progress: Progress,
     *,
     matched: bool,
 ) -> np.ndarray:
@@ -85,7 +83,6 @@ def taylor_costs(
 
         return on_forward
 
-    done, total = 0, int(count_g.sum())
     with ExitStack() as hooks:
         for part in units.layers:
             hooks.enter_context(layers[part.name].register_forward_hook(watch(part, layers[part.name])))
@@ -93,8 +90,6 @@ def taylor_costs(
             group_ng = F.one_hot(group, len(count_g)).double()
             loss = F.cross_entropy(model(image.detach().requires_grad_()), label, reduction="sum")
             loss.backward()
-            done += len(image)
-            progress("taylor_matched" if matched else "taylor", done / total)
     unmet = [part for part in units.layers if part.name not in met]
     if unmet:
         _add_costs_by_weight(cost_gub, model, unmet, batches, held)

@@ -6,6 +6,7 @@ Axes: g groups, u units, b bit choices, i images.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -305,8 +306,8 @@ def test_input_moments_are_those_of_unfolded_patches(model: nn.Module) -> None:
     assert torch.allclose(found / found.sum(), wanted / wanted.sum(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("predictor", ["taylor", "taylor_matched"])
-def test_progress_of_taylor_goes_to_the_end(model: nn.Module, predictor: str) -> None:
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_progress_is_told_evenly_and_to_the_end(model: nn.Module, predictor: str) -> None:
     told: list[tuple[str, float]] = []
 
     def once() -> Iterator[Batch]:
@@ -322,4 +323,8 @@ def test_progress_of_taylor_goes_to_the_end(model: nn.Module, predictor: str) ->
         scale="curvature",
         progress=lambda stage, frac: told.append((stage, frac)),
     )
-    assert told[0] == ("input moments", 0.0) and told[-1] == (predictor, 1.0)
+    assert told[0] == ("input moments", 0.0) and told[1] == (predictor, 0.0)
+    assert {stage for stage, _ in told[1:]} == {predictor}
+    shares = [share for _, share in told[1:]]
+    assert len(shares) > len(images()) and shares[-1] == 1.0
+    assert all(a < b for a, b in pairwise(shares))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fqsweep.quant.at_once import AtOnce
 from fqsweep.quant.at_once_native import NativeBuildError, load_library
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import attach_quantisers
@@ -182,8 +184,11 @@ def test_the_count_sees_a_reading() -> None:
     assert readings.seen == ["_local_scalar_dense"]
 
 
-@pytest.mark.parametrize("learn", [None, "fracbits", "lsq"])
-def test_a_training_step_reads_nothing_back_from_the_device(learn: str | None) -> None:
+@pytest.mark.parametrize(
+    ("learn", "at_once"),
+    [(None, False), ("fracbits", False), ("lsq", False), (None, True), ("fracbits", True)],
+)
+def test_a_training_step_reads_nothing_back_from_the_device(learn: str | None, at_once: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4))
     units = list_units(model, granularity="channel")
@@ -199,8 +204,10 @@ def test_a_training_step_reads_nothing_back_from_the_device(learn: str | None) -
     regulariser = GroupRegulariser("gap", 2)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     image, label, group = torch.randn(6, 3, 6, 6), torch.arange(6) % 4, torch.arange(6) % 2
+    together = AtOnce(model) if at_once else None
     with CountReadings() as readings:
-        loss_b = nn.functional.cross_entropy(model(image), label, reduction="none")
+        with together.ready() if together is not None else nullcontext():
+            loss_b = nn.functional.cross_entropy(model(image), label, reduction="none")
         (loss_b.mean() + regulariser(loss_b, group)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from fqsweep.cells import Cell
-from fqsweep.config import Record
+from fqsweep.config import Allocating, Record
 
 TaskKind = Literal["baseline", "importance", "trial"]
 # How an attempt ends. ``failed``: again would fail again; ``broken``: another attempt may do better; ``stopped``: the
@@ -46,8 +46,13 @@ class Task(Record):
         if self.kind == "trial":
             chosen = ", ".join(f"{name}={value:.3g}" for name, value in self.weights.items())
             return f"{self.cell.title}{f' ({chosen})' if chosen else ''}"
-        where = f"{self.cell.dataset.name} {self.cell.architecture.name} seed {self.cell.seed}"
-        return f"{'full-precision parent' if self.kind == 'baseline' else 'importance'} of {where}"
+        where = f"{self.cell.architecture.name} seed {self.cell.seed}"
+        if self.kind == "baseline":
+            return f"full-precision parent of {self.cell.dataset.name} {where}"
+        settings = self.cell.point.settings
+        assert isinstance(settings, Allocating)
+        how = f"{settings.importance} of whole tensors" if settings.granularity == "tensor" else settings.importance
+        return f"cost table ({how}) of {self.cell.dataset.name}/{self.cell.group_attribute} {where}"
 
     @property
     def shape(self) -> tuple[str, ...]:

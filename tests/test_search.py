@@ -195,6 +195,15 @@ def test_shared_work_is_done_once_for_all_cells(tmp_path: Path) -> None:
     assert kinds == {"baseline": 20, "importance": 20}
 
 
+def test_shared_tasks_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    more = """  - {method: static, label: a, importance: taylor}
+  - {method: static, label: b, importance: taylor, granularity: tensor}
+  - method: baq"""
+    space = small_space(tmp_path, ("  - method: baq", more))
+    titles = [task.title for task in shared_tasks(expand_cells(space)).values()]
+    assert len(titles) == len(set(titles)) == 2 * 4, titles
+
+
 def test_a_parent_that_fails_blocks_exactly_what_needs_it(tmp_path: Path) -> None:
     space, study = small_space(tmp_path), FakeStudy()
     state = plan_sweep(space, study, one_each)

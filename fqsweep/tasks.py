@@ -51,7 +51,11 @@ class Task(Record):
             return f"full-precision parent of {self.cell.dataset.name} {where}"
         settings = self.cell.point.settings
         assert isinstance(settings, Allocating)
-        how = f"{settings.importance} of whole tensors" if settings.granularity == "tensor" else settings.importance
+        how = (
+            f"{settings.importance} of whole tensors"
+            if settings.granularity == "tensor"
+            else settings.importance
+        )
         return f"cost table ({how}) of {self.cell.dataset.name}/{self.cell.group_attribute} {where}"
 
     @property

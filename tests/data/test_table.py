@@ -56,6 +56,28 @@ def test_group_maps_accept_numbers_and_leave_unlisted_values_out(folder: Path) -
 
 
 @pytest.mark.parametrize(
+    ("yes", "no"), [("yes", "no"), ("TRUE", "FALSE"), ("True", "False"), ("on", "off"), (1, 0)]
+)
+def test_a_truth_value_of_a_group_map_means_the_word_that_the_table_has(
+    folder: Path, yes: object, no: object
+) -> None:
+    table = pd.read_csv(folder / "table.csv").assign(smokes=[yes, yes, no, no])
+    table.to_csv(folder / "table.csv", index=False)
+    smoking = config(
+        group_columns={"smokes": "smokes"},
+        group_attributes=("smokes",),
+        group_maps={"smokes": {"smoker": (True,), "other": (False,)}},
+    )
+    groups = describe_samples(smoking, data_dir=folder).groups["smokes"]
+    assert [groups.names[code] for code in groups.code_n] == ["other", "other", "smoker", "smoker"]
+
+
+def test_an_attribute_is_not_crossed_with_itself() -> None:
+    with pytest.raises(ValueError, match="'age x age' crosses an attribute with itself; name each once"):
+        config(group_attributes=("age x age",))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (

@@ -62,6 +62,18 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     return table.astype(object).where(table.notna(), "").astype(str)
 
 
+def num_parquet_rows(path: Path) -> int:
+    """Rows of a Parquet file, by its footer alone.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    from pyarrow import parquet
+
+    num_rows: int = parquet.read_metadata(path).num_rows
+    return num_rows
+
+
 def require_column(table: pd.DataFrame, column: str, *, path: Path) -> None:
     """Refuse a table without ``column``, listing those it has.
 

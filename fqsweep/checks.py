@@ -20,6 +20,7 @@ from fqsweep.cells import budgets_of, method_points
 from fqsweep.config import Allocating, SearchSpace, content_hash
 from fqsweep.errors import InputError, TrialError
 from fqsweep.files import SweepPaths, write_bytes, write_json
+from fqsweep.names import part_of_key
 from fqsweep.space import load_space
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ def check_inputs(
         warnings += describe_warnings(dataset, samples, splits)
         # Another configuration is another data set with cells of its own: only the same one must not change.
         same = content_hash(dataset.model_dump(mode="json", exclude={"name"}))
-        digests[f"data/{dataset.name}/{same}"] = dataset_digest(samples, splits, dataset.image_size)
+        digests[f"data/{part_of_key(dataset.name)}/{same}"] = dataset_digest(
+            samples, splits, dataset.image_size
+        )
         for architecture in space.architectures:
             if isinstance(architecture.pretrained, str):
                 build_model(architecture, num_classes=len(samples.class_names), image_size=dataset.image_size)

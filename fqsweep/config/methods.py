@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from fqsweep.config.records import Record
 
@@ -68,6 +68,12 @@ def _check_choices(choices: Choices) -> Choices:
     return tuple(sorted(set(choices)))
 
 
+def _check_label(label: str) -> str:
+    if not label.isprintable() or label != label.strip():
+        raise ValueError("must be one line without tabs, and no blank at its ends")
+    return label
+
+
 BitChoices = Annotated[
     Choices, BeforeValidator(lambda v: _check_choices(tuple(v)) if isinstance(v, (list, tuple)) else v)
 ]
@@ -87,7 +93,8 @@ class Finetuning(Record):
             images, before anything is trained (``quant.moments``); None does so for ``static`` and ``baq`` alone.
         reconstruct: re-fit each quantised layer's weights to its outputs in full precision before they are rounded
             (``quant.reconstruction``); needs ``match_moments``. None does so for ``static`` and ``baq`` that have it.
-        budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's.
+        budgets_bits, budgets_bytes: budgets of this method alone, in place of the search space's; ``uniform`` has
+            ``bits`` instead.
     """
 
     finetune_epochs: int | None = Field(default=None, ge=0)
@@ -125,6 +132,9 @@ class Finetuning(Record):
         return self
 
 
+Label = Annotated[str, Field(min_length=1), AfterValidator(_check_label)]
+
+
 class Fp32Method(Record):
     """The full-precision parent itself.
 
@@ -133,7 +143,7 @@ class Fp32Method(Record):
     """
 
     method: Literal["fp32"]
-    label: str = "fp32"
+    label: Label = "fp32"
 
 
 class UniformMethod(Finetuning):
@@ -147,10 +157,16 @@ class UniformMethod(Finetuning):
     """
 
     method: Literal["uniform"]
-    label: str | None = None
+    label: Label | None = None
     bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (4, 8)
     finetune: tuple[bool, ...] = (False,)
     scale: ScaleRule = "absmax"
+
+    @model_validator(mode="after")
+    def _width_is_the_budget(self) -> UniformMethod:
+        if self.budgets_bits is not None or self.budgets_bytes is not None:
+            raise ValueError("uniform spends what its widths take: give bits in place of budgets")
+        return self
 
 
 class BitLimits(Record):
@@ -243,7 +259,7 @@ class StaticMethod(Allocating):
     """
 
     method: Literal["static"]
-    label: str = "static"
+    label: Label = "static"
 
 
 class BaqMethod(Allocating):
@@ -258,7 +274,7 @@ class BaqMethod(Allocating):
     """
 
     method: Literal["baq"]
-    label: str = "baq"
+    label: Label = "baq"
     bit_gradient: Literal["fracbits", "lsq"] = "fracbits"
     bit_learning_rate: float = Field(default=0.02, gt=0)
     settle_frac: float = Field(default=0.34, ge=0, lt=1)
@@ -332,7 +348,7 @@ class RecipeMethod(Finetuning):
     """
 
     method: Recipe
-    label: str | None = None
+    label: Label | None = None
 
 
 MethodConfig = Annotated[

@@ -98,6 +98,8 @@ RUN_PARAMS: tuple[str, ...] = (
     "regulariser",
     "distillation_weight",
 )
+# Those that are names alone: they may change while the results stay what they are.
+PARAMS_NOT_IN_KEY = ("dataset", "variant")
 NO_VALUE = "none"
 
 METHODS: tuple[str, ...] = (

@@ -23,6 +23,7 @@ from analysis.columns import (
     panel_title,
     panels,
     percent,
+    tie_column,
 )
 from analysis.pareto import leaders, select_cells, under_budget
 from analysis.rules import Choice, rules_record
@@ -231,7 +232,7 @@ def recommend(cells: pd.DataFrame, *, metric: str) -> list[Recommendation]:
             fitting = under_budget(quantised, budget)
             if not fitting.empty:
                 ascending = [not is_maximized(metric), True, True]
-                best = fitting.sort_values([metric, BITS, "run_id"], ascending=ascending).iloc[0]
+                best = fitting.sort_values([metric, BITS, tie_column(fitting)], ascending=ascending).iloc[0]
                 found.append(_recommendation(panel, budget, best, len(fitting), metric=metric))
     return found
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+PATTERN_OPTIONS = ("exempt", "pin", "limits")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checked:
     """What the checks found out.
@@ -108,6 +111,23 @@ def check_inputs(
     return digests, warnings
 
 
+def check_layer_names(space: SearchSpace) -> None:
+    """What ``check_inputs`` says of layer-name patterns, where there is no data set yet.
+
+    Raises:
+        InputError: a pattern fits no layer of an architecture.
+    """
+    from fqsweep.models import build_model, quantisable_layers
+
+    if not any(getattr(p.settings, option, ()) for p in method_points(space) for option in PATTERN_OPTIONS):
+        return
+    size = space.datasets[0].image_size
+    for architecture in space.architectures:
+        untrained = architecture.model_copy(update={"pretrained": False})
+        model = build_model(untrained, num_classes=2, image_size=size, device="meta")
+        _check_patterns(space, architecture.name, list(quantisable_layers(model)))
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -119,7 +139,7 @@ def _check_patterns(space: SearchSpace, architecture: str, layers: list[str]) ->
 
     for point in method_points(space):
         settings = point.settings
-        for option in ("exempt", "pin", "limits"):
+        for option in PATTERN_OPTIONS:
             for pattern in getattr(settings, option, ()):
                 try:
                     matching_names(pattern, layers)

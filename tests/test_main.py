@@ -215,6 +215,8 @@ def test_a_pattern_that_fits_no_layer_is_refused_before_anything_is_trained(
     shown = capsys.readouterr().err
     assert f"static: {option.split(':')[0]}: " in shown and "fits no quantisable layer; the first are:" in shown
     assert not (photos / "out" / "ledger.jsonl").exists()
+    assert main(["plan", str(photos / "bad.yaml")]) == 2
+    assert capsys.readouterr().err == shown
 
 
 @pytest.mark.usefixtures("checks_here")

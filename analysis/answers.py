@@ -117,8 +117,8 @@ def _answer(
 def _figure(point: pd.Series, key: str) -> str:
     """``84.1 % accuracy of the worst-served group on test data (95 % interval 82.0 to 86.2, 5 seeds)``."""
     seeds = f"{point['num_seeds']} seed{'' if point['num_seeds'] == 1 else 's'}"
-    low, high = point[f"{key}:low"], point[f"{key}:high"]
-    interval = "" if math.isnan(low) else f"95 % interval {percent(low)} to {percent(high)}, "
+    low, high = max(point[f"{key}:low"], 0.0), min(point[f"{key}:high"], 1.0)  # Student's t knows no ends
+    interval = "" if math.isnan(point[f"{key}:low"]) else f"95 % interval {percent(low)} to {percent(high)}, "
     value = f"{percent(point[key])} %" if math.isfinite(point[key]) else "not recorded:"
     return f"{value} {metric_of(key).meaning} on test data ({interval}{seeds})"
 

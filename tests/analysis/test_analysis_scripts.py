@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from runs_table import run_row, runs_of
 from synthetic_store import Spec, write_sweep
 
-from analysis import against, effects, fronts, paper, ranks, report, rules, show, stats
+from analysis import against, effects, fronts, load, paper, ranks, report, rules, show, stats
 from analysis.effects import weight_effects
 from analysis.load import join_sweeps, load_csv, load_layers, load_run, load_runs, load_selection
 from analysis.show import run_text
@@ -225,6 +225,11 @@ def test_a_server_that_refuses_is_named_with_its_status_and_without_the_password
         load_runs(f"http://someone:secret@127.0.0.1:{port}", "small")
     assert "secret" not in str(raised.value)
     assert ("MLFLOW_TRACKING_USERNAME" in str(raised.value)) == (status == 401)
+
+
+@pytest.mark.parametrize(("said", "refused"), [("port=40321: status 500", False), ("status 403", True)])
+def test_a_number_within_a_port_is_no_status(said, refused):
+    assert ("MLFLOW_TRACKING_USERNAME" in str(load._unreadable("http://h", OSError(said)))) == refused
 
 
 def test_one_panel_without_the_metric_is_missing_from_a_page_that_still_opens(tmp_path: Path):

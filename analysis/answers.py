@@ -23,6 +23,7 @@ from analysis.columns import (
     panel_title,
     panels,
     percent,
+    tie_column,
 )
 from analysis.pareto import leaders, select_cells, under_budget
 from analysis.rules import Choice, rules_record
@@ -114,8 +115,8 @@ def _answer(
 def _figure(point: pd.Series, key: str) -> str:
     """``84.1 % accuracy of the worst-served group on test data (95 % interval 82.0 to 86.2, 5 seeds)``."""
     seeds = f"{point['num_seeds']} seed{'' if point['num_seeds'] == 1 else 's'}"
-    low, high = point[f"{key}:low"], point[f"{key}:high"]
-    interval = "" if math.isnan(low) else f"95 % interval {percent(low)} to {percent(high)}, "
+    low, high = max(point[f"{key}:low"], 0.0), min(point[f"{key}:high"], 1.0)  # Student's t knows no ends
+    interval = "" if math.isnan(point[f"{key}:low"]) else f"95 % interval {percent(low)} to {percent(high)}, "
     value = f"{percent(point[key])} %" if math.isfinite(point[key]) else "not recorded:"
     return f"{value} {metric_of(key).meaning} on test data ({interval}{seeds})"
 
@@ -229,7 +230,7 @@ def recommend(cells: pd.DataFrame, *, metric: str) -> list[Recommendation]:
             fitting = under_budget(quantised, budget)
             if not fitting.empty:
                 ascending = [not is_maximized(metric), True, True]
-                best = fitting.sort_values([metric, BITS, "run_id"], ascending=ascending).iloc[0]
+                best = fitting.sort_values([metric, BITS, tie_column(fitting)], ascending=ascending).iloc[0]
                 found.append(_recommendation(panel, budget, best, len(fitting), metric=metric))
     return found
 

@@ -110,6 +110,14 @@ def budget_label(budget_bits: float, budget_bytes: float) -> str:
     return f"{budget_bits:.12g}" if math.isfinite(budget_bits) else NO_VALUE
 
 
+def tie_column(runs: pd.DataFrame) -> str:
+    """The column that decides between runs of equal figures, the smaller first.
+
+    A trial's key, where there is one: it stays the same when a sweep is run or recorded again; run ids are random.
+    """
+    return "key" if "key" in runs and runs["key"].notna().all() else "run_id"
+
+
 def budget_order(label: str) -> tuple[int, float]:
     """Sort key of budgets: none, then bits ascending, then bytes ascending.
 

@@ -14,6 +14,7 @@ import difflib
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -339,7 +340,7 @@ def _unreadable(tracking_uri: str, error: Exception) -> InputError:
     said = first_line(error)[:MAX_SAID]
     if isinstance(error, ModuleNotFoundError):
         said += '; for PostgreSQL install the extra: pip install "fqsweep[postgres]"'
-    refused = any(code in said for code in ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED"))
+    refused = re.search(r"\b(401|403|UNAUTHENTICATED|PERMISSION_DENIED)\b", said)
     hint = (
         " Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
         if refused

@@ -19,6 +19,7 @@ from analysis.columns import (
     check_selection_metric,
     is_full_precision,
     is_maximized,
+    tie_column,
     variants,
     with_budget,
 )
@@ -81,8 +82,8 @@ def _maximise(directions: Sequence[Direction]) -> list[bool]:
 def select_cells(runs: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     """Choose the run that represents each cell: the best ``metric`` on validation data.
 
-    Ties go to fewer bits, then to the smaller run id, so that the choice does not depend on the order of
-    rows. Runs without the metric cannot be chosen.
+    Ties go to fewer bits, then to the smaller trial key, so that the choice depends neither on the order of rows
+    nor on the ids that MLflow drew. Runs without the metric cannot be chosen.
 
     Args:
         runs: one row a run (``load.load_runs``).
@@ -98,7 +99,8 @@ def select_cells(runs: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     usable = usable[usable[check_selection_metric(metric)].notna()]
     if usable.empty:
         raise InputError(f"A run must have recorded {metric}, but none of {len(runs)} has: use another.")
-    ordered = usable.sort_values([metric, BITS, "run_id"], ascending=[not is_maximized(metric), True, True])
+    ascending = [not is_maximized(metric), True, True]
+    ordered = usable.sort_values([metric, BITS, tie_column(usable)], ascending=ascending)
     grouped = ordered.groupby(list(CELL), dropna=False, sort=True)
     chosen = grouped.head(1).copy()
     chosen["num_runs"] = grouped["run_id"].transform("size").loc[chosen.index]

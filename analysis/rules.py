@@ -26,6 +26,7 @@ from analysis.columns import (
     panel_title,
     panels,
     percent,
+    tie_column,
 )
 
 DEFAULT_SHARE = 0.1  # of full precision's file, where no limit in bytes is given
@@ -130,11 +131,11 @@ def _rules(metric: str, limit: float) -> list[Callable[[tuple[str, ...], pd.Data
 def _take(
     rule: str, panel: tuple[str, ...], part: pd.DataFrame, value: pd.Series, what: str, worst: str
 ) -> Choice:
-    """The run with the highest value; ties go to fewer bits, then to the smaller run id."""
+    """The run with the highest value; ties go to fewer bits, then to the smaller trial key."""
     known = part.assign(_value=value)[value.notna()]
     if known.empty:
         return _none(rule, panel, f"{what}: no run has it recorded", worst)
-    best = known.sort_values(["_value", BITS, "run_id"], ascending=[False, True, True]).iloc[0]
+    best = known.sort_values(["_value", BITS, tie_column(known)], ascending=[False, True, True]).iloc[0]
     return Choice(
         rule=rule,
         panel=panel,

@@ -281,6 +281,9 @@ def main(argv: list[str] | None = None) -> int:
         cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
         lead = leaders(aggregate(cells), metric=arguments.metric)
         result = compare_variants(cells, metric=on_test(arguments.metric), leaders=lead, test=arguments.test)
+        if result.empty:
+            print("No comparison: two variants must share a budget and a seed.")
+            return
         print(result.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
     return cli.run(parser, act, argv)

@@ -21,10 +21,14 @@ from fqsweep.config import Allocating, SearchSpace, content_hash
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_OK, InputError, TrialError
 from fqsweep.files import SweepPaths, write_bytes, write_json
 from fqsweep.import_path import python_path
+from fqsweep.names import part_of_key
 from fqsweep.space import load_space
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+PATTERN_OPTIONS = ("exempt", "pin", "limits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,9 @@ def check_inputs(
         warnings += describe_warnings(dataset, samples, splits)
         # Another configuration is another data set with cells of its own: only the same one must not change.
         same = content_hash(dataset.model_dump(mode="json", exclude={"name"}))
-        digests[f"data/{dataset.name}/{same}"] = dataset_digest(samples, splits, dataset.image_size)
+        digests[f"data/{part_of_key(dataset.name)}/{same}"] = dataset_digest(
+            samples, splits, dataset.image_size
+        )
         for architecture in space.architectures:
             if isinstance(architecture.pretrained, str):
                 build_model(architecture, num_classes=len(samples.class_names), image_size=dataset.image_size)
@@ -104,6 +110,23 @@ def check_inputs(
     return digests, warnings
 
 
+def check_layer_names(space: SearchSpace) -> None:
+    """What ``check_inputs`` says of layer-name patterns, where there is no data set yet.
+
+    Raises:
+        InputError: a pattern fits no layer of an architecture.
+    """
+    from fqsweep.models import build_model, quantisable_layers
+
+    if not any(getattr(p.settings, option, ()) for p in method_points(space) for option in PATTERN_OPTIONS):
+        return
+    size = space.datasets[0].image_size
+    for architecture in space.architectures:
+        untrained = architecture.model_copy(update={"pretrained": False})
+        model = build_model(untrained, num_classes=2, image_size=size, device="meta")
+        _check_patterns(space, architecture.name, list(quantisable_layers(model)))
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -115,7 +138,7 @@ def _check_patterns(space: SearchSpace, architecture: str, layers: list[str]) ->
 
     for point in method_points(space):
         settings = point.settings
-        for option in ("exempt", "pin", "limits"):
+        for option in PATTERN_OPTIONS:
             for pattern in getattr(settings, option, ()):
                 try:
                     matching_names(pattern, layers)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fqsweep.cells import budget_order, budget_text, finetune_epochs, trial_key
+from fqsweep.cells import budget_order, budget_text, finetune_epochs, run_params, trial_key
 from fqsweep.estimate import CostModel
 from fqsweep.faults import is_full, no_space
 from fqsweep.files import SweepPaths
 from fqsweep.gpus import GpuShares
 from fqsweep.ledger import note, read_ledger
+from fqsweep.names import PARAMS_NOT_IN_KEY
 from fqsweep.progress import Snapshot
 from fqsweep.results import TrialResult, read_result
 from fqsweep.search import CellState, SweepState
@@ -150,7 +151,7 @@ class SweepDriver:
 
     def _book_trial(self, task: Task, seconds: float, *, is_noted: bool) -> None:
         """Take over a trial's result; ``is_noted``: the ledger has it."""
-        result = read_result(self.paths.result(task.key))
+        result = self.result_of(task)
         self.record(result)
         self.state.complete(task, result.metrics, _curve(result))
         if not is_noted:
@@ -160,6 +161,13 @@ class SweepDriver:
         """The ledger's line of a trial that is done or was stopped early."""
         saved = {"saved_epochs": finetune_epochs(task.cell) - len(result.history)} if result.pruned else {}
         note(self.paths, task, "pruned" if result.pruned else "done", seconds=round(seconds, 3), **saved)
+
+    def result_of(self, task: Task) -> TrialResult:
+        """What a trial left, under the names that the search space has now: they are no part of its key."""
+        result = read_result(self.paths.result(task.key))
+        now = run_params(task.cell, weights=dict(task.weights))
+        params = result.params | {name: now[name] for name in PARAMS_NOT_IN_KEY}
+        return replace(result, title=task.cell.title, params=params)
 
     def record(self, result: TrialResult) -> None:
         """A finished trial goes to MLflow and to the list of the best."""
@@ -212,7 +220,7 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
         open_tasks = []
         for task in _tasks_asked_before(cell, driver.state, studies):
             if driver.paths.result(task.key).exists():
-                result = read_result(driver.paths.result(task.key))
+                result = driver.result_of(task)
                 driver.record(result)
                 driver.state.adopt(task, result.metrics, _curve(result))
                 if task.key not in book.done:

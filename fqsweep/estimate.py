@@ -108,15 +108,19 @@ def macs_per_image(architecture: str, image_size: int) -> float:
 
 @lru_cache(maxsize=64)
 def _rows(path: Path) -> int | None:
+    from fqsweep.data.tabular import PARQUET_SUFFIXES, num_parquet_rows  # loads pandas
+
     try:
+        if path.suffix.lower() in PARQUET_SUFFIXES:
+            return num_parquet_rows(path)
         with path.open(newline="", encoding="utf-8") as stream:
             return sum(1 for _ in csv.reader(stream)) - 1
-    except (OSError, UnicodeDecodeError, csv.Error):
+    except (OSError, ValueError, csv.Error):
         return None
 
 
 def num_images(dataset: DatasetConfig, data_dir: Path | None) -> int:
-    """Images of a data set: its own count, the rows of its CSV where that is at hand, else the official number."""
+    """Images of a data set: its own count, the rows of its table where that is at hand, else the official number."""
     if dataset.kind == "synthderm":
         return min(dataset.num_images, dataset.max_images or dataset.num_images)
     found = _counted(dataset, data_dir)
@@ -125,7 +129,7 @@ def num_images(dataset: DatasetConfig, data_dir: Path | None) -> int:
 
 
 def _counted(dataset: DatasetConfig, data_dir: Path | None) -> int | None:
-    """Rows of the data set's CSV; None where that is not at hand."""
+    """Rows of the data set's table; None where that is not at hand or cannot be read."""
     if data_dir is None or dataset.kind == "synthderm":
         return None
     if dataset.kind == "isic2019":
@@ -141,7 +145,11 @@ def _images_text(dataset: DatasetConfig, data_dir: Path | None) -> str:
         return text
     source = "of the official release" if dataset.kind in OFFICIAL_IMAGES else "assumed"
     most = f"at most {dataset.max_images:,} " if dataset.max_images else ""
-    hint = "--data-dir counts yours" if data_dir is None else "its CSV is not in the data folder"
+    hint = (
+        "--data-dir counts yours"
+        if data_dir is None
+        else "its table is not in the data folder, or cannot be read"
+    )
     return f"{text} ({most}{source}; {hint})"
 
 

@@ -99,6 +99,8 @@ RUN_PARAMS: tuple[str, ...] = (
     "regulariser",
     "distillation_weight",
 )
+# Those that are names alone: they may change while the results stay what they are.
+PARAMS_NOT_IN_KEY = ("dataset", "variant")
 NO_VALUE = "none"
 
 METHODS: tuple[str, ...] = (
@@ -153,7 +155,16 @@ def group_metric_key(split: str, what: str, group: str) -> str:
     "60 and over".
     """
     text = group.replace("<", "under ").replace("+", " and over")
-    return f"{split}/{what}/" + "".join(c if c.isalnum() or c in " _-.:" else "_" for c in text)
+    return f"{split}/{what}/{part_of_key(text)}"
+
+
+def part_of_key(text: str) -> str:
+    """``text`` as a part of a key that MLflow takes, between slashes.
+
+    >>> part_of_key("ward (3), A/B")
+    'ward _3__ A_B'
+    """
+    return "".join(c if c.isalnum() or c in " _-.:" else "_" for c in text)
 
 
 def metric_keys() -> tuple[str, ...]:

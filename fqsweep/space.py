@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fqsweep.cells import MethodPoint, budgets_of, epochs_of, expand_cells, method_points, points_of
-from fqsweep.config import Allocating, SearchConfig, SearchSpace
+from fqsweep.config import Allocating, SearchConfig, SearchSpace, UniformMethod
 from fqsweep.errors import InputError
 from fqsweep.names import DEFAULT_SELECTION, selection_of
 
@@ -29,6 +29,8 @@ SHIPPED_SPACES = (
 # How pydantic names the branches of a weight, which is a number or a range.
 NUMBER_BRANCHES = ("float", "constrained-float")
 RANGE_BRANCHES = ("WeightRange", "WeightRange]")
+# What pydantic puts behind a key of a mapping that is wrong itself.
+KEY_MARK = "[key]"
 Location = tuple[str | int, ...]
 
 
@@ -153,8 +155,10 @@ def _dotted(loc: Location) -> str:
 def _describe(found: dict[str, Any], lines: dict[Location, int]) -> tuple[int, str]:
     """One finding of the records as (line, sentence)."""
     raw: Location = tuple(found["loc"])
-    loc = tuple(part for i, part in enumerate(raw) if not _is_union_tag(raw, i, lines))
+    loc = tuple(part for i, part in enumerate(raw) if part != KEY_MARK and not _is_union_tag(raw, i, lines))
     message, kind = str(found["msg"]), found["type"]
+    if kind == "value_error" and loc not in lines:  # of a whole record: the last part is its union's branch
+        loc = loc[:-1]
     if kind == "extra_forbidden":
         known = _known_keys(raw)
         message = f"unknown key{_nearest(str(loc[-1]), known)}"
@@ -171,6 +175,13 @@ def _describe(found: dict[str, Any], lines: dict[Location, int]) -> tuple[int, s
     elif kind == "literal_error" and isinstance(found.get("input"), str):
         options = re.findall(r"'([^']*)'", str(found.get("ctx", {}).get("expected", "")))
         message = f"{found['input']!r} is not known{_nearest(found['input'], options)}"
+    elif kind == "string_type" and isinstance(found.get("input"), (bool, int, float)):
+        message = _ask_for_quotes(found["input"])
+    elif kind == "string_pattern_mismatch":
+        message = (
+            "must be letters, digits, dots, dashes and underscores, a letter or digit first "
+            f"(given: {found['input']!r})"
+        )
     elif kind in ("tuple_type", "list_type"):
         message = f"must be a list, such as [{found.get('input')}]"
     else:
@@ -179,6 +190,14 @@ def _describe(found: dict[str, Any], lines: dict[Location, int]) -> tuple[int, s
         if isinstance(value, (str, int, float)) and repr(value) not in message:
             message += f" (given: {value!r})"
     return _line_of(loc, lines), f"{_dotted(loc)}: {message}"
+
+
+def _ask_for_quotes(value: bool | int | float) -> str:
+    """What to do where YAML reads a bare word as no text."""
+    if isinstance(value, bool):
+        word = "yes" if value else "no"
+        return f'must be text, but YAML reads yes, no, on, off as true or false: quote it, as in "{word}"'
+    return f'must be text, but YAML reads {value!r} as a number: quote it, as in "{value}"'
 
 
 def _is_union_tag(loc: Location, index: int, lines: dict[Location, int]) -> bool:
@@ -253,6 +272,9 @@ def _check_row(space: SearchSpace, point: MethodPoint, index: int) -> Iterator[t
         free = " and ".join(point.free_weights)
         yield ("methods", index), f"{point.variant} is not fine-tuned: {free} must be a number, not a range"
     settings = point.settings
+    if isinstance(settings, UniformMethod) and settings.finetune[0] and not epochs_of(point, space.recipe):
+        text = f"{point.variant} asks for fine-tuning, but finetune_epochs is 0"
+        yield ("methods", index), f"{text}; raise it, or leave true out of finetune"
     if not isinstance(settings, Allocating):
         return
     own: Location = ("methods", index)

@@ -39,6 +39,8 @@ from fqsweep.names import (
     KIND_SWEEP,
     KIND_TRIAL,
     LEARNED_BITS,
+    NO_VALUE,
+    PARAMS_NOT_IN_KEY,
     TAG_KEY,
     TAG_KIND,
     TAG_PARENT,
@@ -78,6 +80,7 @@ class Tracker:
         self.parent_id = parent_id
         self.sweep = sweep
         self.retired: set[str] = set()
+        self.called: dict[str, tuple[str, ...]] = {}
         self.logged = self._logged_before(f"tags.`{TAG_PARENT}` = '{parent_id}'")
 
     def log_trial(self, result: TrialResult, files: Sequence[Path], *, again: bool = False) -> str | None:
@@ -89,9 +92,15 @@ class Tracker:
         if again:
             query = f"tags.`{TAG_PARENT}` = '{self.parent_id}' and tags.`{TAG_KEY}` = '{result.key}'"
             self.logged |= self._logged_before(query)
-        if result.key in self.logged:
+        names = _names(result.params)
+        if result.key in self.logged and self.called[result.key] == names:
             self._retire(result.key, is_over=False)
             return None
+        if (
+            result.key in self.logged
+        ):  # renamed since: parameters cannot change, so that the run is written anew
+            self.client.delete_run(self.logged.pop(result.key))
+            self.retired.discard(result.key)
         tags = {
             TAG_PARENT: self.parent_id,
             TAG_KEY: result.key,
@@ -118,7 +127,7 @@ class Tracker:
         for file in files:
             self.client.log_artifact(run_id, str(file))
         self.client.set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED), end_time=now)
-        self.logged[result.key] = run_id
+        self.logged[result.key], self.called[result.key] = run_id, names
         return run_id
 
     def retire_all_but(self, keys: Collection[str]) -> None:
@@ -164,9 +173,13 @@ class Tracker:
             if run.info.status != "FINISHED" or key in logged:
                 self.client.delete_run(run.info.run_id)
             elif key is not None:
-                logged[key] = run.info.run_id
+                logged[key], self.called[key] = run.info.run_id, _names(run.data.params)
                 (self.retired.add if TAG_RETIRED in run.data.tags else self.retired.discard)(key)
         return logged
+
+
+def _names(params: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(params.get(name, NO_VALUE) for name in PARAMS_NOT_IN_KEY)
 
 
 def _who() -> dict[str, str]:

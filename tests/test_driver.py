@@ -15,7 +15,7 @@ from fqsweep.driver import SweepDriver, adopt_finished
 from fqsweep.files import SweepPaths, write_json
 from fqsweep.gpus import GpuShares
 from fqsweep.ledger import note_driver, read_ledger
-from fqsweep.results import read_result
+from fqsweep.results import TrialResult, read_result
 from fqsweep.search import plan_sweep
 from fqsweep.studies import OptunaStudies
 from fqsweep.tasks import Outcome, Task
@@ -24,13 +24,17 @@ REPEATED = ("{trials_per_cell: 2}", "{trials_per_cell: 2, repeat_seeds: [7]}")
 
 
 class Books:
-    """A driver whose spool only remembers the keys that it was given."""
+    """A driver whose spool only remembers the keys and the rows that it was given."""
 
     def __init__(self, folder: Path, *changes: tuple[str, str]) -> None:
         self.sent: list[str] = []
-        spool: Any = SimpleNamespace(
-            put=lambda result, _files: self.sent.append(result.key), waiting=[], trouble=None
-        )
+        self.variants: set[str] = set()
+
+        def put(result: TrialResult, _files: list[Path]) -> None:
+            self.sent.append(result.key)
+            self.variants.add(result.params["variant"])
+
+        spool: Any = SimpleNamespace(put=put, waiting=[], trouble=None)
         space = small_space(folder, *changes)
         self.paths = SweepPaths(folder / "out")
         self.paths.out.mkdir(exist_ok=True)
@@ -75,6 +79,15 @@ def test_a_repeat_that_a_longer_search_chooses_again_is_booked_and_not_started(t
     assert set(repeats) <= set(longer.sent) and longer.driver.state.finished
     now = read_ledger(first.paths).done
     assert all(now[key] == before[key] for key in repeats), "with the time that they took"
+
+
+def test_a_row_that_was_renamed_runs_nothing_and_is_recorded_under_its_new_name(tmp_path: Path) -> None:
+    first = Books(tmp_path)
+    first.do_all()
+    assert first.variants == {"fp32", "uniform-4", "static", "baq"}
+    renamed = Books(tmp_path, ("method: baq", "method: baq\n    label: learned"))
+    assert renamed.do_all() == [] and sorted(renamed.sent) == sorted(first.sent)
+    assert renamed.variants == {"fp32", "uniform-4", "static", "learned"}
 
 
 def test_a_searched_trial_whose_failure_was_cleared_comes_again_with_its_weights(tmp_path: Path) -> None:

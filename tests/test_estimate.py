@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from small_spaces import small_space
 
@@ -92,8 +93,10 @@ def test_images_are_counted_where_the_data_is_and_taken_from_the_release_where_n
     assert num_images(SynthdermConfig(kind="synthderm", num_images=123, max_images=60), None) == 60
 
 
-def test_a_table_is_counted_from_its_csv(tmp_path: Path) -> None:
+def test_a_table_is_counted_from_its_csv_or_parquet_file(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('file,label,sex\n"a\nb",x,f\nc,y,m\n')
+    pd.read_csv(tmp_path / "t.csv").to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "broken.parquet").write_text("PAR")
     config = TableConfig(
         kind="table",
         name="t",
@@ -105,6 +108,8 @@ def test_a_table_is_counted_from_its_csv(tmp_path: Path) -> None:
         group_attributes=("sex",),
     )
     assert num_images(config, tmp_path) == 2
+    assert num_images(config.model_copy(update={"csv": "t.parquet"}), tmp_path) == 2
+    assert num_images(config.model_copy(update={"csv": "broken.parquet"}), tmp_path) == 10_000
 
 
 def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:
@@ -126,7 +131,10 @@ def test_a_plan_says_whose_images_it_counts(tmp_path: Path) -> None:
     plan = estimate(space, data_dir=None, num_cores=2)
     nowhere, absent = (describe_plan(space, plan, data_dir=folder) for folder in (None, tmp_path / "absent"))
     assert "25,331 images (of the official release; --data-dir counts yours)" in nowhere
-    assert "25,331 images (of the official release; its CSV is not in the data folder)" in absent
+    assert (
+        "25,331 images (of the official release; its table is not in the data folder, or cannot be read)"
+        in absent
+    )
     (tmp_path / "isic2019").mkdir()
     (tmp_path / "isic2019" / "ISIC_2019_Training_GroundTruth.csv").write_text("image,MEL\na,1\nb,0\nc,0\n")
     assert "isic2019, 3 images, at 48 px" in describe_plan(space, plan, data_dir=tmp_path)

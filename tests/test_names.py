@@ -18,6 +18,7 @@ from fqsweep.names import (
     group_metric_key,
     metric_keys,
     metric_of,
+    part_of_key,
 )
 
 FIXED = [
@@ -106,3 +107,8 @@ def test_the_groups_metrics_are_those_of_the_report() -> None:
 def test_a_groups_name_becomes_a_key_that_mlflow_takes(group: str, key: str) -> None:
     assert group_metric_key("val", "acc_group", group) == key
     assert re.fullmatch(r"[\w \-.:/]+", key)
+
+
+def test_any_name_becomes_a_part_of_a_key() -> None:
+    assert part_of_key("ward (3), A/B") == "ward _3__ A_B"
+    assert part_of_key("Köln 2.1") == "Köln 2.1"

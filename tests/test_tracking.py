@@ -99,6 +99,21 @@ def test_logging_a_trial_twice_makes_one_run_also_after_a_new_start(paths: Sweep
     assert len(children(paths, tracker(paths).parent_id)["two"]) == 1
 
 
+def test_a_row_that_was_renamed_has_its_run_written_anew_under_its_new_name(paths: SweepPaths) -> None:
+    old = tracker(paths).log_trial(result("named"), [])
+    book = tracker(paths)
+    book.retire_all_but([])
+    renamed = dataclasses.replace(
+        result("named"), title="new", params={**result("named").params, "variant": "new"}
+    )
+    new = book.log_trial(renamed, [paths.out / "model.fqs"])
+    assert new is not None and children(paths, book.parent_id)["named"] == [new] != [old]
+    run = book.client.get_run(new)
+    assert run.data.params["variant"] == run.data.tags["variant"] == run.info.run_name == "new"
+    assert TAG_RETIRED not in run.data.tags
+    assert book.log_trial(renamed, []) is None and tracker(paths).log_trial(renamed, []) is None
+
+
 def test_a_run_that_was_cut_off_is_removed_and_written_anew(paths: SweepPaths) -> None:
     book = tracker(paths)
     tags = {TAG_PARENT: book.parent_id, TAG_KEY: "three"}

@@ -199,7 +199,7 @@ class TableConfig(FilesBase):
     label_column: str
     group_columns: dict[str, str] = Field(min_length=1)
     patient_column: str | None = None
-    group_maps: dict[str, dict[str, tuple[str | int | float, ...]]] = Field(default_factory=dict)
+    group_maps: dict[str, dict[str, tuple[str | bool | int | float, ...]]] = Field(default_factory=dict)
     group_edges: dict[str, Annotated[tuple[float, ...], AfterValidator(_check_rising)]] = Field(
         default_factory=dict
     )
@@ -207,6 +207,12 @@ class TableConfig(FilesBase):
 
     @model_validator(mode="after")
     def _attributes_have_columns(self) -> TableConfig:
+        for crossed in self.group_attributes:
+            parts = crossed_parts(crossed)
+            if len(set(parts)) < len(parts):
+                raise ValueError(
+                    f"group attribute {crossed!r} crosses an attribute with itself; name each once"
+                )
         for attribute in (*plain_attributes(self.group_attributes), *self.group_maps, *self.group_edges):
             if attribute not in self.group_columns:
                 known = ", ".join(self.group_columns)

@@ -71,6 +71,12 @@ def _ascending(choices: Choices) -> Choices:
 BitChoices = Annotated[Choices, AfterValidator(_ascending)]
 
 
+def _check_label(label: str) -> str:
+    if not label.isprintable() or label != label.strip():
+        raise ValueError("must be one line without tabs, and no blank at its ends")
+    return label
+
+
 class Finetuning(Record):
     """What fine-tuned methods share.
 
@@ -124,6 +130,9 @@ class Finetuning(Record):
         return self
 
 
+Label = Annotated[str, Field(min_length=1), AfterValidator(_check_label)]
+
+
 class Fp32Method(Record):
     """The full-precision parent itself.
 
@@ -132,7 +141,7 @@ class Fp32Method(Record):
     """
 
     method: Literal["fp32"]
-    label: str = "fp32"
+    label: Label = "fp32"
 
 
 class UniformMethod(Finetuning):
@@ -146,7 +155,7 @@ class UniformMethod(Finetuning):
     """
 
     method: Literal["uniform"]
-    label: str | None = None
+    label: Label | None = None
     bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(default=(4, 8), min_length=1)
     finetune: tuple[bool, ...] = Field(default=(False,), min_length=1)
     scale: ScaleRule = "absmax"
@@ -248,7 +257,7 @@ class StaticMethod(Allocating):
     """
 
     method: Literal["static"]
-    label: str = "static"
+    label: Label = "static"
 
 
 class BaqMethod(Allocating):
@@ -263,7 +272,7 @@ class BaqMethod(Allocating):
     """
 
     method: Literal["baq"]
-    label: str = "baq"
+    label: Label = "baq"
     bit_gradient: Literal["fracbits", "lsq"] = "fracbits"
     bit_learning_rate: float = Field(default=0.02, gt=0)
     settle_frac: float = Field(default=0.34, ge=0, lt=1)
@@ -337,7 +346,7 @@ class RecipeMethod(Finetuning):
     """
 
     method: Recipe
-    label: str | None = None
+    label: Label | None = None
 
 
 MethodConfig = Annotated[

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -76,10 +77,19 @@ class ImageFolder:
         )
         return {name[: -len(Path(name).suffix)]: name for name in by_rank}
 
+    @cached_property
+    def _composed(self) -> dict[str, str]:
+        """Names with accents as one character, as most programs write them -> names as some systems store them."""
+        plain = {normalize("NFC", name): name for name in self.size_of if not name.isascii()}
+        return {
+            normalize("NFC", stem): name for stem, name in self._by_stem.items() if not stem.isascii()
+        } | plain
+
     def find(self, name: str) -> str | None:
         """The file called ``name``, with or without its suffix; None where there is none."""
         name = name.removeprefix("./")
-        return name if name in self.size_of else self._by_stem.get(name)
+        found = name if name in self.size_of else self._by_stem.get(name)
+        return found or self._composed.get(normalize("NFC", name))
 
     def open(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> tuple[FolderSource, str]:
         """A source for the images called ``names``, and a hash of their names and sizes.

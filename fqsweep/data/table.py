@@ -16,7 +16,9 @@ from fqsweep.data.splits import SPLIT_SPELLINGS
 from fqsweep.data.tabular import as_numbers, bin_names, label_text, name_bins, plain_text, read_table
 from fqsweep.errors import InputError
 
-GroupMap = Mapping[str, tuple[str | int | float, ...]]
+GroupMap = Mapping[str, tuple[str | bool | int | float, ...]]
+# YAML reads all of these words as truth values, and a table may hold any of them.
+TRUTH_WORDS = {True: ("true", "yes", "on", "1"), False: ("false", "no", "off", "0")}
 
 
 def describe(config: TableConfig, data_dir: Path) -> Samples:
@@ -83,20 +85,27 @@ def _named_groups(
     """Each row's group, str (n,), and all groups in order; without a map the values are the groups."""
     if group_map is None:
         return value_n, _in_order(value_n)
+    occurring = set(value_n.tolist())
     group_of: dict[str, str] = {}
     for name, values in group_map.items():
-        for value in map(plain_text, values):
+        meant = [text for value in values for text in _spellings(value, occurring)]
+        for value in meant:
             if value in group_of:
                 raise InputError(f"{where}: value {value!r} stands under both {group_of[value]!r} and {name!r}")
             group_of[value] = name
-    occurring = set(value_n.tolist())
-    for name, values in group_map.items():
-        if not occurring & set(map(plain_text, values)):
+        if not occurring & set(meant):
             raise InputError(
-                f"{where}: none of the values of {name!r} ({', '.join(map(plain_text, values))}) occurs in the "
+                f"{where}: none of the values of {name!r} ({', '.join(map(str, values))}) occurs in the "
                 f"column, which has: {', '.join(_in_order(value_n)[:12])}"
             )
     return np.array([group_of.get(value, "") for value in value_n.tolist()], dtype=str), tuple(group_map)
+
+
+def _spellings(value: str | bool | int | float, occurring: set[str]) -> list[str]:
+    """The cells that a value of a map means: those in its one spelling, or all words for a truth value."""
+    if isinstance(value, bool):
+        return sorted(text for text in occurring if text.lower() in TRUTH_WORDS[value])
+    return [plain_text(value)]
 
 
 def _in_order(value_n: np.ndarray) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,8 +43,15 @@ def read_table(path: Path, *, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
+    how: dict[str, Any] = {
+        "dtype": str,
+        "keep_default_na": False,
+        "encoding": "utf-8-sig",
+        "skipinitialspace": True,
+    }
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+        table = pd.read_csv(path, **how)
+        header = pd.read_csv(path, header=None, nrows=1, **how).iloc[0].str.strip()
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} cannot be read as a UTF-8 CSV with a header line: {error}") from error
     if not isinstance(table.index, pd.RangeIndex):  # pandas took the first cells for names of the rows
@@ -51,6 +59,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
             f"{path}: its rows have more cells than its header line has names ({len(table.columns)}); name every "
             "column, put cells that hold commas in quotes, and end no row with a comma"
         )
+    # pandas would call the second of two equal names otherwise, and nobody would know which of them is read.
+    table.columns = pd.Index([own or made for own, made in zip(header, table.columns, strict=True)])
     return table
 
 
@@ -59,11 +69,25 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         table = pd.read_parquet(path, engine="pyarrow")
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise InputError(f"{path} cannot be read as a Parquet file: {error}") from error
+    if any(name is not None for name in table.index.names):
+        table = table.reset_index()
     return table.astype(object).where(table.notna(), "").astype(str)
 
 
+def num_parquet_rows(path: Path) -> int:
+    """Rows of a Parquet file, by its footer alone.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    from pyarrow import parquet
+
+    num_rows: int = parquet.read_metadata(path).num_rows
+    return num_rows
+
+
 def require_column(table: pd.DataFrame, column: str, *, path: Path) -> None:
-    """Refuse a table without ``column``, listing those it has.
+    """Refuse a table without ``column``, listing those it has, or with several of that name.
 
     Raises:
         InputError: naming the file, the column, the nearest one and all there are.
@@ -73,6 +97,8 @@ def require_column(table: pd.DataFrame, column: str, *, path: Path) -> None:
         raise InputError(
             f"{path} has no column {column!r}{nearest(column, known)}; its columns: {', '.join(known)}"
         )
+    if (count := int((table.columns == column).sum())) > 1:
+        raise InputError(f"{path} has {count} columns called {column!r}; give each a name of its own")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_table import run_row, runs_of
 
+from analysis.answers import recommend
 from analysis.pareto import (
     aggregate,
     hypervolume,
@@ -17,6 +18,7 @@ from analysis.pareto import (
     select_cells,
     variant_hypervolumes,
 )
+from analysis.rules import choose_by_rules
 from fqsweep.errors import InputError
 
 METRIC = "val/acc_worst"
@@ -78,6 +80,20 @@ def test_ties_do_not_depend_on_the_order_of_rows():
     rows = [run_row("baq", 1, 0, 0.8, run_id=name) for name in "cab"]
     assert select_cells(runs_of(*rows), metric=METRIC)["run_id"].item() == "a"
     assert select_cells(runs_of(*rows[::-1]), metric=METRIC)["run_id"].item() == "a"
+
+
+@pytest.mark.parametrize("ids", ["ab", "ba"])
+def test_ties_do_not_depend_on_the_ids_of_the_runs(ids):
+    searched = [run_row("baq", 1, 0, 0.8, run_id=name, key=key) for name, key in zip(ids, "12", strict=True)]
+    assert select_cells(runs_of(*searched), metric=METRIC)["run_id"].item() == ids[0]
+    rows = [
+        run_row("baq", 1, 0, 0.8, run_id=ids[0], key="1"),
+        run_row("static", 1, 0, 0.8, run_id=ids[1], key="2"),
+    ]
+    cells = select_cells(runs_of(*rows), metric=METRIC)
+    assert [one.run_id for one in recommend(cells, metric=METRIC)] == [ids[0]]
+    minimax = next(one for one in choose_by_rules(cells, metric=METRIC) if one.rule == "minimax")
+    assert minimax.run_id == ids[0]
 
 
 @pytest.mark.parametrize(

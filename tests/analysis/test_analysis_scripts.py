@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from runs_table import run_row, runs_of
 from synthetic_store import Spec, write_sweep
 
-from analysis import against, effects, fronts, paper, ranks, report, rules, show
+from analysis import against, effects, fronts, load, paper, ranks, report, rules, show, stats
 from analysis.effects import weight_effects
 from analysis.load import join_sweeps, load_csv, load_layers, load_run, load_runs, load_selection
 from analysis.show import run_text
@@ -45,6 +45,16 @@ def test_the_papers_table_and_figure_come_from_one_command(small_csv, tmp_path):
     assert r"\textbf{" in tex
     assert "\\begin{tabular}" in tex
     assert len(pd.read_csv(tmp_path / "table.csv")) == tex.count(r" \\") - tex.count("multicolumn") - 1
+
+
+def test_what_cannot_be_compared_is_said_and_no_share_lies_outside_0_and_100_percent(tmp_path, capsys):
+    runs = [run_row("baq", 1, seed, value) for seed, value in ((0, 0.05), (1, 0.95))]
+    file = tmp_path / "far_apart.csv"
+    runs_of(*runs).to_csv(file, index=False)
+    assert stats.main(["--csv", str(file)]) == 0
+    assert capsys.readouterr().out == "No comparison: two variants must share a budget and a seed.\n"
+    assert report.main(["--csv", str(file), "--out", str(tmp_path / "out")]) == 0
+    assert "(95 % interval 0.0 to 100.0, 2 seeds)" in (tmp_path / "out" / "answer.md").read_text()
 
 
 def test_two_sweeps_are_compared_under_their_own_names(tmp_path):
@@ -215,6 +225,11 @@ def test_a_server_that_refuses_is_named_with_its_status_and_without_the_password
         load_runs(f"http://someone:secret@127.0.0.1:{port}", "small")
     assert "secret" not in str(raised.value)
     assert ("MLFLOW_TRACKING_USERNAME" in str(raised.value)) == (status == 401)
+
+
+@pytest.mark.parametrize(("said", "refused"), [("port=40321: status 500", False), ("status 403", True)])
+def test_a_number_within_a_port_is_no_status(said, refused):
+    assert ("MLFLOW_TRACKING_USERNAME" in str(load._unreadable("http://h", OSError(said)))) == refused
 
 
 def test_one_panel_without_the_metric_is_missing_from_a_page_that_still_opens(tmp_path: Path):

@@ -1,4 +1,6 @@
 from pathlib import Path
+from typing import Literal
+from unicodedata import normalize
 
 import pandas as pd
 import pytest
@@ -55,6 +57,57 @@ def test_group_maps_accept_numbers_and_leave_unlisted_values_out(folder: Path) -
     assert "3 images of unknown age left out." in fewer.notes
 
 
+def test_two_columns_of_one_name_are_refused_where_one_of_them_is_read(folder: Path) -> None:
+    rows = (folder / "table.csv").read_text().splitlines()
+    (folder / "table.csv").write_text("\n".join([f"{rows[0]}, grade ", *(f"{row},7" for row in rows[1:])]))
+    with pytest.raises(
+        InputError, match=r"table\.csv has 2 columns called 'grade'; give each a name of its own"
+    ):
+        describe_samples(config(), data_dir=folder)
+    (folder / "table.csv").write_text("\n".join([f"{rows[0]}, who ", *(f"{row},7" for row in rows[1:])]))
+    assert len(describe_samples(config(unknown_groups="keep"), data_dir=folder).id_n) == 4
+
+
+def test_a_blank_around_the_name_of_a_column_is_no_part_of_it(folder: Path) -> None:
+    text = (folder / "table.csv").read_text()
+    (folder / "table.csv").write_text(text.replace("file,grade", "file , grade", 1))
+    assert describe_samples(config(), data_dir=folder).class_names == ("2", "10")
+
+
+@pytest.mark.parametrize(("stored", "listed"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_in_file_names_may_be_stored_in_either_way(
+    folder: Path, stored: Literal["NFC", "NFD"], listed: Literal["NFC", "NFD"]
+) -> None:
+    (folder / "photos" / "3.jpg").rename(folder / "photos" / normalize(stored, "Bär é.jpg"))
+    table = pd.read_csv(folder / "table.csv", dtype=str)
+    for name in ("Bär é.jpg", "Bär é"):
+        table.loc[2, "file"] = normalize(listed, name)
+        table.to_csv(folder / "table.csv", index=False)
+        assert len(describe_samples(config(unknown_groups="keep"), data_dir=folder).id_n) == 4
+
+
+@pytest.mark.parametrize(
+    ("yes", "no"), [("yes", "no"), ("TRUE", "FALSE"), ("True", "False"), ("on", "off"), (1, 0)]
+)
+def test_a_truth_value_of_a_group_map_means_the_word_that_the_table_has(
+    folder: Path, yes: object, no: object
+) -> None:
+    table = pd.read_csv(folder / "table.csv").assign(smokes=[yes, yes, no, no])
+    table.to_csv(folder / "table.csv", index=False)
+    smoking = config(
+        group_columns={"smokes": "smokes"},
+        group_attributes=("smokes",),
+        group_maps={"smokes": {"smoker": (True,), "other": (False,)}},
+    )
+    groups = describe_samples(smoking, data_dir=folder).groups["smokes"]
+    assert [groups.names[code] for code in groups.code_n] == ["other", "other", "smoker", "smoker"]
+
+
+def test_an_attribute_is_not_crossed_with_itself() -> None:
+    with pytest.raises(ValueError, match="'age x age' crosses an attribute with itself; name each once"):
+        config(group_attributes=("age x age",))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -108,6 +161,9 @@ def test_parquet_gives_the_same_samples_as_csv(folder: Path) -> None:
     assert from_csv.class_names == from_parquet.class_names
     assert from_csv.groups["age"].names == from_parquet.groups["age"].names
     assert from_csv.cluster_n.tolist() == from_parquet.cluster_n.tolist()
+    typed.set_index("file").to_parquet(folder / "table.parquet")
+    indexed = describe_samples(config(csv="table.parquet", unknown_groups="keep"), data_dir=folder)
+    assert indexed.id_n.tolist() == from_csv.id_n.tolist()
     (folder / "table.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match=r"table\.parquet cannot be read as a Parquet file"):
         describe_samples(config(csv="table.parquet"), data_dir=folder)

@@ -47,6 +47,7 @@ from fqsweep.space import find_space, load_space
 from fqsweep.stores import is_server, without_password
 
 DATA_DIR_VARIABLE = "FQSWEEP_DATA_DIR"
+LAST_PORT = 65535
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     ui = commands.add_parser("ui", help="open the MLflow UI of a sweep")
     ui.add_argument("--out", type=Path, help="output folder (default: the newest below out/)")
     ui.add_argument("--tracking-uri")
-    ui.add_argument("--port", type=_positive, default=5000)
+    ui.add_argument("--port", type=_port, default=5000)
     ui.set_defaults(command=_ui)
     return parser
 
@@ -197,6 +198,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _port(text: str) -> int:
+    value = _positive(text)
+    if value > LAST_PORT:
+        raise argparse.ArgumentTypeError(f"must be at most {LAST_PORT}")
     return value
 
 
@@ -350,9 +358,10 @@ def _plan(options: argparse.Namespace) -> int:
         print(json.dumps({"name": space.name, **dataclasses.asdict(plan), "cells": cells}, indent=1))
     else:
         print(describe_plan(space, plan, data_dir=options.data_dir), flush=True)
+    # A program that reads the plan finds nothing else on stdout.
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         usable = [print_data_warnings(dataset, options.data_dir) for dataset in space.datasets]
-        return EXIT_OK if all(usable) else EXIT_BAD_INPUT
-    return EXIT_OK
+    return EXIT_OK if all(usable) else EXIT_BAD_INPUT
 
 
 def _data(options: argparse.Namespace) -> int:

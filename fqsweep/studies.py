@@ -14,10 +14,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from fqsweep.cells import Cell
+from fqsweep.cells import Cell, trial_key
 from fqsweep.config import SearchConfig, WeightRange, content_hash
 from fqsweep.files import write_bytes
-from fqsweep.names import metric_of, selection_of
+from fqsweep.names import BITS, metric_of, selection_of
 
 WARM_START = "fqsweep:warm_start"
 
@@ -109,11 +109,21 @@ class OptunaStudies:
         return None if best is None else dict(best.params)
 
     def _best(self, cell: Cell) -> optuna.trial.FrozenTrial | None:
-        """Of the cell's trials that ended whole, the best by ``_worth``; the first of several."""
+        """Of the cell's trials that ended whole, the best by ``_worth``.
+
+        Of several, the one that a report shows (``analysis.pareto.select_cells``): fewer bits, where those are an
+        objective, then the smaller key.
+        """
         if self._find_study(cell) is None:
             return None
         ended = self._study(cell).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return max(ended, key=lambda trial: self._worth(trial.values), default=None)
+        bits = self.config.objectives.index(BITS) if BITS in self.config.objectives else None
+
+        def rank(trial: optuna.trial.FrozenTrial) -> tuple[float, float, str]:
+            key = trial_key(cell, number=trial.number, weights=trial.params)
+            return -self._worth(trial.values), 0.0 if bits is None else trial.values[bits], key
+
+        return min(ended, key=rank, default=None)
 
     def asked_before(self, cell: Cell) -> list[tuple[int, dict[str, float]]]:
         """Numbers and values of the trials that an earlier start asked for, however they ended."""

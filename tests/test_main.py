@@ -119,6 +119,13 @@ def test_plan_as_json_counts_cells_and_shared_work(capsys: pytest.CaptureFixture
     assert plan["num_trials"] > plan["num_cells"]
 
 
+def test_a_port_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["ui", "--port", "70000"])
+    assert ended.value.code == 2
+    assert "--port: must be at most 65535" in capsys.readouterr().err
+
+
 def test_a_reader_who_has_seen_enough_gets_no_traceback() -> None:
     command = [sys.executable, "-m", "fqsweep.main", "plan", "demo"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -396,6 +403,8 @@ def test_plan_warns_of_classes_with_few_test_images_in_a_group(
     assert main(["plan", str(photos / "bad.yaml"), "--data-dir", str(photos)]) == 2
     shown = capsys.readouterr()
     assert "bad: 2 cells, 2 trials" in shown.out and "data set photos cannot be used yet" in shown.err
+    assert main(["plan", str(photos / "bad.yaml"), "--data-dir", str(photos), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["num_cells"] == 2
 
 
 def test_plan_and_run_say_what_is_left_out(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import optuna
 import pytest
 from small_spaces import METRICS, small_space
 
-from fqsweep.cells import Cell, expand_cells
+from fqsweep.cells import Cell, expand_cells, trial_key
 from fqsweep.config import SearchConfig, SearchSpace
 from fqsweep.search import trials_wanted
 from fqsweep.studies import OptunaStudies
@@ -165,6 +165,19 @@ def test_the_weights_that_are_repeated_are_those_that_the_report_chooses(tmp_pat
     studies.tell(cell, 0, {"val/acc_gap": 0.01, "val/auc_worst": 0.6})
     studies.tell(cell, 1, {"val/acc_gap": 0.05, "val/auc_worst": 0.9})
     assert studies.chosen(cell) == asked[1]
+
+
+@pytest.mark.parametrize("bits", [(1.0, 1.0, 1.0), (1.0, 0.9, 0.9)])
+def test_of_equals_the_one_is_repeated_that_the_report_shows(tmp_path: Path, bits: tuple[float, ...]) -> None:
+    space = small_space(tmp_path)
+    cell = searched_cell(space)
+    studies = OptunaStudies(space.search, tmp_path / "journal")
+    asked = [studies.ask(cell)[1] for _ in bits]
+    for number, mean_bits in enumerate(bits):
+        studies.tell(cell, number, {**METRICS, "bits/mean_weight": mean_bits})
+    keys = [trial_key(cell, number=number, weights=weights) for number, weights in enumerate(asked)]
+    shown = min(range(len(bits)), key=lambda number: (bits[number], keys[number]))
+    assert studies.chosen(cell) == asked[shown]
 
 
 def test_the_values_of_a_trial_that_failed_come_again_once(tmp_path: Path) -> None:

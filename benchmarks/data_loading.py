@@ -34,7 +34,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms as tv
 
-import fqsweep.trial
+import fqsweep.finetuning
 from benchmarks.result_file import result_parser, write_result
 from fqsweep.baseline import ensure_baseline, ensure_importance
 from fqsweep.cells import expand_cells
@@ -286,7 +286,7 @@ def measure_trial(folder: Path) -> str:
         patches.enter_context(patch.object(Setting, "score", timed(Setting.score, scored)))
         for name in ("_calibrate", "match_moments"):
             patches.enter_context(
-                patch.object(fqsweep.trial, name, timed(getattr(fqsweep.trial, name), calibrated))
+                patch.object(fqsweep.finetuning, name, timed(getattr(fqsweep.finetuning, name), calibrated))
             )
         for turn in ("first", "second"):
             scored.clear()

@@ -30,13 +30,13 @@ from fqsweep.cells import expand_cells
 from fqsweep.config import Predictor, SearchSpace
 from fqsweep.cost_table import Importance
 from fqsweep.files import SweepPaths
+from fqsweep.finetuning import images_to_match
 from fqsweep.importance import measure_importance
 from fqsweep.quant.convert import attach_quantisers
 from fqsweep.quant.moments import match_moments, output_moments
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.setting import Setting, open_setting
 from fqsweep.training import predict
-from fqsweep.trial import images_to_match
 from fqsweep.work import LogFile
 
 PREDICTORS: tuple[Predictor, ...] = ("taylor_matched", "taylor", "fisher", "gradient", "grape", "hawq")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,16 @@ class Setting:
     def channels_last(self) -> bool:
         wanted = self.cell.recipe.channels_last
         return wanted == "always" or (wanted == "auto" and self.device.type == "cuda")
+
+    @property
+    def file_notes(self) -> dict[str, str]:
+        """What a packed file says of itself, so that it can be used without the sweep."""
+        return {
+            "architecture": self.cell.architecture.name,
+            "image_size": str(self.cell.dataset.image_size),
+            "classes": json.dumps(self.dataset.samples.class_names),
+            "normalisation": json.dumps({"mean": self.normalisation.mean, "std": self.normalisation.std}),
+        }
 
     def model_with(self, state: Mapping[str, torch.Tensor]) -> nn.Module:
         """The cell's network with these weights, on the setting's device in eval mode."""

@@ -21,7 +21,7 @@ ORDER = (
     ("quant",),
     ("predictors", "importance", "training"),
     ("setting", "assignment", "baseline"),
-    ("trial",),
+    ("finetuning", "trial"),
     (
         "checks",
         "data_commands",

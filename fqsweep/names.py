@@ -66,8 +66,7 @@ COST_METRICS: tuple[Metric, ...] = (
         key="ops/effective_gbops",
         unit="1e9 bit operations",
         direction="minimize",
-        meaning="multiply-accumulates x weight bits x 32 activation bits, attention products at 32 x 32; what reads "
-        "a dropped channel still counts, though it leaves the file",
+        meaning="multiply-accumulates x weight bits x 32 activation bits; reads of dropped channels count",
     ),
     Metric(key="time/train_s", unit="s", direction="minimize", meaning="time in this trial's own training"),
     Metric(key="time/total_s", unit="s", direction="minimize", meaning="time of this trial from start to end"),

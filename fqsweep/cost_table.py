@@ -11,10 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from fqsweep.config import Reducer
+from fqsweep.config import Predictor, Reducer, ScaleRule
 from fqsweep.files import write_bytes
 
 CVAR_FRAC = 0.5
+# What a predictor costs in forward passes over the calibration images, whatever the choices and for each of them;
+# going back counts as two. Beside it there are one pass for the groups' losses, and one for ``curvature``.
+PASSES: dict[Predictor, tuple[int, int]] = {
+    "taylor_matched": (5, 2),
+    "taylor": (3, 1),
+    "gradient": (3, 0),
+    "grape": (3, 0),
+    "fisher": (3, 0),
+    "hawq": (48, 0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,12 @@ class Importance:
     count_g: np.ndarray
     passes: float
     seconds: float
+
+
+def count_passes(predictor: Predictor, *, num_choices: int, scale: ScaleRule) -> int:
+    """What a cost table costs, in forward passes over the calibration images."""
+    fixed, per_choice = PASSES[predictor]
+    return 1 + (scale == "curvature") + fixed + per_choice * num_choices
 
 
 def reduce_groups(cost_gub: np.ndarray, reducer: Reducer, *, loss_g: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fqsweep.cells import Cell, budget_text, expand_cells, finetune_epochs, run_params
 from fqsweep.config import Allocating, ArchitectureConfig, BaqMethod, DatasetConfig, Resources, SearchSpace
+from fqsweep.cost_table import count_passes
 from fqsweep.progress import format_duration
 from fqsweep.search import shared_tasks, trials_wanted
 from fqsweep.tasks import Task
@@ -23,17 +24,6 @@ FIXED_TASK_S = 3.0
 OFFICIAL_IMAGES = {"isic2019": 25_331, "fitzpatrick17k": 16_012}
 ASSUMED_IMAGES = 10_000  # of a table that is not at hand
 FORWARD_AND_BACKWARD = 3.0
-# Passes over the calibration images that a predictor makes whatever the choices, and for each choice.
-PASSES_OF_IMPORTANCE = {
-    "taylor_matched": (7.0, 2.0),
-    "taylor": (5.0, 1.0),
-    "gradient": (4.0, 0.0),
-    "grape": (4.0, 0.0),
-    "fisher": (4.0, 0.0),
-    "hawq": (50.0, 0.0),
-}
-# Of a predictor that the table lacks: those of ``taylor``.
-PASSES_OF_OTHERS = PASSES_OF_IMPORTANCE["taylor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +70,9 @@ class CostModel:
             settings = cell.point.settings
             assert isinstance(settings, Allocating)
             calibration = min(images * splits.calibration, cell.recipe.calibration_images or float("inf"))
-            fixed, per_choice = PASSES_OF_IMPORTANCE.get(settings.importance, PASSES_OF_OTHERS)
-            passes = calibration * (fixed + per_choice * len(settings.measured_choices))
+            passes = calibration * count_passes(
+                settings.importance, num_choices=len(settings.measured_choices), scale=settings.scale
+            )
         else:
             passes = finetune_epochs(cell) * training + images * (splits.validation + splits.test)
         return passes * per_image

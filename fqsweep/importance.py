@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fqsweep.config import Predictor, ScaleRule
-from fqsweep.cost_table import Importance
+from fqsweep.cost_table import Importance, count_passes
 from fqsweep.errors import TrialError
 from fqsweep.models import quantisable_layers
 from fqsweep.predictors import (
-    HUTCHINSON_PROBES,
     Batches,
     LabelledBatch,
     RoundingErrors,
@@ -69,10 +68,10 @@ def measure_importance(
         loss_g, count_g = _group_losses(model, batches, num_groups)
         if (count_g == 0).any():
             raise TrialError(f"groups {np.flatnonzero(count_g == 0).tolist()} have no calibration image")
-        curvature, passes = None, 1.0
+        curvature = None
         if scale == "curvature":
             progress("input moments", 0.0)
-            curvature, passes = _input_moments(model, batches), 2.0
+            curvature = _input_moments(model, batches)
         steps = _all_steps(model, units, choices, scale, curvature)
         changes = _rounding_errors(model, units, choices, steps)
         progress(predictor, 0.0)
@@ -81,16 +80,12 @@ def measure_importance(
         if predictor in ("taylor", "taylor_matched"):
             matched = predictor == "taylor_matched"
             cost_gub = taylor_costs(model, units, batches, changes, count_g, matched=matched)
-            passes += 5.0 + 2 * len(choices) if matched else 3.0 + len(choices)
         elif predictor == "fisher":
             cost_gub = fisher_costs(model, units, batches, changes, count_g)
-            passes += 3.0
         elif predictor == "hawq":
             cost_gub = hawq_costs(model, units, batches, changes, count_g, seed=seed)
-            passes += 6.0 * HUTCHINSON_PROBES
         else:
             cost_gub = first_order_costs(model, units, batches, choices, count_g, squared=predictor == "grape")
-            passes += 3.0
     if not np.isfinite(cost_gub).all():
         raise TrialError(
             f"importance {predictor}: some costs are not finite; the parent's loss is probably not finite"
@@ -101,7 +96,7 @@ def measure_importance(
         step_ub=np.concatenate([steps[layer.name].cpu().numpy() for layer in units.layers]),
         loss_g=loss_g,
         count_g=count_g,
-        passes=passes,
+        passes=float(count_passes(predictor, num_choices=len(choices), scale=scale)),
         seconds=time.perf_counter() - start,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from torch import nn
 
 from fqsweep import importance as importance_module
 from fqsweep import predictors
-from fqsweep.config import ArchitectureConfig
-from fqsweep.cost_table import Importance
+from fqsweep.config import ArchitectureConfig, Predictor
+from fqsweep.cost_table import PASSES, Importance, count_passes
 from fqsweep.errors import TrialError
 from fqsweep.importance import measure_importance, start_steps
 from fqsweep.models import build_model, quantisable_layers
@@ -304,6 +305,12 @@ def test_input_moments_are_those_of_unfolded_patches(model: nn.Module) -> None:
     square = image.square().mean(dim=(0, 2, 3))
     wanted = torch.stack([square[:2]] * 3 + [square[2:]] * 3)
     assert torch.allclose(found / found.sum(), wanted / wanted.sum(), rtol=1e-4)
+
+
+def test_every_predictor_has_its_price() -> None:
+    assert set(PASSES) == set(PREDICTORS) == set(get_args(Predictor))
+    assert PASSES["hawq"] == (6 * predictors.HUTCHINSON_PROBES, 0)  # two passes back through each gradient
+    assert count_passes("taylor", num_choices=9, scale="curvature") == 2 + 3 + 9
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)

@@ -11,9 +11,9 @@ from small_spaces import small_space
 
 from fqsweep import estimate as estimate_module
 from fqsweep.cells import expand_cells
-from fqsweep.config import Isic2019Config, Predictor, Resources, SynthdermConfig, TableConfig
+from fqsweep.config import Isic2019Config, Resources, SynthdermConfig, TableConfig
 from fqsweep.errors import InputError
-from fqsweep.estimate import PASSES_OF_IMPORTANCE, CostModel, describe_plan, estimate, num_images
+from fqsweep.estimate import CostModel, describe_plan, estimate, num_images
 from fqsweep.search import plan_sweep, shared_tasks
 from fqsweep.space import find_space, load_space
 from fqsweep.tasks import Task
@@ -63,23 +63,6 @@ def test_larger_images_more_cores_and_a_gpu_move_the_time_the_right_way(tmp_path
     assert one.seconds(larger) > one.seconds(task)
     assert CostModel(Resources(cpus_per_trial=4), data_dir=None).seconds(task) < one.seconds(task)
     assert CostModel(Resources(gpus_per_trial=1), data_dir=None).seconds(task) < one.seconds(task)
-
-
-def test_every_predictor_has_its_cost() -> None:
-    assert set(PASSES_OF_IMPORTANCE) == set(Predictor.__args__)
-
-
-def test_a_predictor_without_a_cost_is_planned_as_taylor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def macs() -> float:
-        return CostModel(Resources(), data_dir=None).macs(tasks_of(tmp_path, change)["importance"])
-
-    change = ("  - method: static\n", "  - method: static\n    importance: taylor\n")
-    taylor, removed = macs(), PASSES_OF_IMPORTANCE["taylor"]
-    monkeypatch.delitem(PASSES_OF_IMPORTANCE, "taylor")
-    assert removed == (5.0, 1.0)
-    assert macs() == taylor > 0
 
 
 def test_images_are_counted_where_the_data_is_and_taken_from_the_release_where_not(tmp_path: Path) -> None:

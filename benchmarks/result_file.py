@@ -41,7 +41,7 @@ def _ran_on() -> str:
 
 
 def _without_out(words: Sequence[str]) -> list[str]:
-    kept = list(words)
+    kept = [word for word in words if not word.startswith("--out=")]
     if "--out" in kept:
         at = kept.index("--out")
         del kept[at : at + 2]

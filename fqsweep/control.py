@@ -58,6 +58,7 @@ def only_driver(paths: SweepPaths, command: Sequence[str] = ()) -> Iterator[None
         paths.cancel_request.unlink(missing_ok=True)
         yield
     finally:
+        paths.cancel_request.unlink(missing_ok=True)
         lock.release()
 
 

@@ -84,7 +84,9 @@ class SweepDriver:
         self.shares.end(task, peak_frac=outcome.peak_gpu_frac)
         with self._kept():
             if outcome.ending == "stopped":
-                return  # nobody's fault: the next start hands it out again
+                # Nobody's fault, and the next start hands it out again. The worker may have seen the wish first.
+                self.trouble = self.trouble or KeyboardInterrupt()
+                return
             if outcome.done:
                 self._book(task, outcome.seconds)
             elif outcome.ending == "no_space":

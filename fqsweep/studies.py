@@ -111,7 +111,7 @@ class OptunaStudies:
     def _best(self, cell: Cell) -> optuna.trial.FrozenTrial | None:
         """Of the cell's trials that ended whole, the best by ``_worth``.
 
-        Of several, the one that a report shows (``analysis.pareto.select_cells``): fewer bits, where those are an
+        Of several, as ``analysis.pareto.select_cells`` chooses: fewer bits, which are known here where they are an
         objective, then the smaller key.
         """
         if self._find_study(cell) is None:

@@ -110,8 +110,9 @@ class TaskSearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next task; None to be asked again later.
 
-        Tune asks ahead of what the cluster has room for, so that a worker that comes free finds its next task. With a
-        limit nothing is handed out ahead: Tune's own one (``max_concurrent_trials``) starts one task at a time.
+        Tune asks for more tasks than the cluster has room for, so that a worker that comes free finds its next one.
+        A limit counts all that were handed out, and nothing is then handed out ahead. Tune's own limit
+        (``max_concurrent_trials``) would start one task at a time.
         """
         if self.driver.stopped:
             return Searcher.FINISHED
@@ -151,7 +152,7 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
         ClusterError: Ray on this machine died; the results are kept.
         OSError: ``errno.ENOSPC``: a disk is full, whatever that led to; the results are kept.
         KeyboardInterrupt: Ctrl-C, or ``fqsweep cancel``; what is finished is kept, and of what was in training the
-            last epoch that ended.
+            epoch that ended within ``GRACE_S``, else the last that was saved.
     """
     try:
         return _run(options)
@@ -353,26 +354,27 @@ def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
         with contextlib.suppress(OSError):
             driver.paths.cancel_request.touch()
         print(
-            f"\nstopping: what is in training is saved, for up to {GRACE_S:g} s; Ctrl-C again ends it now",
+            f"\nstopping: what ends an epoch within {GRACE_S:g} s is saved; Ctrl-C again ends it now",
             flush=True,
         )
 
     def run() -> None:
-        is_over = False
-        troubled_s = 0.0
+        troubled_since: float | None = None
         next_look = time.monotonic() + LOOK_AT_RAY_S
         while not over.wait(TICK_S):
             with contextlib.suppress(RuntimeError, OSError):
                 display.tick()
             if not driver.stopped and time.monotonic() > next_look:
-                driver.trouble = driver.trouble or _ray_is_dead(driver.paths)
+                dead = _ray_is_dead(driver.paths)
+                driver.trouble = driver.trouble or dead
                 next_look = time.monotonic() + LOOK_AT_RAY_S
             if not driver.stopped and is_asked_to_stop(driver.paths):
                 driver.trouble = KeyboardInterrupt()
-            troubled_s += TICK_S * driver.stopped
-            if not is_over and troubled_s > GRACE_S:
-                is_over = True
+            if driver.stopped and troubled_since is None:
+                troubled_since = time.monotonic()
+            if troubled_since is not None and time.monotonic() > troubled_since + GRACE_S:
                 signal.pthread_kill(main, signal.SIGTERM)
+                return
 
     heard = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

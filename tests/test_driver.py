@@ -117,8 +117,9 @@ def test_who_stopped_because_it_was_told_to_has_neither_failed_nor_lost_an_attem
     task = books.next()
     assert task is not None
     books.driver.ended(task, Outcome(ending="stopped"))
+    assert books.driver.stopped and books.driver.next_task() is None, "nothing more is handed out"
     book = read_ledger(books.paths)
-    assert task.key not in book.done and not book.failed
+    assert task.key not in book.done and not book.failed and book.num_lost == 0
     again = Books(tmp_path).next()
     assert again is not None and (again.key, again.attempt) == (task.key, 1)
 

@@ -14,7 +14,9 @@ from fqsweep.allocation.problem import Float, Int, spent, weighted_cost, worst_c
 
 MAX_CUTS = 200  # after those of single groups; far more than a handful of groups needs
 CUT_TOLERANCE = 1e-4
-MAX_NODES = 2000  # of HiGHS's tree: half a minute at most, and on every machine the same end
+MAX_NODES = (
+    2000  # of HiGHS's tree: seconds, a minute where there are many groups; the same end on every machine
+)
 
 
 def allocate_minimax(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float) -> tuple[Int, float]:

@@ -69,8 +69,8 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         table = pd.read_parquet(path, engine="pyarrow")
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise InputError(f"{path} cannot be read as a Parquet file: {error}") from error
-    if any(name is not None for name in table.index.names):
-        table = table.reset_index()
+    named = [name for name in table.index.names if name is not None and name not in table.columns]
+    table = table.reset_index(level=named) if named else table
     return table.astype(object).where(table.notna(), "").astype(str)
 
 

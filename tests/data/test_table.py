@@ -164,6 +164,9 @@ def test_parquet_gives_the_same_samples_as_csv(folder: Path) -> None:
     typed.set_index("file").to_parquet(folder / "table.parquet")
     indexed = describe_samples(config(csv="table.parquet", unknown_groups="keep"), data_dir=folder)
     assert indexed.id_n.tolist() == from_csv.id_n.tolist()
+    typed.set_index("file", drop=False).to_parquet(folder / "table.parquet")
+    twice = describe_samples(config(csv="table.parquet", unknown_groups="keep"), data_dir=folder)
+    assert twice.id_n.tolist() == from_csv.id_n.tolist()
     (folder / "table.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match=r"table\.parquet cannot be read as a Parquet file"):
         describe_samples(config(csv="table.parquet"), data_dir=folder)

@@ -107,12 +107,15 @@ class TaskSearcher(Searcher):
         """Tune keeps a copy for its own way of going on, which is not used: ledger and studies are the state."""
         return {}
 
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """The limit is kept in ``suggest``; what Tune is told is how many tasks may wait for a worker."""
+        return True
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next task; None to be asked again later.
 
         Tune asks for more tasks than the cluster has room for, so that a worker that comes free finds its next one.
-        A limit counts all that were handed out, and nothing is then handed out ahead. Tune's own limit
-        (``max_concurrent_trials``) would start one task at a time.
+        A limit counts all that were handed out, and nothing is then handed out ahead.
         """
         if self.driver.stopped:
             return Searcher.FINISHED
@@ -254,6 +257,7 @@ def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions
                 search_alg=TaskSearcher(driver, request, limit=options.max_concurrent),
                 scheduler=ForgetfulScheduler(),
                 num_samples=-1,
+                max_concurrent_trials=driver.num_slots,  # so many may wait; else one, and workers start one by one
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(

@@ -52,6 +52,10 @@ class SweepDriver:
     def stopped(self) -> bool:
         return self.trouble is not None
 
+    def stop_for(self, reason: Exception | KeyboardInterrupt) -> None:
+        """Hand out no more tasks; the first reason stays."""
+        self.trouble = self.trouble or reason
+
     def next_task(self) -> Task | None:
         """The next task, noted as started; None if nothing can start now."""
         task = None
@@ -77,7 +81,7 @@ class SweepDriver:
         try:
             yield
         except Exception as error:
-            self.trouble = self.trouble or error
+            self.stop_for(error)
 
     def ended(self, task: Task, outcome: Outcome) -> None:
         """An attempt ended, and its worker said how."""
@@ -85,13 +89,13 @@ class SweepDriver:
         with self._kept():
             if outcome.ending == "stopped":
                 # Nobody's fault, and the next start hands it out again. The worker may have seen the wish first.
-                self.trouble = self.trouble or KeyboardInterrupt()
+                self.stop_for(KeyboardInterrupt())
                 return
             if outcome.done:
                 self._book(task, outcome.seconds)
             elif outcome.ending == "no_space":
                 # Every other trial would meet the same: nothing is a failure of a cell.
-                self.trouble = self.trouble or no_space(outcome.reason)
+                self.stop_for(no_space(outcome.reason))
             elif outcome.ending == "broken":
                 self._lose(task, outcome.reason)
             elif outcome.ending == "out_of_memory" and self.shares.enlarge(task):
@@ -109,7 +113,7 @@ class SweepDriver:
             elif words is not None:
                 self.ended(task, words)
             elif is_full(self.paths.out):
-                self.trouble = self.trouble or no_space(self.paths.out)
+                self.stop_for(no_space(self.paths.out))
             else:
                 self._lose(task, f"its worker process died (log: {self.paths.log(task.key)})")
 

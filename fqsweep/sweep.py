@@ -354,7 +354,7 @@ def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
     def stop(*_given: Any) -> None:
         if driver.stopped:
             raise KeyboardInterrupt
-        driver.trouble = KeyboardInterrupt()
+        driver.stop_for(KeyboardInterrupt())
         with contextlib.suppress(OSError):
             driver.paths.cancel_request.touch()
         print(
@@ -370,10 +370,11 @@ def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
                 display.tick()
             if not driver.stopped and time.monotonic() > next_look:
                 dead = _ray_is_dead(driver.paths)
-                driver.trouble = driver.trouble or dead
+                if dead is not None:
+                    driver.stop_for(dead)
                 next_look = time.monotonic() + LOOK_AT_RAY_S
             if not driver.stopped and is_asked_to_stop(driver.paths):
-                driver.trouble = KeyboardInterrupt()
+                driver.stop_for(KeyboardInterrupt())
             if driver.stopped and troubled_since is None:
                 troubled_since = time.monotonic()
             if troubled_since is not None and time.monotonic() > troubled_since + GRACE_S:

@@ -96,9 +96,8 @@ class Tracker:
         if result.key in self.logged and self.called[result.key] == names:
             self._retire(result.key, is_over=False)
             return None
-        if (
-            result.key in self.logged
-        ):  # renamed since: parameters cannot change, so that the run is written anew
+        if result.key in self.logged:
+            # Renamed since; parameters of a run cannot change, so that it is written anew.
             self.client.delete_run(self.logged.pop(result.key))
             self.retired.discard(result.key)
         tags = {

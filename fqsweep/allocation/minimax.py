@@ -14,9 +14,8 @@ from fqsweep.allocation.problem import Float, Int, spent, weighted_cost, worst_c
 
 MAX_CUTS = 200  # after those of single groups; far more than a handful of groups needs
 CUT_TOLERANCE = 1e-4
-MAX_NODES = (
-    2000  # of HiGHS's tree: seconds, a minute where there are many groups; the same end on every machine
-)
+# Of HiGHS's tree: seconds, a minute where there are many groups. Not seconds, so that all machines end alike.
+MAX_NODES = 2000
 
 
 def allocate_minimax(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float) -> tuple[Int, float]:

@@ -11,6 +11,7 @@ from fqsweep.config import (
     Allocating,
     ArchitectureConfig,
     BaqMethod,
+    BitLimits,
     DatasetConfig,
     Finetuning,
     Fp32Method,
@@ -30,6 +31,27 @@ from fqsweep.names import NO_VALUE
 RESULT_VERSION = 4
 # Of a method's settings: names, budgets (a cell has its own), and what is hashed by what it comes to.
 NOT_IN_KEY = {"label", "budgets_bits", "budgets_bytes", "match_moments", "reconstruct"}
+# Recorded of every trial; those of fine-tuning only where there is some.
+OF_ALLOCATION = (
+    "importance",
+    "reducer",
+    "allocator",
+    "granularity",
+    "choices",
+    "scale",
+    "exempt",
+    "pin",
+    "limits",
+)
+OF_FINETUNING = (
+    "fairness_weight",
+    "bitrate_weight",
+    "regulariser",
+    "distillation_weight",
+    "bit_gradient",
+    "bit_learning_rate",
+    "settle_frac",
+)
 BASELINE_FIELDS = (
     "epochs",
     "batch_size",
@@ -231,9 +253,7 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
         if name in weights:
             return f"{weights[name]:.6g}"
         value = getattr(settings, name, None)
-        if value is None or (not epochs and name in ("fairness_weight", "regulariser", "distillation_weight")):
-            return NO_VALUE
-        return ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+        return NO_VALUE if not epochs and name in OF_FINETUNING else _option_text(value)
 
     return {
         "dataset": cell.dataset.name,
@@ -244,13 +264,25 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
         "budget_bytes": NO_VALUE if cell.budget_bytes is None else str(cell.budget_bytes),
         "seed": str(cell.seed),
         "group_attribute": cell.group_attribute,
-        **{name: option(name) for name in ("fairness_weight", "bitrate_weight", "importance", "reducer")},
-        **{name: option(name) for name in ("allocator", "granularity", "choices", "scale")},
+        **{name: option(name) for name in OF_ALLOCATION},
         "match_moments": str(matches_moments(cell)).lower(),
         "reconstruct": str(reconstructs(cell)).lower(),
         "finetune_epochs": str(epochs),
-        **{name: option(name) for name in ("regulariser", "distillation_weight")},
+        **{name: option(name) for name in OF_FINETUNING},
     }
+
+
+def _option_text(value: Any) -> str:
+    """A setting as a parameter shows it: ``0,2,4``, ``first:8,last:8``, ``layer4.*:1-4``."""
+    if isinstance(value, tuple | dict) and not value:
+        return NO_VALUE
+    if isinstance(value, BitLimits):
+        return f"{value.min}-{value.max}"
+    if isinstance(value, dict):
+        return ",".join(f"{pattern}:{_option_text(own)}" for pattern, own in value.items())
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return NO_VALUE if value is None else str(value)
 
 
 def budget_text(params: Mapping[str, str]) -> str:

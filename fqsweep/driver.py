@@ -18,7 +18,6 @@ from fqsweep.faults import is_full, no_space
 from fqsweep.files import SweepPaths
 from fqsweep.gpus import GpuShares
 from fqsweep.ledger import note, read_ledger
-from fqsweep.names import PARAMS_NOT_IN_KEY
 from fqsweep.progress import Snapshot
 from fqsweep.results import TrialResult, read_result
 from fqsweep.search import CellState, SweepState
@@ -171,8 +170,7 @@ class SweepDriver:
     def result_of(self, task: Task) -> TrialResult:
         """What a trial left, under the names that the search space has now: they are no part of its key."""
         result = read_result(self.paths.result(task.key))
-        now = run_params(task.cell, weights=dict(task.weights))
-        params = result.params | {name: now[name] for name in PARAMS_NOT_IN_KEY}
+        params = run_params(task.cell, weights=dict(task.weights))
         return replace(result, title=task.cell.title, params=params)
 
     def record(self, result: TrialResult) -> None:

@@ -92,11 +92,17 @@ RUN_PARAMS: tuple[str, ...] = (
     "granularity",
     "choices",
     "scale",
+    "exempt",
+    "pin",
+    "limits",
     "match_moments",
     "reconstruct",
     "finetune_epochs",
     "regulariser",
     "distillation_weight",
+    "bit_gradient",
+    "bit_learning_rate",
+    "settle_frac",
 )
 # Those that are names alone: they may change while the results stay what they are.
 PARAMS_NOT_IN_KEY = ("dataset", "variant")

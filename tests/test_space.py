@@ -148,8 +148,22 @@ def test_what_a_method_does_not_have_is_recorded_as_none(tmp_path: Path) -> None
         "4",
         "0",
     )
+    assert {untuned[name] for name in ("exempt", "pin", "limits", "bit_gradient", "settle_frac")} == {"none"}
     searched = run_params(cell_of(space, "static"), weights={"fairness_weight": 0.125})
     assert (searched["fairness_weight"], searched["choices"]) == ("0.125", "0,1,2,3,4,5,6,7,8")
+
+
+def test_options_of_layers_and_of_learned_bits_are_recorded(tmp_path: Path) -> None:
+    options = """bitrate_weight: 0.01
+    exempt: [last, "*.downsample.*"]
+    pin: {first: 8, "layer1.*": 4}
+    limits: {"layer4.*": {min: 1, max: 4}}
+    bit_learning_rate: 0.05"""
+    params = run_params(cell_of(small_space(tmp_path, ("bitrate_weight: 0.01", options)), "baq"), weights={})
+    assert params["exempt"] == "last,*.downsample.*"
+    assert params["pin"] == "first:8,layer1.*:4"
+    assert params["limits"] == "layer4.*:1-4"
+    assert (params["bit_gradient"], params["bit_learning_rate"]) == ("fracbits", "0.05")
 
 
 # --- identity ------------------------------------------------------------------------------------

@@ -102,7 +102,9 @@ def with_ours(model: nn.Module, kernels: Kernels, *, learn: bool) -> tuple[nn.Mo
     if not learn:
         return model, None
     limits = {"lowest_u": np.zeros(units.num_units), "highest_u": np.full(units.num_units, 8)}
-    return model, LearnedBits(model, units, **limits, budget_bits=BITS, learning_rate=0.02)
+    return model, LearnedBits(
+        model, units, counted_u=units.num_weights_u, **limits, budget_bits=BITS, learning_rate=0.02
+    )
 
 
 def check_agreement(name: str, model: nn.Module, plain: nn.Module) -> None:

@@ -5,6 +5,7 @@ Axes: u units, b bit choices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from fqsweep.allocation import Allocation, Objective, allocate_bits, allocate_by
 from fqsweep.config import Allocating
 from fqsweep.cost_table import Importance, reduce_groups
 from fqsweep.errors import TrialError
+from fqsweep.quant.costs import mean_weight_bits
+from fqsweep.quant.remainder import Remainder
 from fqsweep.quant.units import LayerUnits, UnitTable, matching_names
 
 OBJECTIVES: dict[str, Objective] = {
@@ -23,6 +26,9 @@ OBJECTIVES: dict[str, Objective] = {
     "gap": "gap",
 }
 STEP_BITS = 32
+# A file is full when so little of its budget is left, or after so many allocations more; half of that is aimed at.
+NEAR_FRAC = 0.005
+MOST_ROUNDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,56 @@ def assign_bits(
         raise TrialError(f"allocation: {error}") from error
 
 
+def assign_bits_in_file(
+    settings: Allocating,
+    importance: Importance,
+    units: UnitTable,
+    *,
+    budget_bytes: int,
+    fixed_bytes: int,
+    remainder_of: Callable[[np.ndarray], Remainder],
+) -> tuple[Allocation, Remainder]:
+    """Bits per unit that fill a packed file of ``budget_bytes``, and what that file holds.
+
+    Where channels of 0 bits leave the file, what they free goes to the others: codes and steps are given more bytes
+    for as long as the file still fits.
+
+    Args:
+        fixed_bytes: of the file with all channels in it, what is neither code nor step.
+        remainder_of: bits (u,) -> what the file holds at most.
+
+    Raises:
+        TrialError: the smallest allocation does not fit.
+    """
+
+    def spend(code_bytes: int) -> tuple[Allocation, Remainder]:
+        allocation = assign_bits(settings, importance, units, budget=Budget(code_bytes=code_bytes))
+        return allocation, remainder_of(allocation.bits_u)
+
+    code_bytes = max(budget_bytes - fixed_bytes, _smallest_code_bytes(settings, units))
+    allocation, remainder = spend(code_bytes)
+    if remainder.most_bytes > budget_bytes:
+        raise TrialError(
+            f"a budget of {budget_bytes:,} bytes does not hold the smallest allocation, which takes up to "
+            f"{remainder.most_bytes:,} bytes with biases, norms, exempt layers and the index of bits; raise it, or "
+            "allow smaller choices"
+        )
+    slope = 1.0  # code bytes for each byte by which the file may grow
+    for _ in range(MOST_ROUNDS):
+        left = budget_bytes - remainder.most_bytes
+        if left <= NEAR_FRAC * budget_bytes or allocation.bits_u.all():
+            break
+        more_bytes = code_bytes + int((left - NEAR_FRAC / 2 * budget_bytes) * slope)
+        richer, fuller = spend(more_bytes)
+        if fuller.most_bytes > budget_bytes:
+            slope = (more_bytes - code_bytes) / (fuller.most_bytes - remainder.most_bytes)
+        elif (richer.bits_u == allocation.bits_u).all():
+            break
+        else:
+            code_bytes, allocation, remainder = more_bytes, richer, fuller
+    return allocation, remainder
+
+
 def allowed_choices(settings: Allocating, units: UnitTable, choices: tuple[int, ...]) -> np.ndarray:
     """Which widths each unit may have, bool (u, b): the method's, within the limits of its layer, or the pinned one.
 
@@ -98,9 +154,19 @@ def smallest_mean_bits(settings: Allocating, units: UnitTable) -> float:
     Raises:
         TrialError: as ``allowed_choices``.
     """
+    return mean_weight_bits(units, _smallest_bits(settings, units))
+
+
+def _smallest_code_bytes(settings: Allocating, units: UnitTable) -> int:
+    """Bytes of codes and steps of that allocation, rounded up."""
+    smallest_u = _smallest_bits(settings, units)
+    num_bits = int(units.num_weights_u @ smallest_u) + STEP_BITS * int((smallest_u > 0).sum())
+    return -(-num_bits // 8)
+
+
+def _smallest_bits(settings: Allocating, units: UnitTable) -> np.ndarray:
     choice_b = np.array(settings.measured_choices)
-    smallest_u = choice_b[allowed_choices(settings, units, settings.measured_choices).argmax(axis=1)]
-    return float(units.num_weights_u @ smallest_u / units.num_weights_u.sum())
+    return choice_b[allowed_choices(settings, units, settings.measured_choices).argmax(axis=1)]
 
 
 def _layers_fitting(pattern: str, units: UnitTable, *, option: str) -> list[LayerUnits]:

@@ -29,6 +29,7 @@ from fqsweep.names import NO_VALUE
 
 # Raised when a change of the code changes results, so that finished trials of older code are not reused.
 RESULT_VERSION = 4
+BYTES_VERSION = 2  # the same, of cells whose budget is in bytes
 # Of a method's settings: names, budgets (a cell has its own), and what is hashed by what it comes to.
 NOT_IN_KEY = {"label", "budgets_bits", "budgets_bytes", "match_moments", "reconstruct"}
 # Recorded of every trial; those of fine-tuning only where there is some.
@@ -128,7 +129,7 @@ class Cell(Record):
                 self.architecture,
                 point,
                 self.budget_bits,
-                self.budget_bytes,
+                None if self.budget_bytes is None else [BYTES_VERSION, self.budget_bytes],
                 self.seed,
                 self.recipe,
                 *(["match_moments"] if matches_moments(self) else []),

@@ -8,27 +8,30 @@ Axes: u units, b bit choices.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fqsweep.assignment import Budget, allowed_choices, assign_bits
+from fqsweep.assignment import Budget, allowed_choices, assign_bits, assign_bits_in_file
 from fqsweep.baseline import baseline_log, ensure_importance
 from fqsweep.cells import finetune_epochs, matches_moments, reconstructs
 from fqsweep.checkpoints import Checkpoint
 from fqsweep.config import Allocating, BaqMethod, Finetuning, Fp32Method, UniformMethod
+from fqsweep.cost_table import Importance
 from fqsweep.errors import TrialError
 from fqsweep.files import SweepPaths
 from fqsweep.importance import start_steps
 from fqsweep.quant.at_once import can_quantise_at_once
 from fqsweep.quant.baq import LearnedBits
 from fqsweep.quant.convert import QuantisedState, attach_quantisers, detach_quantisers, freeze_bits
-from fqsweep.quant.costs import FULL_PRECISION_BITS, fixed_packed_bytes, mean_weight_bits
+from fqsweep.quant.costs import FULL_PRECISION_BITS, fixed_packed_bytes
 from fqsweep.quant.kernels import Kernels, choose_kernels
 from fqsweep.quant.moments import Moments, match_moments, noting_moments
 from fqsweep.quant.reconstruction import Reconstruction, noting_patches
+from fqsweep.quant.remainder import bound_remainder
 from fqsweep.quant.units import UnitTable
 from fqsweep.setting import Setting
 from fqsweep.training import Recorder, TrainingLog, TrainingPlan, train
@@ -39,11 +42,19 @@ MOST_MATCHED_IMAGES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What quantisers begin with: a width per unit, int64 (u,), and steps at the widths 0 to 8, float32 (u, 9)."""
+    """What quantisers begin with.
+
+    Attributes:
+        bits_u: a width per unit, int64 (u,).
+        step_ub: steps at the widths 0 to 8, float32 (u, 9).
+        counted_u: weights per unit that the budget counts, int64 (u,): of a budget in bytes, those that are left
+            where channels of 0 bits have left the file.
+    """
 
     units: UnitTable
     bits_u: np.ndarray
     step_ub: np.ndarray
+    counted_u: np.ndarray
 
     @property
     def steps(self) -> dict[str, torch.Tensor]:
@@ -85,30 +96,41 @@ def quantise(
         step_ub = start_steps(
             parent, units, setting.calibration_batches(), choices=(bits,), scale=settings.scale
         )
-        start = Start(units=units, bits_u=np.full(units.num_units, bits), step_ub=step_ub)
+        start = Start(
+            units=units,
+            bits_u=np.full(units.num_units, bits),
+            step_ub=step_ub,
+            counted_u=units.num_weights_u,
+        )
     else:
-        importance = ensure_importance(setting, parent, paths, recorder)
-        allocation = assign_bits(settings, importance, units, budget=_budget(setting, parent, units))
-        start = Start(units=units, bits_u=allocation.bits_u, step_ub=importance.step_ub)
+        start = _allocate(setting, settings, parent, units, ensure_importance(setting, parent, paths, recorder))
     return _finetune(setting, parent, start, weights, recorder, checkpoint)
 
 
-def _budget(setting: Setting, parent: nn.Module, units: UnitTable) -> Budget:
-    """The cell's budget; of bytes on disk, what the file's other parts leave for codes and steps.
+def _allocate(
+    setting: Setting, settings: Allocating, parent: nn.Module, units: UnitTable, importance: Importance
+) -> Start:
+    """Bits under the cell's budget, of mean bits or of bytes on disk.
 
     Raises:
-        TrialError: the file's other parts alone are larger.
+        TrialError: no allocation fits.
     """
     cell = setting.cell
     if cell.budget_bytes is None:
-        return Budget(mean_bits=cell.budget_bits)
-    fixed = fixed_packed_bytes(parent.state_dict(), units, metadata=setting.file_notes)
-    if fixed >= cell.budget_bytes:
-        raise TrialError(
-            f"a budget of {cell.budget_bytes:,} bytes does not even hold what is not quantised ({fixed:,} bytes: "
-            "biases, norms, exempt layers, bit index); raise it"
+        bits_u = assign_bits(settings, importance, units, budget=Budget(mean_bits=cell.budget_bits)).bits_u
+        counted_u = units.num_weights_u
+    else:
+        tensors = {name: tensor.cpu() for name, tensor in parent.state_dict().items()}
+        allocation, remainder = assign_bits_in_file(
+            settings,
+            importance,
+            units,
+            budget_bytes=cell.budget_bytes,
+            fixed_bytes=fixed_packed_bytes(tensors, units, metadata=setting.file_notes),
+            remainder_of=partial(bound_remainder, tensors, units, metadata=setting.file_notes),
         )
-    return Budget(code_bytes=cell.budget_bytes - fixed)
+        bits_u, counted_u = allocation.bits_u, remainder.num_weights_u
+    return Start(units=units, bits_u=bits_u, step_ub=importance.step_ub, counted_u=counted_u)
 
 
 def _finetune(
@@ -200,7 +222,7 @@ def _attach_quantisers(
     cell = setting.cell
     settings = cell.point.settings
     if isinstance(settings, BaqMethod) and plan.epochs:
-        spent = mean_weight_bits(start.units, start.bits_u)
+        spent = float(start.counted_u @ start.bits_u) / float(start.counted_u.sum())
         limit = spent if cell.budget_bits is None else cell.budget_bits
         _learn_bits_into(plan, settings, parent, start, kernels, weights, budget_bits=limit)
     else:
@@ -272,6 +294,7 @@ def _learn_bits_into(
     learned = LearnedBits(
         model,
         units,
+        counted_u=start.counted_u,
         lowest_u=lowest_u,
         highest_u=highest_u,
         budget_bits=budget_bits,

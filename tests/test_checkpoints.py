@@ -72,7 +72,9 @@ def with_learned_bits(settle_epoch: float) -> tuple[nn.Module, TrainingPlan]:
     step_u9 = {layer.name: torch.full((layer.num_units, 9), 0.05) for layer in units.layers}
     attach_quantisers(model, units, step_u9, np.full(units.num_units, 4), learn_bits="fracbits", smallest=1)
     limits = {"lowest_u": np.full(units.num_units, 1), "highest_u": np.full(units.num_units, 8)}
-    learned = LearnedBits(model, units, **limits, budget_bits=4.0, learning_rate=0.1)
+    learned = LearnedBits(
+        model, units, counted_u=units.num_weights_u, **limits, budget_bits=4.0, learning_rate=0.1
+    )
     settings.learned_bits = learned
     settings.freeze = lambda: freeze_bits(model, units, learned.round_under_budget())
     return model, settings

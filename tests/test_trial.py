@@ -202,17 +202,15 @@ def test_a_budget_in_bytes_holds_for_the_file_and_is_spent(
     result = trial(
         with_settings(settings, budget_bytes=budget_bytes), folder, f"{budget_bytes}{settings.method}"
     )
-    assert result.metrics["size/packed_bytes"] <= budget_bytes
-    # Codes and steps fill what the other parts leave; that dropped channels leave the file comes on top.
-    weights = sum(row["units"] * row["weights_per_unit"] for row in result.layers)
-    alive = sum(row["units"] - row["units_at_0"] for row in result.layers)
-    spent = result.metrics["bits/mean_weight"] * weights / 8 + 4 * alive
-    assert budget_bytes - 28_000 < spent < budget_bytes
+    assert sum(row["units_at_0"] for row in result.layers) > 0  # what these would take goes to the others
+    assert 0.97 * budget_bytes < result.metrics["size/packed_bytes"] <= budget_bytes
     assert result.params["budget_bytes"] == str(budget_bytes) and result.params["budget_bits"] == "none"
 
 
-def test_a_budget_in_bytes_below_what_is_not_quantised_fails_the_trial(folder: Path) -> None:
-    with pytest.raises(TrialError, match=r"a budget of 900 bytes does not even hold what is not quantised"):
+def test_a_budget_in_bytes_below_the_smallest_file_fails_the_trial(folder: Path) -> None:
+    with pytest.raises(
+        TrialError, match=r"a budget of 900 bytes does not hold the smallest allocation, which takes"
+    ):
         trial(with_settings(StaticMethod(method="static"), budget_bytes=900), folder, "tiny")
 
 

@@ -44,6 +44,7 @@ class LearnedBits:
 
     Args:
         model: with ``LearnedBitsWeight`` quantisers on every layer of ``units``.
+        counted_u: weights per unit that the budget counts, int64 (u,).
         lowest_u, highest_u: limits per unit; equal for pinned units.
         budget_bits: mean bits per weight that are never exceeded after a step.
         learning_rate: bits that a unit of typical gradient moves in a training step.
@@ -54,20 +55,21 @@ class LearnedBits:
         model: nn.Module,
         units: UnitTable,
         *,
+        counted_u: np.ndarray,
         lowest_u: np.ndarray,
         highest_u: np.ndarray,
         budget_bits: float,
         learning_rate: float,
     ) -> None:
         quantisers = quantisers_of(model)
-        self.units = units
+        self.counted_u = counted_u
         self.parameters: list[nn.Parameter] = []
         for layer in units.layers:
             quantiser = quantisers[layer.name]
             assert isinstance(quantiser, LearnedBitsWeight)
             self.parameters.append(quantiser.free_bits_u)
         device = self.parameters[0].device
-        self.num_weights_u = torch.as_tensor(units.num_weights_u, dtype=torch.float32, device=device)
+        self.num_weights_u = torch.as_tensor(counted_u, dtype=torch.float32, device=device)
         self.share_u = self.num_weights_u / self.num_weights_u.sum()
         self.lowest_u = torch.as_tensor(lowest_u, dtype=torch.float32, device=device)
         self.highest_u = torch.as_tensor(highest_u, dtype=torch.float32, device=device)
@@ -172,7 +174,7 @@ class LearnedBits:
         low, high = int(self.lowest_u.min()), int(self.highest_u.max())
         choices = list(range(low, high + 1))
         lowest_u, highest_u = self.lowest_u.cpu().numpy(), self.highest_u.cpu().numpy()
-        num_weights_u = self.units.num_weights_u
+        num_weights_u = self.counted_u
         distance_ub = num_weights_u[:, None] * (np.array(choices)[None, :] - free_u[:, None]) ** 2
         allowed_ub = (np.array(choices) >= lowest_u[:, None]) & (np.array(choices) <= highest_u[:, None])
         cost_gub = np.where(allowed_ub, distance_ub, np.inf)[None]

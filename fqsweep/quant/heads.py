@@ -119,7 +119,7 @@ def remove_head_channels(state: UnpackedWeights, name: str, attention: Attention
     ]
     # Heads come first in the windowed order, last but one in the plain one.
     rows = torch.stack(picked).flatten() if attention.has_equal_dims else torch.cat(picked, dim=1).flatten()
-    _take_rows(state, f"{name}.qkv", rows)
+    state.keep_rows(f"{name}.qkv", rows)
     columns = (heads[:, None] * shape.value_dim + value_pick).flatten()
     state[f"{name}.proj.weight"] = state[f"{name}.proj.weight"][:, columns].contiguous()
     if f"{name}.attention_biases" in state:
@@ -193,13 +193,3 @@ def _scale_queries(state: UnpackedWeights, name: str, attention: Attention, fact
         bias = state[f"{name}.qkv.bias"].clone()
         bias[rows] *= factor
         state[f"{name}.qkv.bias"] = bias
-
-
-def _take_rows(state: UnpackedWeights, name: str, rows: torch.Tensor) -> None:
-    key = f"{name}.weight"
-    if key in state.bits and len(state.bits[key]) == len(state[key]):
-        state.bits[key] = state.bits[key][rows.numpy()]
-        state.steps[key] = state.steps[key][rows.numpy()]
-    for entry in (key, f"{name}.bias"):
-        if entry in state:
-            state[entry] = state[entry][rows].contiguous()

@@ -128,7 +128,7 @@ def shrink(blob: bytes) -> bytes:
     notes = read_notes(metadata)
     state = unpack_weights(blob)
     build = partial(_untrained, notes, metadata)
-    removable = _removable_channels(notes)
+    removable = removable_channels(notes)
     small = remove_dropped_channels(state, build, image_size=notes.image_size, removable=removable)
     if count_values(small) == count_values(state):
         return blob
@@ -137,7 +137,7 @@ def shrink(blob: bytes) -> bytes:
 
 
 @lru_cache(maxsize=8)
-def _removable_channels(notes: ModelNotes) -> Removable:
+def removable_channels(notes: ModelNotes) -> Removable:
     """Traced once a process: a sweep has many trials of one network."""
     return find_removable(partial(_untrained, notes, {}), image_size=notes.image_size)
 

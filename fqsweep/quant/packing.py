@@ -73,23 +73,36 @@ class UnpackedWeights(dict[str, torch.Tensor]):
         bits: tensor name -> uint8 widths per unit; steps: the float32 steps.
         float_columns: tensor name -> number of last input columns that lie on no grid.
         heads: attention layer -> its sizes, where they are not the architecture's.
+        numbers: tensor name -> what its units are called; is in no file, and follows the units that are kept.
     """
 
     bits: dict[str, np.ndarray]
     steps: dict[str, np.ndarray]
     float_columns: dict[str, int]
     heads: dict[str, HeadShape]
+    numbers: dict[str, np.ndarray]
 
     def __init__(self, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
         super().__init__(tensors or {})
-        self.bits, self.steps, self.float_columns, self.heads = {}, {}, {}, {}
+        self.bits, self.steps, self.float_columns, self.heads, self.numbers = {}, {}, {}, {}, {}
 
     def copy(self) -> UnpackedWeights:
         """The same tensors in a mapping that can be changed."""
         other = UnpackedWeights(self)
-        other.bits, other.steps = dict(self.bits), dict(self.steps)
+        other.bits, other.steps, other.numbers = dict(self.bits), dict(self.steps), dict(self.numbers)
         other.float_columns, other.heads = dict(self.float_columns), dict(self.heads)
         return other
+
+    def keep_rows(self, name: str, rows: torch.Tensor) -> None:
+        """Keep some rows of a layer, in this order: weight and bias, and what is known of its units."""
+        key = f"{name}.weight"
+        has_units = len(self.bits.get(key, ())) == len(self[key])
+        for known in (self.bits, self.steps, self.numbers) if has_units else ():
+            if key in known:
+                known[key] = known[key][rows.numpy()]
+        for entry in (key, f"{name}.bias"):
+            if entry in self:
+                self[entry] = self[entry][rows].contiguous()
 
     def pack(self, metadata: Mapping[str, str]) -> bytes:
         """The packed file of these weights."""

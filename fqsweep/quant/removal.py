@@ -21,7 +21,7 @@ Axes: c channels of a chain, r rows (output channels) of a layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,8 +82,14 @@ def remove_dropped_channels(
     """
     if state.float_columns or state.heads:
         return state
+    small = take_out_channels(state, removable or find_removable(build, image_size=image_size))
+    _compare(state, small, build, image_size)
+    return small
+
+
+def take_out_channels(state: UnpackedWeights, removable: Removable) -> UnpackedWeights:
+    """``remove_dropped_channels`` without the comparison of logits; the given state is left as it is."""
     small = state.copy()
-    removable = removable or find_removable(build, image_size=image_size)
     # From the output backwards: what a later layer stops reading can leave an earlier one.
     for chain in reversed(removable.chains):
         _shorten(small, chain)
@@ -91,7 +97,6 @@ def remove_dropped_channels(
         shape = remove_head_channels(small, name, attention)
         if shape is not None:
             small.heads[name] = shape
-    _compare(state, small, build, image_size)
     return small
 
 
@@ -141,7 +146,7 @@ def _shorten(state: UnpackedWeights, chain: Chain) -> None:
     if any(consumer.is_padded for consumer in chain.consumers):
         folded = torch.zeros(0, dtype=torch.long)
         merged = speaks_c.nonzero()[:, 0]
-        if len(merged) < 2 or not all(_merger_pays(state, c.name, len(merged)) for c in chain.consumers):
+        if len(merged) < 2 or not _merger_pays(state, chain.consumers, len(merged)):
             merged = merged[:0]
     else:
         folded, merged = speaks_c.nonzero()[:, 0], torch.zeros(0, dtype=torch.long)
@@ -158,10 +163,10 @@ def _shorten(state: UnpackedWeights, chain: Chain) -> None:
         _keep_columns(state, consumer.name, kept, merged, seen.value_c[merged])
     if len(merged):
         kept = torch.cat([kept, merged[_loudest(seen.value_c[merged])][None]])
-    _keep_rows(state, chain.producer, kept)
+    state.keep_rows(chain.producer, kept)
     for step in chain.steps:
         if isinstance(step, Depthwise):
-            _keep_rows(state, step.name, kept)
+            state.keep_rows(step.name, kept)
         elif isinstance(step, Norm):
             _keep_entries(state, [f"{step.name}.{entry}" for entry in NORM_ENTRIES], kept)
 
@@ -207,12 +212,15 @@ def _unread(state: UnpackedWeights, chain: Chain) -> torch.Tensor:
     return torch.stack([w.transpose(0, 1).flatten(1).eq(0).all(dim=1) for w in weights]).all(dim=0)
 
 
-def _merger_pays(state: UnpackedWeights, name: str, num_columns: int) -> bool:
-    """Whether one float32 column of the rows in use takes less room than the columns that it stands for."""
-    bits_u = state.bits.get(f"{name}.weight")
-    if bits_u is None:
-        return True
-    return num_columns * int(bits_u.astype(np.int64).sum()) > FLOAT_BITS * int((bits_u > 0).sum())
+def _merger_pays(state: UnpackedWeights, consumers: Sequence[Consumer], num_columns: int) -> bool:
+    """Whether float32 columns, one a consumer, of the rows in use take less room than those they stand for."""
+    saved = 0
+    for consumer in consumers:
+        weight = state[f"{consumer.name}.weight"]
+        bits_u = state.bits.get(f"{consumer.name}.weight", np.array([FLOAT_BITS]))
+        coded = num_columns * int(bits_u.astype(np.int64).sum()) - FLOAT_BITS * int((bits_u > 0).sum())
+        saved += coded * (weight[:, 0].numel() // len(bits_u))
+    return saved > 0
 
 
 def _loudest(value_c: torch.Tensor) -> torch.Tensor:
@@ -248,16 +256,6 @@ def _keep_columns(
         if key in state.bits:
             state.float_columns[key] = 1
     state[key] = columns.contiguous()
-
-
-def _keep_rows(state: UnpackedWeights, name: str, kept: torch.Tensor) -> None:
-    """Keep some output channels of a layer, with their bits and steps."""
-    key = f"{name}.weight"
-    num_rows = len(state[key])
-    _keep_entries(state, [key, f"{name}.bias"], kept)
-    if key in state.bits and len(state.bits[key]) == num_rows:
-        state.bits[key] = state.bits[key][kept.numpy()]
-        state.steps[key] = state.steps[key][kept.numpy()]
 
 
 def _keep_entries(state: UnpackedWeights, keys: list[str], kept: torch.Tensor) -> None:

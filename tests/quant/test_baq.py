@@ -112,7 +112,13 @@ def learner(
     spread = np.ones(units.num_units, dtype=np.int64)
     attach_quantisers(model, units, steps, spread * bits, learn_bits=how)
     learned = LearnedBits(
-        model, units, lowest_u=spread * low, highest_u=spread * high, budget_bits=budget, learning_rate=rate
+        model,
+        units,
+        counted_u=units.num_weights_u,
+        lowest_u=spread * low,
+        highest_u=spread * high,
+        budget_bits=budget,
+        learning_rate=rate,
     )
     return learned, units
 

@@ -200,7 +200,11 @@ def test_a_training_step_reads_nothing_back_from_the_device(learn: str | None, a
     bits_u = np.arange(units.num_units) % 8
     attach_quantisers(model, units, steps, bits_u, learn_bits=learn)
     bounds = {"lowest_u": np.zeros(units.num_units), "highest_u": np.full(units.num_units, 8)}
-    learned = LearnedBits(model, units, **bounds, budget_bits=3.0, learning_rate=0.1) if learn else None
+    learned = (
+        LearnedBits(model, units, counted_u=units.num_weights_u, **bounds, budget_bits=3.0, learning_rate=0.1)
+        if learn
+        else None
+    )
     regulariser = GroupRegulariser("gap", 2)
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     image, label, group = torch.randn(6, 3, 6, 6), torch.arange(6) % 4, torch.arange(6) % 2

@@ -22,6 +22,7 @@ ALLOCATION = ("tests/test_allocation.py", "tests/test_quantile.py")
 FAIRNESS = ("tests/test_fairness.py",)
 TRAINING = ("tests/test_training.py",)
 PACKING = ("tests/quant/test_packing.py",)
+REMAINDER = ("tests/quant/test_remainder.py",)
 QUANTISER = ("tests/quant/test_grid.py", "tests/quant/test_convert.py", "tests/quant/test_baq.py")
 IMPORTANCE = ("tests/test_importance.py", "tests/test_importance_matched.py")
 MOMENTS = ("tests/quant/test_moments.py",)
@@ -41,7 +42,8 @@ class Mutant:
 
 HULL, MINIMAX = "fqsweep/allocation/hull.py", "fqsweep/allocation/minimax.py"
 PROBLEM, GROUPS = "fqsweep/allocation/problem.py", "fqsweep/fairness.py"
-FILE, KERNELS = "fqsweep/quant/packing.py", "fqsweep/quant/kernels.py"
+FILE, CODES = "fqsweep/quant/packing.py", "fqsweep/quant/codes.py"
+KERNELS, REST = "fqsweep/quant/kernels.py", "fqsweep/quant/remainder.py"
 REFIT, NATIVE = "fqsweep/quant/reconstruction.py", "fqsweep/quant/at_once_native.cpp"
 BAQ, CONVERT, LEVELS = "fqsweep/quant/baq.py", "fqsweep/quant/convert.py", "fqsweep/quant/levels.py"
 
@@ -60,12 +62,15 @@ MUTANTS = (
     Mutant(MINIMAX, "range(len(queue) + MAX_CUTS)", "range(60)", ALLOCATION),
     Mutant(MINIMAX, "cost_g + share * (", "cost_g - share * (", ALLOCATION),
     # The file: codes, their order, steps and widths.
-    Mutant(FILE, "np.arange(width - 1, -1, -1, dtype=np.uint8)) & 1", "np.arange(width, dtype=np.uint8)) & 1", PACKING),
-    Mutant(FILE, "(level_un + LIMIT_BY_BITS[width])", "(level_un + LIMIT_BY_BITS[width] + 1)", PACKING),
-    Mutant(FILE, "return (level_un > 0)", "return (level_un < 0)", PACKING),
-    Mutant(FILE, "packed >> 4, packed & 15", "packed & 15, packed >> 4", PACKING),
+    Mutant(CODES, "np.arange(width - 1, -1, -1, dtype=np.uint8)) & 1", "np.arange(width, dtype=np.uint8)) & 1", PACKING),
+    Mutant(CODES, "(level_un + LIMIT_BY_BITS[width])", "(level_un + LIMIT_BY_BITS[width] + 1)", PACKING),
+    Mutant(CODES, "return (level_un > 0)", "return (level_un < 0)", PACKING),
+    Mutant(CODES, "packed >> 4, packed & 15", "packed & 15, packed >> 4", PACKING),
     Mutant(FILE, "return float(2 * absmax)", "return float(absmax)", PACKING),
     Mutant(FILE, "position[width] = end", "position[width] = 0", PACKING),
+    Mutant(REST, "num_weights_u[gone] = 1", "num_weights_u[gone] = layer.num_weights", REMAINDER),
+    Mutant(REST, "np.where(own_u == 1, 2.0, 1.0)", "np.where(own_u == 1, 1.0, 1.0)", REMAINDER),
+    Mutant(REST, "torch.from_numpy(own_u > 0)", "torch.from_numpy(own_u > 1)", REMAINDER),
     # Group metrics.
     Mutant(GROUPS, "predicted_gc - hit_gc, total_g1 - true_gc", "predicted_gc, total_g1 - true_gc", FAIRNESS),
     Mutant(GROUPS, "tpr_gc = _divide(hit_gc, true_gc)", "tpr_gc = _divide(hit_gc, predicted_gc)", FAIRNESS),

@@ -16,8 +16,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from fqsweep.quant.codes import codes_as_bytes
 from fqsweep.quant.levels import LIMIT_BY_BITS, MAX_BITS
-from fqsweep.quant.packing import UnpackedWeights, codes_as_bytes
+from fqsweep.quant.packing import UnpackedWeights
 
 DOMAIN = "fqsweep"
 OPSET = 21

@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from fqsweep.quant.codes import codes_of, codes_to_bytes, levels_from_bytes, pair_widths, unpair_widths
 from fqsweep.quant.levels import LIMIT_BY_BITS, MAX_BITS, absmax_steps, limits_of, round_to_levels
 
 FORMAT = "fqsweep-packed"
@@ -165,13 +166,15 @@ def pack_weights(
         for width in range(1, MAX_BITS + 1):
             rows = bits_u == width
             if rows.any():
-                codes[width].append(_codes(level_un[rows], width))
+                codes[width].append(codes_of(level_un[rows], width))
         all_bits.append(bits_u.numpy().astype(np.uint8))
         all_steps.append(step_u[bits_u > 0].numpy())
     for width, parts in codes.items():
         if parts:
-            tensors[f"codes.{width}"] = torch.from_numpy(_to_bytes(np.concatenate(parts), width))
-    tensors["bits"] = torch.from_numpy(_pair(np.concatenate(all_bits) if all_bits else np.zeros(0, np.uint8)))
+            tensors[f"codes.{width}"] = torch.from_numpy(codes_to_bytes(np.concatenate(parts), width))
+    tensors["bits"] = torch.from_numpy(
+        pair_widths(np.concatenate(all_bits) if all_bits else np.zeros(0, np.uint8))
+    )
     tensors["steps"] = torch.from_numpy(np.concatenate(all_steps) if all_steps else np.zeros(0, np.float32))
     return _to_file(tensors, layers, metadata or {}, heads or {})
 
@@ -295,7 +298,7 @@ def _checksum(tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> 
 
 def _rebuild(tensors: dict[str, torch.Tensor], layers: list[dict[str, Any]]) -> UnpackedWeights:
     num_units = sum(layer["units"] for layer in layers)
-    bits_all = _unpair(tensors["bits"].numpy(), num_units)
+    bits_all = unpair_widths(tensors["bits"].numpy(), num_units)
     if len(tensors["steps"]) != int((bits_all > 0).sum()):
         raise PackedFileError("damaged packed model: steps and bits do not fit together")
     step_all = np.zeros(num_units, dtype=np.float32)
@@ -306,7 +309,7 @@ def _rebuild(tensors: dict[str, torch.Tensor], layers: list[dict[str, Any]]) -> 
     for width in range(1, MAX_BITS + 1):
         count = int(weights_all[bits_all == width].sum())
         if count:
-            levels[width] = _from_bytes(tensors[f"codes.{width}"].numpy(), count, width)
+            levels[width] = levels_from_bytes(tensors[f"codes.{width}"].numpy(), count, width)
     state = UnpackedWeights()
     position = dict.fromkeys(levels, 0)
     start = 0
@@ -403,47 +406,3 @@ def _grid_step(weight_n: torch.Tensor, bits: int) -> float | None:
             if bool((level_n.abs() <= limit).all()) and torch.equal(level_n * step, weight_n):
                 return float(step)
     return None
-
-
-def codes_as_bytes(weight_un: np.ndarray, step_u: np.ndarray, bits: int) -> np.ndarray:
-    """The codes of units of one width as in a packed file, but padded to whole bytes for every 8 codes.
-
-    Args:
-        weight_un: float32 (u, n), on the grid of ``step_u``; bits: 1 to 8.
-    """
-    widths = torch.full((len(step_u),), bits)
-    level_un = round_to_levels(
-        torch.from_numpy(weight_un), torch.from_numpy(step_u)[:, None], *limits_of(widths)
-    )
-    code_n = _codes(level_un, bits)
-    return _to_bytes(np.concatenate([code_n, np.zeros(-len(code_n) % 8, dtype=np.uint8)]), bits)
-
-
-def _codes(level_un: torch.Tensor, width: int) -> np.ndarray:
-    """Levels as whole numbers from 0, uint8 (count,)."""
-    if width == 1:
-        return (level_un > 0).numpy().astype(np.uint8).ravel()
-    return (level_un + LIMIT_BY_BITS[width]).numpy().astype(np.uint8).ravel()
-
-
-def _to_bytes(code_n: np.ndarray, width: int) -> np.ndarray:
-    plane_nb = (code_n[:, None] >> np.arange(width - 1, -1, -1, dtype=np.uint8)) & 1
-    return np.packbits(plane_nb.astype(np.uint8).ravel())
-
-
-def _from_bytes(packed: np.ndarray, count: int, width: int) -> np.ndarray:
-    """Levels, float32 (count,)."""
-    if len(packed) != (count * width + 7) // 8:
-        raise PackedFileError(f"damaged packed model: codes of {width} bits have {len(packed)} bytes")
-    plane_nb = np.unpackbits(packed, count=count * width).reshape(count, width)
-    code_n = plane_nb @ (1 << np.arange(width - 1, -1, -1)).astype(np.float32)
-    return (code_n - LIMIT_BY_BITS[width]).astype(np.float32)
-
-
-def _pair(value_n: np.ndarray) -> np.ndarray:
-    padded = np.concatenate([value_n, np.zeros(len(value_n) % 2, dtype=np.uint8)])
-    return (padded[0::2] << 4 | padded[1::2]).astype(np.uint8)
-
-
-def _unpair(packed: np.ndarray, count: int) -> np.ndarray:
-    return np.stack([packed >> 4, packed & 15], axis=1).ravel()[:count]

@@ -114,9 +114,10 @@ class OptunaStudies:
         Of several, as ``analysis.pareto.select_cells`` chooses: fewer bits, which are known here where they are an
         objective, then the smaller key.
         """
-        if self._find_study(cell) is None:
+        study = self._find_study(cell)  # as it is: ``_study`` would keep it, with a sampler, though its cell is done
+        if study is None:
             return None
-        ended = self._study(cell).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         bits = self.config.objectives.index(BITS) if BITS in self.config.objectives else None
 
         def rank(trial: optuna.trial.FrozenTrial) -> tuple[float, float, str]:
@@ -127,9 +128,10 @@ class OptunaStudies:
 
     def asked_before(self, cell: Cell) -> list[tuple[int, dict[str, float]]]:
         """Numbers and values of the trials that an earlier start asked for, however they ended."""
-        if self._find_study(cell) is None:
+        study = self._find_study(cell)
+        if study is None:
             return []
-        known = self._study(cell).get_trials(deepcopy=False)
+        known = study.get_trials(deepcopy=False)
         return [(trial.number, dict(trial.params)) for trial in known if trial.state != TrialState.WAITING]
 
     def _warm_start(self, cell: Cell, study: optuna.Study) -> None:

@@ -157,6 +157,18 @@ def test_a_neighbouring_budget_gives_its_best_weights_to_the_next_study_once(tmp
     assert again.ask(three)[1] not in (asked[1][1], {"fairness_weight": 0.25})
 
 
+def test_nothing_is_held_for_cells_whose_trials_have_ended(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    studies = OptunaStudies(space.search, tmp_path / "journal")
+    cell = searched_cell(space)
+    for _ in range(space.search.trials_per_cell):
+        number, _weights = studies.ask(cell)
+        studies.tell(cell, number, METRICS)
+    assert studies.chosen(cell) is not None
+    assert studies.asked_before(cell)
+    assert not studies.studies
+
+
 def test_the_weights_that_are_repeated_are_those_that_the_report_chooses(tmp_path: Path) -> None:
     config = SearchConfig(objectives=("val/acc_gap", "val/auc_worst"))
     cell = searched_cell(small_space(tmp_path))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -175,6 +176,15 @@ def test_macro_auc_is_the_share_of_pairs_in_the_right_order() -> None:
     labels = np.array([1, 0, 1, 0])
     # Of the pairs (positive, negative) three of four are in order; the other class mirrors it.
     assert macro_auc(np.stack([1 - score, score], axis=1), labels) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("digits", [1, 2, 17])
+def test_macro_auc_is_that_of_a_known_library_with_ties_and_without(digits: int) -> None:
+    generator = np.random.default_rng(digits)
+    probability = generator.dirichlet(np.ones(5), size=200).round(digits)
+    labels = generator.integers(0, 4, 200)
+    areas = [roc_auc_score(labels == c, probability[:, c]) for c in range(4)]
+    assert macro_auc(probability, labels) == pytest.approx(np.mean(areas), abs=1e-14)
 
 
 def test_macro_auc_leaves_out_classes_without_positives_and_is_nan_where_none_is_left() -> None:

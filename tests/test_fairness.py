@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from fqsweep.fairness import calibration_error, fairness_report, macro_auc, score_probabilities
 from fqsweep.names import GROUP_METRICS

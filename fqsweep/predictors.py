@@ -184,7 +184,7 @@ def _group_gradient(
         chosen = group == group_index
         if chosen.any():
             loss = F.cross_entropy(model(image[chosen]), label[chosen], reduction="sum")
-            for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            for name, gradient in zip(weights, _gradients(loss, weights), strict=True):
                 total[name] += gradient
     model.requires_grad_(False)
     return total
@@ -193,6 +193,11 @@ def _group_gradient(
 def _watched_weights(model: nn.Module, units: UnitTable) -> dict[str, torch.Tensor]:
     layers = quantisable_layers(model)
     return {layer.name: layers[layer.name].weight.requires_grad_() for layer in units.layers}
+
+
+def _gradients(loss: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The loss gradient at every weight; zeros where the network does not use it."""
+    return torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
 
 
 def fisher_costs(
@@ -204,8 +209,7 @@ def fisher_costs(
     for image, label, group in batches():
         for i in range(len(image)):
             loss = F.cross_entropy(model(image[i : i + 1]), label[i : i + 1])
-            gradients = torch.autograd.grad(loss, list(weights.values()))
-            for name, gradient in zip(weights, gradients, strict=True):
+            for name, gradient in zip(weights, _gradients(loss, weights), strict=True):
                 fisher_g[int(group[i])][name] += gradient.square()
     model.requires_grad_(False)
     tables = []
@@ -271,13 +275,15 @@ def _add_traces(
 ) -> None:
     """Add Hutchinson's estimates v . Hv of the Hessian's trace over each unit's weights, one a probe, in place."""
     watched = list(weights.values())
-    gradients = torch.autograd.grad(loss, watched, create_graph=True)
+    found = torch.autograd.grad(loss, watched, create_graph=True, allow_unused=True)
+    is_used = [gradient is not None for gradient in found]
+    gradients = [gradient for gradient in found if gradient is not None]
     for probe_index in range(HUTCHINSON_PROBES):
         probes = [_rademacher(weight, generator) for weight in watched]
         products = torch.autograd.grad(
             gradients,
             watched,
-            grad_outputs=probes,
+            grad_outputs=[probe for probe, used in zip(probes, is_used, strict=True) if used],
             retain_graph=probe_index < HUTCHINSON_PROBES - 1,
             allow_unused=True,
         )

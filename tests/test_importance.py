@@ -284,6 +284,15 @@ def test_layers_that_meet_no_gradient_at_their_output_have_their_costs_too(
     assert not any(p.requires_grad is False for p in network.parameters())
 
 
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_a_layer_that_the_network_does_not_use_costs_nothing(model: nn.Module, predictor: str) -> None:
+    model.unused = nn.Linear(4, 4)
+    found, units = measure(model, predictor, images())
+    part = next(layer for layer in units.layers if layer.name == "unused")
+    assert (found.cost_gub[:, part.start : part.stop] == 0).all()
+    assert (found.cost_gub[:, : part.start].sum(axis=(1, 2)) > 0).all()
+
+
 # --- start steps ---------------------------------------------------------------------------------
 
 

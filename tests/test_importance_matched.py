@@ -86,13 +86,6 @@ def test_matched_costs_are_those_of_what_remains_of_a_layers_outputs(
         assert np.allclose(now_gu, wanted_gu, rtol=2e-3, atol=1e-5 * found.cost_gub.max()), (name, bits)
 
 
-def test_a_layer_that_the_network_does_not_use_costs_nothing(model: nn.Module) -> None:
-    model.unused = nn.Linear(4, 4)
-    found, units = measure(model, "taylor_matched", images())
-    part = next(layer for layer in units.layers if layer.name == "unused")
-    assert (found.cost_gub[:, part.start : part.stop] == 0).all()
-
-
 def test_a_wrong_scale_costs_nothing_once_it_is_matched() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 4), nn.Tanh(), nn.Linear(4, 3))

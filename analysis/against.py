@@ -22,7 +22,6 @@ from analysis.columns import (
     CELL,
     PANEL,
     REFERENCE_VARIANT,
-    budget_order,
     check_selection_metric,
     is_maximized,
     on_test,
@@ -32,7 +31,7 @@ from analysis.columns import (
 from analysis.stats import MIN_SEEDS, PairedTest, paired_test
 from analysis.tables import markdown_safe
 from fqsweep.errors import InputError
-from fqsweep.names import NO_VALUE
+from fqsweep.names import NO_VALUE, budget_order
 
 DEFAULT_METRICS = ("balanced_acc_worst", "auc_worst")
 MARGIN_POINTS = 1.0

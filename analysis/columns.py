@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from fqsweep.errors import InputError
-from fqsweep.names import GROUP_METRICS, NO_VALUE, metric_of
+from fqsweep.names import GROUP_METRICS, NO_VALUE, budget_label, budget_order, metric_of
 
 PANEL = ("dataset", "group_attribute", "architecture")  # what may be compared with each other
 POINT = (*PANEL, "variant", "budget")  # one marker of a figure, one row of a table
@@ -98,36 +98,12 @@ def with_budget(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(**numbers, method=method, budget=labels)
 
 
-def budget_label(budget_bits: float, budget_bytes: float) -> str:
-    """A budget as it is written, without loss.
-
-    >>> budget_label(0.5, math.nan), budget_label(math.nan, 1_500_000), budget_label(math.nan, math.nan)
-    ('0.5', '1.5 MB', 'none')
-    """
-    if math.isfinite(budget_bytes):
-        unit, size = ("MB", 1e6) if budget_bytes >= 1e6 else ("kB", 1e3)
-        return f"{budget_bytes / size:.12g} {unit}"
-    return f"{budget_bits:.12g}" if math.isfinite(budget_bits) else NO_VALUE
-
-
 def tie_column(runs: pd.DataFrame) -> str:
     """The column that decides between runs of equal figures, the smaller first.
 
     A trial's key, where there is one: it stays the same when a sweep is run or recorded again; run ids are random.
     """
     return "key" if "key" in runs and runs["key"].notna().all() else "run_id"
-
-
-def budget_order(label: str) -> tuple[int, float]:
-    """Sort key of budgets: none, then bits ascending, then bytes ascending.
-
-    >>> sorted(["900 kB", "1.5 MB", "4", "none", "0.5"], key=budget_order)
-    ['none', '0.5', '4', '900 kB', '1.5 MB']
-    """
-    if label == NO_VALUE:
-        return 0, 0.0
-    number, _, unit = label.partition(" ")
-    return (2, float(number) * {"MB": 1e6, "kB": 1e3}[unit]) if unit else (1, float(number))
 
 
 def budgets(frame: pd.DataFrame) -> list[str]:

@@ -15,7 +15,6 @@ from analysis.columns import (
     CELL,
     PANEL,
     POINT,
-    budget_order,
     check_selection_metric,
     is_full_precision,
     is_maximized,
@@ -25,7 +24,7 @@ from analysis.columns import (
 )
 from analysis.stats import student_half_width
 from fqsweep.errors import InputError
-from fqsweep.names import GROUP_METRICS, Direction
+from fqsweep.names import GROUP_METRICS, Direction, budget_order
 
 REFERENCE_BITS = 8.0  # the widest quantised weight
 REFERENCE_VALUE = {True: 0.0, False: 1.0}  # the worst fraction, by whether the metric is maximised

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from functools import cached_property
 from typing import Any, TypeGuard
 
@@ -25,7 +25,7 @@ from fqsweep.config import (
     WeightRange,
     content_hash,
 )
-from fqsweep.names import NO_VALUE
+from fqsweep.names import NO_VALUE, budget_label
 
 # Raised when a change of the code changes results, so that finished trials of older code are not reused.
 RESULT_VERSION = 4
@@ -115,6 +115,12 @@ class Cell(Record):
             budget = f"@{self.budget_bytes}B"
         data = f"{self.dataset.name}/{self.group_attribute}"
         return f"{data} {self.architecture.name} {self.point.variant}{budget} seed {self.seed}"
+
+    @property
+    def budget(self) -> str:
+        """Its budget as it is written, ``none`` where it has none."""
+        known = (math.nan if value is None else float(value) for value in (self.budget_bits, self.budget_bytes))
+        return budget_label(*known)
 
     @cached_property
     def key(self) -> str:
@@ -284,26 +290,6 @@ def _option_text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return NO_VALUE if value is None else str(value)
-
-
-def budget_text(params: Mapping[str, str]) -> str:
-    """The budget in a run's parameters as people write it: ``0.5 bit``, ``500,000 B``, or ``fp32``."""
-    if params.get("budget_bytes", NO_VALUE) != NO_VALUE:
-        return f"{int(params['budget_bytes']):,} B"
-    return "fp32" if params["budget_bits"] == NO_VALUE else f"{float(params['budget_bits']):g} bit"
-
-
-def budget_order(text: str) -> tuple[int, float]:
-    """Sorts what ``budget_text`` gives: mean bits, then bytes, then full precision.
-
-    Example:
-        >>> sorted(["fp32", "1,500 B", "2 bit", "900 B", "0.5 bit"], key=budget_order)
-        ['0.5 bit', '2 bit', '900 B', '1,500 B', 'fp32']
-    """
-    if text == "fp32":
-        return 2, 0.0
-    number, unit = text.split()
-    return int(unit == "B"), float(number.replace(",", ""))
 
 
 def granularity_of(cell: Cell) -> Granularity:

@@ -7,17 +7,19 @@ thread. Each step can be found done or not done at the next start.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fqsweep.cells import budget_order, budget_text, finetune_epochs, run_params, trial_key
+from fqsweep.cells import finetune_epochs, run_params, trial_key
 from fqsweep.estimate import CostModel
 from fqsweep.faults import is_full, no_space
 from fqsweep.files import SweepPaths
 from fqsweep.gpus import GpuShares
 from fqsweep.ledger import note, read_ledger
+from fqsweep.names import NO_VALUE, budget_label, budget_order
 from fqsweep.progress import Snapshot
 from fqsweep.results import TrialResult, read_result
 from fqsweep.search import CellState, SweepState
@@ -180,10 +182,10 @@ class SweepDriver:
         self.spool.put(result, files)
         if result.pruned or "val/acc_worst" not in result.metrics:
             return
-        label = budget_text(result.params)
+        budget = _budget_of(result)
         value = result.metrics["val/acc_worst"]
-        if label not in self.best or value > self.best[label][0]:
-            self.best[label] = (value, result.params["variant"])
+        if budget not in self.best or value > self.best[budget][0]:
+            self.best[budget] = (value, result.params["variant"])
 
     def snapshot(self) -> Snapshot:
         """What the display shows."""
@@ -195,10 +197,19 @@ class SweepDriver:
             counts=self.state.counts(num_slots=self.num_slots),
             prepared=(sum(key in self.state.done for key in self.state.shared), len(self.state.shared)),
             running=tuple(task.title for task in list(self.state.running.values())[: self.num_slots]),
-            best={label: self.best[label] for label in order},
+            best={_row_label(budget): self.best[budget] for budget in order},
             seconds_left=left,
             unsent=len(self.spool.waiting) if self.spool.trouble else 0,
         )
+
+
+def _budget_of(result: TrialResult) -> str:
+    given = (result.params[name] for name in ("budget_bits", "budget_bytes"))
+    return budget_label(*(math.nan if text == NO_VALUE else float(text) for text in given))
+
+
+def _row_label(budget: str) -> str:
+    return ("fp32", f"{budget} bit", budget)[budget_order(budget)[0]]
 
 
 def _curve(result: TrialResult) -> Curve:

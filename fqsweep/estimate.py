@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from fqsweep.cells import Cell, budget_text, expand_cells, finetune_epochs, run_params
+from fqsweep.cells import Cell, expand_cells, finetune_epochs
 from fqsweep.config import Allocating, ArchitectureConfig, BaqMethod, DatasetConfig, Resources, SearchSpace
 from fqsweep.cost_table import count_passes
+from fqsweep.names import budget_label
 from fqsweep.progress import format_duration
 from fqsweep.search import shared_tasks, trials_wanted
 from fqsweep.tasks import Task
@@ -183,10 +185,10 @@ def describe_plan(space: SearchSpace, plan: Plan, *, data_dir: Path | None) -> s
             f"  data set      {dataset.name}, {images}, at {dataset.image_size} px, groups by {groups}"
         )
     lines.append(f"  architectures {', '.join(a.name for a in space.architectures)}")
-    budgets = [f"{b:g} bit" for b in space.budgets_bits] + [f"{b:,} B" for b in space.budgets_bytes]
-    lines.append(
-        f"  budgets       {'; '.join(budgets) or 'none'} (bits: mean per weight; B: bytes of the file)"
-    )
+    budgets = [f"{b:g} bit" for b in space.budgets_bits] + [
+        budget_label(math.nan, size) for size in space.budgets_bytes
+    ]
+    lines.append(f"  budgets       {'; '.join(budgets) or 'none'} (bits: mean per weight; kB, MB: of the file)")
     repeated = ", ".join(map(str, space.search.repeat_seeds))
     lines.append(
         f"  seeds         {', '.join(map(str, space.seeds))}"
@@ -212,9 +214,7 @@ def _method_rows(space: SearchSpace) -> list[str]:
     width = max(14, *map(len, cells_by_variant))
     rows = [f"  {'method':<{width}}  {'budgets':<18}  {'cells':>5}  {'trials':>6}  searched by Optuna"]
     for variant, cells in cells_by_variant.items():
-        budgets = "; ".join(
-            dict.fromkeys(budget_text(run_params(cell, weights={})).removesuffix(" bit") for cell in cells)
-        )
+        budgets = "; ".join(dict.fromkeys(cell.budget for cell in cells))
         trials = sum(trials_wanted(cell, space.search) for cell in cells)
         searched = ", ".join(cells[0].point.free_weights) or "-"
         rows.append(f"  {variant:<{width}}  {budgets:<18}  {len(cells):>5}  {trials:>6}  {searched}")

@@ -5,6 +5,7 @@ Reports, tables, searches and the reference take units, directions and meanings 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -199,3 +200,27 @@ def selection_of(objectives: Iterable[str]) -> str:
     """
     rising = (key for key in objectives if key.startswith("val/") and metric_of(key).direction == "maximize")
     return next(rising, DEFAULT_SELECTION)
+
+
+def budget_label(budget_bits: float, budget_bytes: float) -> str:
+    """A budget as it is written, without loss: in bits per weight, in bytes on disk, or ``none``.
+
+    >>> budget_label(0.5, math.nan), budget_label(math.nan, 1_500_000), budget_label(math.nan, math.nan)
+    ('0.5', '1.5 MB', 'none')
+    """
+    if math.isfinite(budget_bytes):
+        unit, size = ("MB", 1e6) if budget_bytes >= 1e6 else ("kB", 1e3)
+        return f"{budget_bytes / size:.12g} {unit}"
+    return f"{budget_bits:.12g}" if math.isfinite(budget_bits) else NO_VALUE
+
+
+def budget_order(label: str) -> tuple[int, float]:
+    """Sort key of budgets: none, then bits ascending, then bytes ascending.
+
+    >>> sorted(["900 kB", "1.5 MB", "4", "none", "0.5"], key=budget_order)
+    ['none', '0.5', '4', '900 kB', '1.5 MB']
+    """
+    if label == NO_VALUE:
+        return 0, 0.0
+    number, _, unit = label.partition(" ")
+    return (2, float(number) * {"MB": 1e6, "kB": 1e3}[unit]) if unit else (1, float(number))

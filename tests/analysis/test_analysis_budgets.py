@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs_table import run_row, runs_of
 
-from analysis.columns import budget_label, budget_order, budgets, is_full_precision, with_budget
+from analysis.columns import budgets, is_full_precision, with_budget
 from analysis.pareto import aggregate, leaders, select_cells, under_budget
 from analysis.report import find, summary_text, write_report
 from analysis.tables import as_text
+from fqsweep.names import budget_label, budget_order
 
 METRIC = "val/acc_worst"
 NAN = math.nan

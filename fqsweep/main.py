@@ -1,4 +1,4 @@
-"""The command line. `python fqsweep/main.py ...` is the same as `fqsweep ...`, from any folder.
+"""The command line. `python fqsweep/main.py ...` and `python -m fqsweep ...` are the same as `fqsweep ...`.
 
 Without arguments it runs the paper's grid, because `ray submit CLUSTER.yaml fqsweep/main.py` gives none.
 """
@@ -269,8 +269,11 @@ def _print_end(options: argparse.Namespace, out: Path, uri: str, counts: dict[st
 
 def _own_command() -> str:
     """How this program can be called from where the person is: by name, or by the path it was called with."""
-    if Path(sys.argv[0]).name == "main.py":
+    script = Path(sys.argv[0]).name
+    if script == "main.py":
         return f"{shlex.quote(sys.executable)} {shlex.quote(sys.argv[0])}"
+    if script == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m fqsweep"
     return "fqsweep" if shutil.which("fqsweep") else shlex.quote(sys.argv[0])
 
 

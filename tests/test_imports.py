@@ -40,6 +40,7 @@ ORDER = (
         "served_model",
     ),
     ("main",),
+    ("__main__",),
 )
 ONLY_IN = {
     "ray": {"fqsweep.sweep", "fqsweep.forgetting", "fqsweep.actor", "fqsweep.handover"},

@@ -127,7 +127,7 @@ def test_a_port_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_reader_who_has_seen_enough_gets_no_traceback() -> None:
-    command = [sys.executable, "-m", "fqsweep.main", "plan", "demo"]
+    command = [sys.executable, "-m", "fqsweep", "plan", "demo"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

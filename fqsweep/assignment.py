@@ -26,9 +26,9 @@ OBJECTIVES: dict[str, Objective] = {
     "gap": "gap",
 }
 STEP_BITS = 32
-# A file is full when so little of its budget is left, or after so many allocations more; half of that is aimed at.
+# A file is full when so little of its budget is left; half of that is aimed at.
 NEAR_FRAC = 0.005
-MOST_ROUNDS = 8
+MOST_ROUNDS = 8  # of allocations that look for a full file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +101,25 @@ def assign_bits_in_file(
         allocation = assign_bits(settings, importance, units, budget=Budget(code_bytes=code_bytes))
         return allocation, remainder_of(allocation.bits_u)
 
-    code_bytes = max(budget_bytes - fixed_bytes, _smallest_code_bytes(settings, units))
+    margin = int(NEAR_FRAC / 2 * budget_bytes)
+    smallest = _smallest_code_bytes(settings, units)
+    code_bytes = max(budget_bytes - fixed_bytes, smallest)
     allocation, remainder = spend(code_bytes)
-    if remainder.most_bytes > budget_bytes:
-        raise TrialError(
-            f"a budget of {budget_bytes:,} bytes does not hold the smallest allocation, which takes up to "
-            f"{remainder.most_bytes:,} bytes with biases, norms, exempt layers and the index of bits; raise it, or "
-            "allow smaller choices"
-        )
+    while remainder.most_bytes > budget_bytes:
+        if code_bytes == smallest:
+            raise TrialError(
+                f"a budget of {budget_bytes:,} bytes does not hold the smallest allocation, which takes up to "
+                f"{remainder.most_bytes:,} bytes with biases, norms, exempt layers and the index of bits; raise it, "
+                "or allow smaller choices"
+            )
+        code_bytes = max(code_bytes - (remainder.most_bytes - budget_bytes) - margin, smallest)
+        allocation, remainder = spend(code_bytes)
     slope = 1.0  # code bytes for each byte by which the file may grow
     for _ in range(MOST_ROUNDS):
         left = budget_bytes - remainder.most_bytes
-        if left <= NEAR_FRAC * budget_bytes or allocation.bits_u.all():
+        if left <= 2 * margin or allocation.bits_u.all():
             break
-        more_bytes = code_bytes + int((left - NEAR_FRAC / 2 * budget_bytes) * slope)
+        more_bytes = code_bytes + max(int((left - margin) * slope), 1)
         richer, fuller = spend(more_bytes)
         if fuller.most_bytes > budget_bytes:
             slope = (more_bytes - code_bytes) / (fuller.most_bytes - remainder.most_bytes)

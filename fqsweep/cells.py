@@ -259,8 +259,8 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
     def option(name: str) -> str:
         if name in weights:
             return f"{weights[name]:.6g}"
-        value = getattr(settings, name, None)
-        return NO_VALUE if not epochs and name in OF_FINETUNING else _option_text(value)
+        is_asked = epochs or name not in OF_FINETUNING
+        return _option_text(getattr(settings, name, None)) if is_asked else NO_VALUE
 
     return {
         "dataset": cell.dataset.name,

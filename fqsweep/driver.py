@@ -7,19 +7,18 @@ thread. Each step can be found done or not done at the next start.
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fqsweep.cells import finetune_epochs, run_params, trial_key
+from fqsweep.cells import Cell, finetune_epochs, run_params, trial_key
 from fqsweep.estimate import CostModel
 from fqsweep.faults import is_full, no_space
 from fqsweep.files import SweepPaths
 from fqsweep.gpus import GpuShares
 from fqsweep.ledger import note, read_ledger
-from fqsweep.names import NO_VALUE, budget_label, budget_order
+from fqsweep.names import NO_VALUE, budget_order
 from fqsweep.progress import Snapshot
 from fqsweep.results import TrialResult, read_result
 from fqsweep.search import CellState, SweepState
@@ -159,7 +158,7 @@ class SweepDriver:
     def _book_trial(self, task: Task, seconds: float, *, is_noted: bool) -> None:
         """Take over a trial's result; ``is_noted``: the ledger has it."""
         result = self.result_of(task)
-        self.record(result)
+        self.record(task.cell, result)
         self.state.complete(task, result.metrics, _curve(result))
         if not is_noted:
             self.note_end(task, result, seconds)
@@ -175,17 +174,16 @@ class SweepDriver:
         params = run_params(task.cell, weights=dict(task.weights))
         return replace(result, title=task.cell.title, params=params)
 
-    def record(self, result: TrialResult) -> None:
+    def record(self, cell: Cell, result: TrialResult) -> None:
         """A finished trial goes to MLflow and to the list of the best."""
         folder = self.paths.trial(result.key)
         files = [folder / name for name in RECORDED_FILES if (folder / name).exists()]
         self.spool.put(result, files)
         if result.pruned or "val/acc_worst" not in result.metrics:
             return
-        budget = _budget_of(result)
         value = result.metrics["val/acc_worst"]
-        if budget not in self.best or value > self.best[budget][0]:
-            self.best[budget] = (value, result.params["variant"])
+        if cell.budget not in self.best or value > self.best[cell.budget][0]:
+            self.best[cell.budget] = (value, result.params["variant"])
 
     def snapshot(self) -> Snapshot:
         """What the display shows."""
@@ -203,13 +201,10 @@ class SweepDriver:
         )
 
 
-def _budget_of(result: TrialResult) -> str:
-    given = (result.params[name] for name in ("budget_bits", "budget_bytes"))
-    return budget_label(*(math.nan if text == NO_VALUE else float(text) for text in given))
-
-
 def _row_label(budget: str) -> str:
-    return ("fp32", f"{budget} bit", budget)[budget_order(budget)[0]]
+    if budget == NO_VALUE:
+        return "fp32"
+    return budget if "B" in budget else f"{budget} bit"
 
 
 def _curve(result: TrialResult) -> Curve:
@@ -236,7 +231,7 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
         for task in _tasks_asked_before(cell, driver.state, studies):
             if driver.paths.result(task.key).exists():
                 result = driver.result_of(task)
-                driver.record(result)
+                driver.record(task.cell, result)
                 driver.state.adopt(task, result.metrics, _curve(result))
                 if task.key not in book.done:
                     driver.note_end(task, result, 0.0)

@@ -7,6 +7,7 @@ Axes: u units, b bit choices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fqsweep.assignment import Budget, allowed_choices, assign_bits, assign_bits_in_file
+from fqsweep.assignment import MOST_ROUNDS, Budget, allowed_choices, assign_bits, assign_bits_in_file
 from fqsweep.baseline import baseline_log, ensure_importance
-from fqsweep.cells import finetune_epochs, matches_moments, reconstructs
+from fqsweep.cells import Cell, finetune_epochs, matches_moments, reconstructs
 from fqsweep.checkpoints import Checkpoint
 from fqsweep.config import Allocating, BaqMethod, Finetuning, Fp32Method, UniformMethod
 from fqsweep.cost_table import Importance
@@ -31,7 +32,7 @@ from fqsweep.quant.costs import FULL_PRECISION_BITS, fixed_packed_bytes
 from fqsweep.quant.kernels import Kernels, choose_kernels
 from fqsweep.quant.moments import Moments, match_moments, noting_moments
 from fqsweep.quant.reconstruction import Reconstruction, noting_patches
-from fqsweep.quant.remainder import bound_remainder
+from fqsweep.quant.remainder import Remainder, bound_remainder
 from fqsweep.quant.units import UnitTable
 from fqsweep.setting import Setting
 from fqsweep.training import Recorder, TrainingLog, TrainingPlan, train
@@ -49,12 +50,14 @@ class Start:
         step_ub: steps at the widths 0 to 8, float32 (u, 9).
         counted_u: weights per unit that the budget counts, int64 (u,): of a budget in bytes, those that are left
             where channels of 0 bits have left the file.
+        remainder_of: of a budget in bytes, bits (u,) -> what the file holds at most; else None.
     """
 
     units: UnitTable
     bits_u: np.ndarray
     step_ub: np.ndarray
     counted_u: np.ndarray
+    remainder_of: Callable[[np.ndarray], Remainder] | None = None
 
     @property
     def steps(self) -> dict[str, torch.Tensor]:
@@ -118,19 +121,25 @@ def _allocate(
     cell = setting.cell
     if cell.budget_bytes is None:
         bits_u = assign_bits(settings, importance, units, budget=Budget(mean_bits=cell.budget_bits)).bits_u
-        counted_u = units.num_weights_u
-    else:
-        tensors = {name: tensor.cpu() for name, tensor in parent.state_dict().items()}
-        allocation, remainder = assign_bits_in_file(
-            settings,
-            importance,
-            units,
-            budget_bytes=cell.budget_bytes,
-            fixed_bytes=fixed_packed_bytes(tensors, units, metadata=setting.file_notes),
-            remainder_of=partial(bound_remainder, tensors, units, metadata=setting.file_notes),
-        )
-        bits_u, counted_u = allocation.bits_u, remainder.num_weights_u
-    return Start(units=units, bits_u=bits_u, step_ub=importance.step_ub, counted_u=counted_u)
+        return Start(units=units, bits_u=bits_u, step_ub=importance.step_ub, counted_u=units.num_weights_u)
+    # A copy: training changes the parent's own.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in parent.state_dict().items()}
+    remainder_of = partial(bound_remainder, tensors, units, metadata=setting.file_notes)
+    allocation, remainder = assign_bits_in_file(
+        settings,
+        importance,
+        units,
+        budget_bytes=cell.budget_bytes,
+        fixed_bytes=fixed_packed_bytes(tensors, units, metadata=setting.file_notes),
+        remainder_of=remainder_of,
+    )
+    return Start(
+        units=units,
+        bits_u=allocation.bits_u,
+        step_ub=importance.step_ub,
+        counted_u=remainder.counted_u,
+        remainder_of=remainder_of,
+    )
 
 
 def _finetune(
@@ -222,9 +231,7 @@ def _attach_quantisers(
     cell = setting.cell
     settings = cell.point.settings
     if isinstance(settings, BaqMethod) and plan.epochs:
-        spent = float(start.counted_u @ start.bits_u) / float(start.counted_u.sum())
-        limit = spent if cell.budget_bits is None else cell.budget_bits
-        _learn_bits_into(plan, settings, parent, start, kernels, weights, budget_bits=limit)
+        _learn_bits_into(plan, cell, settings, parent, start, kernels, weights)
     else:
         attach_quantisers(parent, start.units, start.steps, start.bits_u, kernels=kernels)
 
@@ -267,13 +274,12 @@ def _quantises_at_once(setting: Setting, settings: Finetuning) -> bool:
 
 def _learn_bits_into(
     plan: TrainingPlan,
+    cell: Cell,
     settings: BaqMethod,
     model: nn.Module,
     start: Start,
     kernels: Kernels,
     weights: dict[str, float],
-    *,
-    budget_bits: float,
 ) -> None:
     """Attach quantisers with learned widths and tell the plan how they learn and when they settle."""
     units = start.units
@@ -291,19 +297,41 @@ def _learn_bits_into(
         np.array(settings.measured_choices),
         start.bits_u,
     )
+    spent_bits = float(start.counted_u @ start.bits_u) / float(start.counted_u.sum())
     learned = LearnedBits(
         model,
         units,
         counted_u=start.counted_u,
         lowest_u=lowest_u,
         highest_u=highest_u,
-        budget_bits=budget_bits,
+        budget_bits=spent_bits if cell.budget_bits is None else cell.budget_bits,
         learning_rate=settings.bit_learning_rate,
     )
     plan.learned_bits = learned
     plan.bitrate_weight = _weight("bitrate_weight", settings, weights)
     plan.settle_epoch = plan.epochs * (1 - settings.settle_frac)
-    plan.freeze = lambda: freeze_bits(model, units, learned.round_under_budget())
+    plan.freeze = lambda: freeze_bits(model, units, _round_under_budget(learned, start, cell))
+
+
+def _round_under_budget(learned: LearnedBits, start: Start, cell: Cell) -> np.ndarray:
+    """Whole widths within the budget, int64 (u,); of a budget in bytes, which the file then keeps.
+
+    What channels leave behind depends a little on the others' widths, so that equal counts are not quite equal files.
+
+    Raises:
+        TrialError: no widths that the learned ones come near to fit the file.
+    """
+    bits_u = learned.round_under_budget()
+    if start.remainder_of is None or cell.budget_bytes is None:
+        return bits_u
+    too_much = 0
+    for _ in range(MOST_ROUNDS):
+        excess = start.remainder_of(bits_u).most_bytes - cell.budget_bytes
+        if excess <= 0:
+            return bits_u
+        too_much += excess
+        bits_u = learned.round_under_budget(less_bits=8 * too_much / float(start.counted_u.sum()))
+    raise TrialError(f"learned bits do not fit a file of {cell.budget_bytes:,} bytes: lower bit_learning_rate")
 
 
 def _limits_of_learning(

@@ -105,8 +105,6 @@ RUN_PARAMS: tuple[str, ...] = (
     "bit_learning_rate",
     "settle_frac",
 )
-# Those that are names alone: they may change while the results stay what they are.
-PARAMS_NOT_IN_KEY = ("dataset", "variant")
 NO_VALUE = "none"
 
 METHODS: tuple[str, ...] = (

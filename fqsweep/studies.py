@@ -114,9 +114,8 @@ class OptunaStudies:
         Of several, as ``analysis.pareto.select_cells`` chooses: fewer bits, which are known here where they are an
         objective, then the smaller key.
         """
-        study = self._find_study(
-            cell
-        )  # as it is: ``_study`` would keep it, with a sampler, though its cell is done
+        # Not ``_study``, which would keep it, with a sampler, although its cell is done.
+        study = self._find_study(cell)
         if study is None:
             return None
         ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

@@ -39,8 +39,6 @@ from fqsweep.names import (
     KIND_SWEEP,
     KIND_TRIAL,
     LEARNED_BITS,
-    NO_VALUE,
-    PARAMS_NOT_IN_KEY,
     TAG_KEY,
     TAG_KIND,
     TAG_PARENT,
@@ -80,7 +78,7 @@ class Tracker:
         self.parent_id = parent_id
         self.sweep = sweep
         self.retired: set[str] = set()
-        self.called: dict[str, tuple[str, ...]] = {}
+        self.described: dict[str, int] = {}
         self.logged = self._logged_before(f"tags.`{TAG_PARENT}` = '{parent_id}'")
 
     def log_trial(self, result: TrialResult, files: Sequence[Path], *, again: bool = False) -> str | None:
@@ -92,12 +90,12 @@ class Tracker:
         if again:
             query = f"tags.`{TAG_PARENT}` = '{self.parent_id}' and tags.`{TAG_KEY}` = '{result.key}'"
             self.logged |= self._logged_before(query)
-        names = _names(result.params)
-        if result.key in self.logged and self.called[result.key] == names:
+        described = _described_by(result.params)
+        if result.key in self.logged and self.described[result.key] == described:
             self._retire(result.key, is_over=False)
             return None
         if result.key in self.logged:
-            # Renamed since; parameters of a run cannot change, so that it is written anew.
+            # Renamed since, or with fewer parameters; those of a run cannot change, so that it is written anew.
             self.client.delete_run(self.logged.pop(result.key))
             self.retired.discard(result.key)
         tags = {
@@ -126,7 +124,7 @@ class Tracker:
         for file in files:
             self.client.log_artifact(run_id, str(file))
         self.client.set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED), end_time=now)
-        self.logged[result.key], self.called[result.key] = run_id, names
+        self.logged[result.key], self.described[result.key] = run_id, described
         return run_id
 
     def retire_all_but(self, keys: Collection[str]) -> None:
@@ -172,13 +170,14 @@ class Tracker:
             if run.info.status != "FINISHED" or key in logged:
                 self.client.delete_run(run.info.run_id)
             elif key is not None:
-                logged[key], self.called[key] = run.info.run_id, _names(run.data.params)
+                logged[key], self.described[key] = run.info.run_id, _described_by(run.data.params)
                 (self.retired.add if TAG_RETIRED in run.data.tags else self.retired.discard)(key)
         return logged
 
 
-def _names(params: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(params.get(name, NO_VALUE) for name in PARAMS_NOT_IN_KEY)
+def _described_by(params: Mapping[str, str]) -> int:
+    """The same for equal parameters; of a sweep's thousands of runs, only this is held."""
+    return hash(frozenset((name, value[:500]) for name, value in params.items()))
 
 
 def _who() -> dict[str, str]:

@@ -175,7 +175,7 @@ def train(
         run.log.train_s += time.perf_counter() - start
         metrics = {"train/loss": train_loss, **evaluate(run.evaluated)}
         if plan.learned_bits is not None:
-            metrics[LEARNED_BITS] = float(plan.learned_bits.mean_bits().detach())
+            metrics[LEARNED_BITS] = plan.learned_bits.whole_mean_bits()
         recorder.log_metrics(metrics, epoch=run.epoch)
         run.end_epoch(metrics)
         if checkpoint is not None:

@@ -119,7 +119,12 @@ def _pack(state: QuantisedState, setting: Setting, recorder: Recorder) -> bytes:
         return blob
     try:
         return shrink(blob)
-    except RemovalError as error:  # the whole network is what was asked for; smaller is a bonus
+    except RemovalError as error:
+        if setting.cell.budget_bytes is not None:
+            raise TrialError(
+                f"dropped channels, which a budget in bytes does not hold, stay: {error}"
+            ) from error
+        # The whole network is what was asked for; smaller is a bonus.
         recorder.note(f"dropped channels stay in the file: {error}")
         return blob
 

@@ -18,7 +18,7 @@ from fqsweep.cells import expand_cells
 from fqsweep.checks import Checked, check_inputs
 from fqsweep.control import look, only_driver
 from fqsweep.files import SweepPaths, append_line, write_json
-from fqsweep.main import main
+from fqsweep.main import _own_command, main
 from fqsweep.space import load_space
 from fqsweep.tasks import Task
 from fqsweep.work import perform
@@ -124,6 +124,12 @@ def test_a_port_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str])
         main(["ui", "--port", "70000"])
     assert ended.value.code == 2
     assert "--port: must be at most 65535" in capsys.readouterr().err
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for script, shown in (("main.py", "main.py"), ("__main__.py", "-m fqsweep")):
+        monkeypatch.setattr(sys, "argv", [str(PROJECT / "fqsweep" / script), "run", "demo"])
+        assert _own_command().startswith(sys.executable) and _own_command().endswith(shown)
 
 
 def test_a_reader_who_has_seen_enough_gets_no_traceback() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
@@ -112,6 +113,16 @@ def test_a_row_that_was_renamed_has_its_run_written_anew_under_its_new_name(path
     assert run.data.params["variant"] == run.data.tags["variant"] == run.info.run_name == "new"
     assert TAG_RETIRED not in run.data.tags
     assert book.log_trial(renamed, []) is None and tracker(paths).log_trial(renamed, []) is None
+
+
+def test_a_run_of_a_version_with_fewer_parameters_is_written_anew_with_all(paths: SweepPaths) -> None:
+    now = result("grown")
+    before = {name: value for name, value in now.params.items() if name != "pin"}
+    tracker(paths).log_trial(dataclasses.replace(now, params=before), [])
+    book = tracker(paths)
+    new = book.log_trial(now, [])
+    assert new is not None and children(paths, book.parent_id)["grown"] == [new]
+    assert book.client.get_run(new).data.params["pin"] == now.params["pin"]
 
 
 def test_a_run_that_was_cut_off_is_removed_and_written_anew(paths: SweepPaths) -> None:
@@ -278,6 +289,7 @@ def test_a_second_try_after_a_cut_leaves_one_run(paths: SweepPaths) -> None:
         tags = {TAG_PARENT: book.parent_id, TAG_KEY: cut_off}
         begun = book.client.create_run(book.experiment_id, tags=tags).info.run_id
         if cut_off == "FINISHED":  # the server did it all, and its last answer was lost
+            book.client.log_batch(begun, params=[Param(*item) for item in result(cut_off).params.items()])
             book.client.set_terminated(begun, cut_off)
         written = book.log_trial(result(cut_off), [], again=True)
         kept = children(paths, book.parent_id)[cut_off]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fqsweep.assignment import assign_bits_in_file
 from fqsweep.baseline import ensure_baseline
 from fqsweep.cells import Cell, MethodPoint, expand_cells
 from fqsweep.config import (
@@ -29,6 +32,8 @@ from fqsweep.files import SweepPaths
 from fqsweep.models import build_model
 from fqsweep.names import group_metric_key, metric_keys
 from fqsweep.quant.packing import read_metadata, unpack_weights
+from fqsweep.quant.remainder import Remainder, bound_remainder
+from fqsweep.quant.removal import RemovalError
 from fqsweep.results import TrialResult, read_result
 from fqsweep.setting import open_setting
 from fqsweep.trial import load_packed, run_trial
@@ -212,6 +217,43 @@ def test_a_budget_in_bytes_below_the_smallest_file_fails_the_trial(folder: Path)
         TrialError, match=r"a budget of 900 bytes does not hold the smallest allocation, which takes"
     ):
         trial(with_settings(StaticMethod(method="static"), budget_bytes=900), folder, "tiny")
+
+
+def test_a_budget_in_bytes_fails_where_dropped_channels_cannot_leave(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_blob: bytes) -> bytes:
+        raise RemovalError("other logits")
+
+    monkeypatch.setattr("fqsweep.trial.shrink", fail)
+    with pytest.raises(
+        TrialError, match="dropped channels, which a budget in bytes does not hold, stay: other"
+    ):
+        trial(with_settings(StaticMethod(method="static"), budget_bytes=30_000), folder, "whole")
+
+
+def test_learned_bits_that_make_the_file_too_large_are_fewer_then(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def remainder(*given: Any, **named: Any) -> Remainder:
+        found = bound_remainder(*given, **named)
+        asked.append(found.most_bytes)
+        return replace(found, most_bytes=found.most_bytes + 400 * (len(asked) > allocations))
+
+    def count(*given: Any, **named: Any) -> Any:
+        nonlocal allocations
+        found = assign_bits_in_file(*given, **named)
+        allocations = len(asked)
+        return found
+
+    allocations = 99
+    monkeypatch.setattr("fqsweep.finetuning.bound_remainder", remainder)
+    monkeypatch.setattr("fqsweep.finetuning.assign_bits_in_file", count)
+    result = trial(with_settings(BaqMethod(method="baq"), budget_bytes=30_000), folder, "fewer")
+    assert len(asked) >= allocations + 2  # the first rounding was too large
+    assert result.metrics["size/packed_bytes"] <= 30_000 - 400
 
 
 def test_limits_hold_layer_by_layer(folder: Path) -> None:

@@ -62,6 +62,7 @@ class LearnedBits:
         learning_rate: float,
     ) -> None:
         quantisers = quantisers_of(model)
+        self.units = units
         self.counted_u = counted_u
         self.parameters: list[nn.Parameter] = []
         for layer in units.layers:
@@ -69,8 +70,8 @@ class LearnedBits:
             assert isinstance(quantiser, LearnedBitsWeight)
             self.parameters.append(quantiser.free_bits_u)
         device = self.parameters[0].device
-        self.num_weights_u = torch.as_tensor(counted_u, dtype=torch.float32, device=device)
-        self.share_u = self.num_weights_u / self.num_weights_u.sum()
+        self.size_u = torch.as_tensor(counted_u, dtype=torch.float32, device=device)
+        self.share_u = self.size_u / self.size_u.sum()
         self.lowest_u = torch.as_tensor(lowest_u, dtype=torch.float32, device=device)
         self.highest_u = torch.as_tensor(highest_u, dtype=torch.float32, device=device)
         self.budget_bits = budget_bits
@@ -82,8 +83,13 @@ class LearnedBits:
         self.num_gathered = 0
 
     def mean_bits(self) -> torch.Tensor:
-        """Mean bits per weight, differentiable."""
+        """Mean bits per weight that the budget counts, differentiable."""
         return (torch.cat(list(self.parameters)) * self.share_u).sum()
+
+    def whole_mean_bits(self) -> float:
+        """Mean bits per weight of the whole network, as ``bits/mean_weight`` counts them."""
+        num_weights_u = self.units.num_weights_u
+        return float(num_weights_u @ self.values()) / float(num_weights_u.sum())
 
     @torch.no_grad()
     def step(self, *, rate_frac: float) -> None:
@@ -97,7 +103,7 @@ class LearnedBits:
             return
         gradient_u = self._gathered() / STEPS_GATHERED
         is_free_u = self.highest_u > self.lowest_u
-        per_weight_u = torch.where(is_free_u, gradient_u / self.num_weights_u, 0.0)
+        per_weight_u = torch.where(is_free_u, gradient_u / self.size_u, 0.0)
         move_u = self._direction(per_weight_u) * (STEPS_GATHERED * self.learning_rate * rate_frac)
         # A gradient that is not finite moves nothing here: the loss that it comes from is reported by name.
         move_u = move_u.nan_to_num_(nan=0.0).clamp_(-LARGEST_MOVE_BITS, LARGEST_MOVE_BITS)
@@ -163,10 +169,13 @@ class LearnedBits:
         bits_u: np.ndarray = torch.cat([p.detach() for p in self.parameters]).double().cpu().numpy()
         return bits_u
 
-    def round_under_budget(self) -> np.ndarray:
+    def round_under_budget(self, *, less_bits: float = 0.0) -> np.ndarray:
         """Whole widths nearest to the learned ones, weighted by size, within the budget: int64 (u,).
 
         Where the learned mean lies below the budget (the rate's pull), it is kept as the limit.
+
+        Args:
+            less_bits: mean bits by which the limit is lowered.
         """
         free_u = self.values()
         if not np.isfinite(free_u).all():
@@ -180,7 +189,7 @@ class LearnedBits:
         cost_gub = np.where(allowed_ub, distance_ub, np.inf)[None]
         learned_mean = float(num_weights_u @ free_u) / float(num_weights_u.sum())
         smallest_mean = float(num_weights_u @ lowest_u) / float(num_weights_u.sum())
-        limit = max(min(self.budget_bits, learned_mean + 1e-3), smallest_mean)
+        limit = max(min(self.budget_bits, learned_mean + 1e-3) - less_bits, smallest_mean)
         return allocate_bits(cost_gub, num_weights_u, budget_bits=limit, choices=choices).bits_u
 
 

@@ -115,7 +115,7 @@ def load_model(blob: bytes) -> nn.Module:
 
 
 def shrink(blob: bytes) -> bytes:
-    """The packed file of the same network without its dropped channels; as given where nothing can leave.
+    """The packed file of the same network without its dropped channels; as given where nothing is gained.
 
     The mean bits per weight of the whole network are noted as ``whole_mean_bits``: those that are left have more
     bits each, but fewer in all.
@@ -130,10 +130,9 @@ def shrink(blob: bytes) -> bytes:
     build = partial(_untrained, notes, metadata)
     removable = removable_channels(notes)
     small = remove_dropped_channels(state, build, image_size=notes.image_size, removable=removable)
-    if count_values(small) == count_values(state):
-        return blob
     del metadata[CHECKSUM]
-    return small.pack({**metadata, REMOVED: f"{mean_bits(state):.6g}"})
+    smaller = small.pack({**metadata, REMOVED: f"{mean_bits(state):.6g}"})
+    return min(smaller, blob, key=len) if count_values(small) < count_values(state) else blob
 
 
 @lru_cache(maxsize=8)

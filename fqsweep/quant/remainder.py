@@ -2,7 +2,7 @@
 
 Which channels leave depends on the bits, and what they leave behind on values that training changes: a constant that
 an activation makes 0 leaves without a trace, another one may stay as a column of floats. Here every constant is one
-that counts and every weight of 1 bit or more is not 0, so that the file of a trained network with these bits is never
+that counts and every weight of 1 bit or more is not 0, so that the file of a network trained with these bits is no
 larger.
 
 Axes: u units.
@@ -16,16 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fqsweep.quant.costs import CODE_ENTRY_BYTES, NUM_CODE_ENTRIES
 from fqsweep.quant.packed_model import read_notes, removable_channels
 from fqsweep.quant.packing import REMOVED, UnpackedWeights
 from fqsweep.quant.removal import FLOAT_BITS, take_out_channels
 from fqsweep.quant.units import UnitTable
 
-# Where widths become others, longer offsets in the header and the byte to which codes are rounded up.
-LONGER_ENTRY_BYTES = 16
+# What training can add to the header: a merged column, or a bias that takes up constants.
+NEW_ENTRY_BYTES = 128
 # What a channel without codes takes: four entries of a norm, a bias, half a byte for its width.
-BYTES_OF_EMPTY_CHANNEL = 21
+EMPTY_CHANNEL_BYTES = 21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +33,18 @@ class Remainder:
 
     Attributes:
         most_bytes: the packed file is no larger, whatever the weights become.
-        num_weights_u: int64 (u,), weights of each unit whose codes the file holds; 1 of units that leave although
-            they have bits, and what dropped ones had.
+        counted_u: int64 (u,), what a bit of each unit counts in the file: the weights whose codes it holds, 1 where
+            a unit leaves although it has bits, and all its weights where it is dropped.
     """
 
     most_bytes: int
-    num_weights_u: np.ndarray
+    counted_u: np.ndarray
 
 
 def bound_remainder(
     tensors: Mapping[str, torch.Tensor], units: UnitTable, bits_u: np.ndarray, *, metadata: Mapping[str, str]
 ) -> Remainder:
     """What a packed file holds for these bits, counted by packing a network that keeps as much as any can.
-
-    The bound also holds for other widths of the kept units whose codes are no larger together, counted with
-    ``num_weights_u``.
 
     Args:
         tensors: a state dict of the plain model.
@@ -57,24 +53,21 @@ def bound_remainder(
     Raises:
         PackedFileError: the metadata do not name a network.
     """
-    whole = _loudest(tensors, units, bits_u)
+    whole = _keeping_most(tensors, units, bits_u)
     small = take_out_channels(whole, removable_channels(read_notes(metadata)))
     blob = small.pack({**metadata, REMOVED: f"{1 / 3:.6g}"})
-    num_weights_u, num_gone = units.num_weights_u, 0
+    counted_u = units.num_weights_u
     for layer in units.layers:
         key = f"{layer.name}.weight"
         left = layer.start + small.numbers[key]
         gone = np.setdiff1d(np.flatnonzero(bits_u[layer.start : layer.stop]) + layer.start, left)
-        num_weights_u[left] = np.where(bits_u[left] > 0, _coded_weights(small, key), layer.num_weights)
-        num_weights_u[gone] = 1
-        num_gone += len(gone)
-    unused = NUM_CODE_ENTRIES - len(np.unique(bits_u[bits_u > 0]))
-    slack = unused * CODE_ENTRY_BYTES + NUM_CODE_ENTRIES * LONGER_ENTRY_BYTES + num_gone
-    slack += sum(_unmerged_bytes(small, key) for key in small.float_columns)
-    return Remainder(most_bytes=len(blob) + slack, num_weights_u=num_weights_u)
+        counted_u[left] = np.where(bits_u[left] > 0, _coded_weights(small, key), layer.num_weights)
+        counted_u[gone] = 1
+    unmerged = sum(_unmerged_bytes(small, key) for key in small.float_columns)
+    return Remainder(most_bytes=len(blob) + unmerged + NEW_ENTRY_BYTES, counted_u=counted_u)
 
 
-def _loudest(tensors: Mapping[str, torch.Tensor], units: UnitTable, bits_u: np.ndarray) -> UnpackedWeights:
+def _keeping_most(tensors: Mapping[str, torch.Tensor], units: UnitTable, bits_u: np.ndarray) -> UnpackedWeights:
     """Weights of 1, on grids of these bits, behind norms that hand on 1: nothing cancels, and no constant is 0."""
     state = UnpackedWeights()
     for name, tensor in tensors.items():
@@ -103,4 +96,4 @@ def _unmerged_bytes(small: UnpackedWeights, key: str) -> int:
     """What channels take by themselves that are constants but too few to be merged."""
     bits_u = small.bits[key].astype(np.int64)
     most = FLOAT_BITS * int((bits_u > 0).sum()) // max(int(bits_u.sum()), 1)
-    return most * BYTES_OF_EMPTY_CHANNEL
+    return most * EMPTY_CHANNEL_BYTES

@@ -103,6 +103,7 @@ def learner(
     low: Any = 0,
     high: Any = 8,
     rate: float = 0.1,
+    counted: Any = None,
 ) -> tuple[LearnedBits, UnitTable]:
     units = list_units(model, granularity="channel")
     steps = {}
@@ -114,7 +115,7 @@ def learner(
     learned = LearnedBits(
         model,
         units,
-        counted_u=units.num_weights_u,
+        counted_u=units.num_weights_u if counted is None else np.array(counted),
         lowest_u=spread * low,
         highest_u=spread * high,
         budget_bits=budget,
@@ -223,6 +224,20 @@ def test_units_move_by_their_gradient_a_weight() -> None:
         learned.step(rate_frac=1.0)
     wide, narrow = learned.values()
     assert wide < 3.95 and wide == pytest.approx(narrow, abs=1e-5)
+
+
+def test_a_budget_counts_what_is_left_in_the_file_and_the_log_the_whole_network() -> None:
+    model = nn.Sequential(nn.Linear(10, 4, bias=False))
+    learned, _ = learner(model, bits=[2, 2, 6, 6], budget=3.0, counted=[9, 9, 3, 3])
+    push(learned, torch.tensor([-1.0, -1.0, -1.0, -1.0]), moves=8)
+    counted_u = np.array([9, 9, 3, 3])
+    assert counted_u @ learned.values() / 24 == pytest.approx(3.0, abs=1e-4)
+    assert learned.whole_mean_bits() == pytest.approx(learned.values().mean())
+    assert learned.whole_mean_bits() > 3.2
+    bits_u = learned.round_under_budget()
+    assert counted_u @ bits_u <= 3.0 * 24
+    fewer_u = learned.round_under_budget(less_bits=0.5)
+    assert counted_u @ fewer_u <= 2.5 * 24 < counted_u @ bits_u
 
 
 def test_the_first_gradient_alone_moves_nothing() -> None:

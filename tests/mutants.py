@@ -68,7 +68,7 @@ MUTANTS = (
     Mutant(CODES, "packed >> 4, packed & 15", "packed & 15, packed >> 4", PACKING),
     Mutant(FILE, "return float(2 * absmax)", "return float(absmax)", PACKING),
     Mutant(FILE, "position[width] = end", "position[width] = 0", PACKING),
-    Mutant(REST, "num_weights_u[gone] = 1", "num_weights_u[gone] = layer.num_weights", REMAINDER),
+    Mutant(REST, "counted_u[gone] = 1", "counted_u[gone] = layer.num_weights", REMAINDER),
     Mutant(REST, "np.where(own_u == 1, 2.0, 1.0)", "np.where(own_u == 1, 1.0, 1.0)", REMAINDER),
     Mutant(REST, "torch.from_numpy(own_u > 0)", "torch.from_numpy(own_u > 1)", REMAINDER),
     # Group metrics.
@@ -94,7 +94,7 @@ MUTANTS = (
     Mutant(CONVERT, "share_u1.detach() >= 0.5", "share_u1.detach() < 0.5", QUANTISER),
     # BAQ: what moves the bits, and the projection on the budget.
     Mutant(BAQ, "for p in self.parameters]) - move_u", "for p in self.parameters]) + move_u", QUANTISER),
-    Mutant(BAQ, "gradient_u / self.num_weights_u", "gradient_u", QUANTISER),
+    Mutant(BAQ, "gradient_u / self.size_u", "gradient_u", QUANTISER),
     Mutant(BAQ, "@ share_u\n", "@ torch.full_like(share_u, 1 / len(share_u))\n", QUANTISER),
     Mutant(BAQ, "limit = max(min(self.budget_bits, learned_mean + 1e-3)", "limit = max(self.budget_bits + 0.1", QUANTISER),
     # Importance: the cost of a change, per group.

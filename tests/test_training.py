@@ -160,6 +160,9 @@ def test_learned_bits_are_frozen_once_however_short_the_settling(settle_epoch: f
         def mean_bits(self) -> torch.Tensor:
             return torch.ones(())
 
+        def whole_mean_bits(self) -> float:
+            return 1.0
+
         def step(self, *, rate_frac: float) -> None:
             assert not calls and 0 < rate_frac <= 1
 

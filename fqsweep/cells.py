@@ -25,34 +25,13 @@ from fqsweep.config import (
     WeightRange,
     content_hash,
 )
-from fqsweep.names import NO_VALUE, budget_label
+from fqsweep.names import NO_VALUE, PARAMS_OF_ALLOCATION, PARAMS_OF_FINETUNING, budget_label
 
 # Raised when a change of the code changes results, so that finished trials of older code are not reused.
 RESULT_VERSION = 4
 BYTES_VERSION = 2  # the same, of cells whose budget is in bytes
 # Of a method's settings: names, budgets (a cell has its own), and what is hashed by what it comes to.
 NOT_IN_KEY = {"label", "budgets_bits", "budgets_bytes", "match_moments", "reconstruct"}
-# Recorded of every trial; those of fine-tuning only where there is some.
-OF_ALLOCATION = (
-    "importance",
-    "reducer",
-    "allocator",
-    "granularity",
-    "choices",
-    "scale",
-    "exempt",
-    "pin",
-    "limits",
-)
-OF_FINETUNING = (
-    "fairness_weight",
-    "bitrate_weight",
-    "regulariser",
-    "distillation_weight",
-    "bit_gradient",
-    "bit_learning_rate",
-    "settle_frac",
-)
 BASELINE_FIELDS = (
     "epochs",
     "batch_size",
@@ -259,7 +238,7 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
     def option(name: str) -> str:
         if name in weights:
             return f"{weights[name]:.6g}"
-        is_asked = epochs or name not in OF_FINETUNING
+        is_asked = epochs or name not in PARAMS_OF_FINETUNING
         return _option_text(getattr(settings, name, None)) if is_asked else NO_VALUE
 
     return {
@@ -271,11 +250,11 @@ def run_params(cell: Cell, *, weights: dict[str, float]) -> dict[str, str]:
         "budget_bytes": NO_VALUE if cell.budget_bytes is None else str(cell.budget_bytes),
         "seed": str(cell.seed),
         "group_attribute": cell.group_attribute,
-        **{name: option(name) for name in OF_ALLOCATION},
+        **{name: option(name) for name in PARAMS_OF_ALLOCATION},
         "match_moments": str(matches_moments(cell)).lower(),
         "reconstruct": str(reconstructs(cell)).lower(),
         "finetune_epochs": str(epochs),
-        **{name: option(name) for name in OF_FINETUNING},
+        **{name: option(name) for name in PARAMS_OF_FINETUNING},
     }
 
 

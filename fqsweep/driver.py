@@ -18,7 +18,7 @@ from fqsweep.faults import is_full, no_space
 from fqsweep.files import SweepPaths
 from fqsweep.gpus import GpuShares
 from fqsweep.ledger import note, read_ledger
-from fqsweep.names import NO_VALUE, budget_order
+from fqsweep.names import budget_order, budget_with_unit
 from fqsweep.progress import Snapshot
 from fqsweep.results import TrialResult, read_result
 from fqsweep.search import CellState, SweepState
@@ -195,16 +195,10 @@ class SweepDriver:
             counts=self.state.counts(num_slots=self.num_slots),
             prepared=(sum(key in self.state.done for key in self.state.shared), len(self.state.shared)),
             running=tuple(task.title for task in list(self.state.running.values())[: self.num_slots]),
-            best={_row_label(budget): self.best[budget] for budget in order},
+            best={budget_with_unit(budget): self.best[budget] for budget in order},
             seconds_left=left,
             unsent=len(self.spool.waiting) if self.spool.trouble else 0,
         )
-
-
-def _row_label(budget: str) -> str:
-    if budget == NO_VALUE:
-        return "fp32"
-    return budget if "B" in budget else f"{budget} bit"
 
 
 def _curve(result: TrialResult) -> Curve:

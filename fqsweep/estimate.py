@@ -12,7 +12,7 @@ from pathlib import Path
 from fqsweep.cells import Cell, expand_cells, finetune_epochs
 from fqsweep.config import Allocating, ArchitectureConfig, BaqMethod, DatasetConfig, Resources, SearchSpace
 from fqsweep.cost_table import count_passes
-from fqsweep.names import budget_label
+from fqsweep.names import budget_label, budget_with_unit
 from fqsweep.progress import format_duration
 from fqsweep.search import shared_tasks, trials_wanted
 from fqsweep.tasks import Task
@@ -185,10 +185,10 @@ def describe_plan(space: SearchSpace, plan: Plan, *, data_dir: Path | None) -> s
             f"  data set      {dataset.name}, {images}, at {dataset.image_size} px, groups by {groups}"
         )
     lines.append(f"  architectures {', '.join(a.name for a in space.architectures)}")
-    budgets = [f"{b:g} bit" for b in space.budgets_bits] + [
-        budget_label(math.nan, size) for size in space.budgets_bytes
-    ]
-    lines.append(f"  budgets       {'; '.join(budgets) or 'none'} (bits: mean per weight; kB, MB: of the file)")
+    budgets = [budget_label(bits, math.nan) for bits in space.budgets_bits]
+    budgets += [budget_label(math.nan, num_bytes) for num_bytes in space.budgets_bytes]
+    text = "; ".join(map(budget_with_unit, budgets)) or "none"
+    lines.append(f"  budgets       {text} (bits: mean per weight; kB, MB: of the file)")
     repeated = ", ".join(map(str, space.search.repeat_seeds))
     lines.append(
         f"  seeds         {', '.join(map(str, space.seeds))}"

@@ -74,6 +74,27 @@ COST_METRICS: tuple[Metric, ...] = (
 )
 SPLIT_PREFIXES = ("val", "test")
 
+# Options of a method as they are recorded; those of fine-tuning only where there is some.
+PARAMS_OF_ALLOCATION: tuple[str, ...] = (
+    "importance",
+    "reducer",
+    "allocator",
+    "granularity",
+    "choices",
+    "scale",
+    "exempt",
+    "pin",
+    "limits",
+)
+PARAMS_OF_FINETUNING: tuple[str, ...] = (
+    "fairness_weight",
+    "bitrate_weight",
+    "regulariser",
+    "distillation_weight",
+    "bit_gradient",
+    "bit_learning_rate",
+    "settle_frac",
+)
 # The same parameters on every child run ("none" where a method has no such thing), because the
 # compare page of the MLflow UI shows only runs that have every chosen column.
 RUN_PARAMS: tuple[str, ...] = (
@@ -85,25 +106,11 @@ RUN_PARAMS: tuple[str, ...] = (
     "budget_bytes",
     "seed",
     "group_attribute",
-    "fairness_weight",
-    "bitrate_weight",
-    "importance",
-    "reducer",
-    "allocator",
-    "granularity",
-    "choices",
-    "scale",
-    "exempt",
-    "pin",
-    "limits",
+    *PARAMS_OF_ALLOCATION,
     "match_moments",
     "reconstruct",
     "finetune_epochs",
-    "regulariser",
-    "distillation_weight",
-    "bit_gradient",
-    "bit_learning_rate",
-    "settle_frac",
+    *PARAMS_OF_FINETUNING,
 )
 NO_VALUE = "none"
 
@@ -210,6 +217,17 @@ def budget_label(budget_bits: float, budget_bytes: float) -> str:
         unit, size = ("MB", 1e6) if budget_bytes >= 1e6 else ("kB", 1e3)
         return f"{budget_bytes / size:.12g} {unit}"
     return f"{budget_bits:.12g}" if math.isfinite(budget_bits) else NO_VALUE
+
+
+def budget_with_unit(label: str) -> str:
+    """A budget as a row of a list is called.
+
+    >>> budget_with_unit("0.5"), budget_with_unit("1.5 MB"), budget_with_unit("none")
+    ('0.5 bit', '1.5 MB', 'fp32')
+    """
+    if label == NO_VALUE:
+        return "fp32"
+    return label if label.endswith("B") else f"{label} bit"
 
 
 def budget_order(label: str) -> tuple[int, float]:

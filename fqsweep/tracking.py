@@ -66,6 +66,7 @@ MAX_BATCH = 900
 ALL_IS_KEPT = (
     "every finished trial is kept in the output folder; when MLflow is back, run the same command again"
 )
+MAX_VALUE = 500  # characters of a fact that are recorded, and of a parameter that are compared
 MAX_DIGEST = 36  # characters of a digest that MLflow keeps
 
 
@@ -177,7 +178,7 @@ class Tracker:
 
 def _described_by(params: Mapping[str, str]) -> int:
     """The same for equal parameters; of a sweep's thousands of runs, only this is held."""
-    return hash(frozenset((name, value[:500]) for name, value in params.items()))
+    return hash(frozenset((name, value[:MAX_VALUE]) for name, value in params.items()))
 
 
 def _who() -> dict[str, str]:
@@ -292,11 +293,11 @@ def _is_active(client: MlflowClient, run_id: str) -> bool:
 def _log_facts(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) -> None:
     """Parameters cannot change: what an earlier start wrote stays, and changes are tags."""
     known = client.get_run(parent_id).data.params
-    params = [Param(name, value[:500]) for name, value in facts.items() if name not in known]
+    params = [Param(name, value[:MAX_VALUE]) for name, value in facts.items() if name not in known]
     tags = [
-        RunTag(name, value[:500])
+        RunTag(name, value[:MAX_VALUE])
         for name, value in facts.items()
-        if known.get(name, value[:500]) != value[:500]
+        if known.get(name, value[:MAX_VALUE]) != value[:MAX_VALUE]
     ]
     client.log_batch(parent_id, params=params, tags=tags)
 

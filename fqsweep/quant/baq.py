@@ -183,14 +183,13 @@ class LearnedBits:
         low, high = int(self.lowest_u.min()), int(self.highest_u.max())
         choices = list(range(low, high + 1))
         lowest_u, highest_u = self.lowest_u.cpu().numpy(), self.highest_u.cpu().numpy()
-        num_weights_u = self.counted_u
-        distance_ub = num_weights_u[:, None] * (np.array(choices)[None, :] - free_u[:, None]) ** 2
+        distance_ub = self.counted_u[:, None] * (np.array(choices)[None, :] - free_u[:, None]) ** 2
         allowed_ub = (np.array(choices) >= lowest_u[:, None]) & (np.array(choices) <= highest_u[:, None])
         cost_gub = np.where(allowed_ub, distance_ub, np.inf)[None]
-        learned_mean = float(num_weights_u @ free_u) / float(num_weights_u.sum())
-        smallest_mean = float(num_weights_u @ lowest_u) / float(num_weights_u.sum())
+        learned_mean = float(self.counted_u @ free_u) / float(self.counted_u.sum())
+        smallest_mean = float(self.counted_u @ lowest_u) / float(self.counted_u.sum())
         limit = max(min(self.budget_bits, learned_mean + 1e-3) - less_bits, smallest_mean)
-        return allocate_bits(cost_gub, num_weights_u, budget_bits=limit, choices=choices).bits_u
+        return allocate_bits(cost_gub, self.counted_u, budget_bits=limit, choices=choices).bits_u
 
 
 def project_on_budget(

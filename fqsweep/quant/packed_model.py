@@ -130,9 +130,10 @@ def shrink(blob: bytes) -> bytes:
     build = partial(_untrained, notes, metadata)
     removable = removable_channels(notes)
     small = remove_dropped_channels(state, build, image_size=notes.image_size, removable=removable)
+    if count_values(small) == count_values(state):
+        return blob
     del metadata[CHECKSUM]
-    smaller = small.pack({**metadata, REMOVED: f"{mean_bits(state):.6g}"})
-    return min(smaller, blob, key=len) if count_values(small) < count_values(state) else blob
+    return min(small.pack({**metadata, REMOVED: f"{mean_bits(state):.6g}"}), blob, key=len)
 
 
 @lru_cache(maxsize=8)

@@ -71,11 +71,8 @@ def _keeping_most(tensors: Mapping[str, torch.Tensor], units: UnitTable, bits_u:
     """Weights of 1, on grids of these bits, behind norms that hand on 1: nothing cancels, and no constant is 0."""
     state = UnpackedWeights()
     for name, tensor in tensors.items():
-        is_mean = name.endswith("running_mean")
-        counts = tensor.is_floating_point() and not is_mean
-        state[name] = (
-            torch.ones_like(tensor, device="cpu") if counts else torch.zeros_like(tensor, device="cpu")
-        )
+        counts = tensor.is_floating_point() and not name.endswith("running_mean")
+        state[name] = torch.full_like(tensor, int(counts), device="cpu")
     for name, own_u in units.split(bits_u).items():
         key = f"{name}.weight"
         step_u = np.where(own_u == 1, 2.0, 1.0).astype(np.float32)  # the levels of 1 bit are halves

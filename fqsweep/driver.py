@@ -10,9 +10,10 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from fqsweep.cells import Cell, finetune_epochs, run_params, trial_key
+from fqsweep.cells import finetune_epochs, run_params, trial_key
 from fqsweep.estimate import CostModel
 from fqsweep.faults import is_full, no_space
 from fqsweep.files import SweepPaths
@@ -158,7 +159,7 @@ class SweepDriver:
     def _book_trial(self, task: Task, seconds: float, *, is_noted: bool) -> None:
         """Take over a trial's result; ``is_noted``: the ledger has it."""
         result = self.result_of(task)
-        self.record(task.cell, result)
+        self.record(task, result)
         self.state.complete(task, result.metrics, _curve(result))
         if not is_noted:
             self.note_end(task, result, seconds)
@@ -174,16 +175,19 @@ class SweepDriver:
         params = run_params(task.cell, weights=dict(task.weights))
         return replace(result, title=task.cell.title, params=params)
 
-    def record(self, cell: Cell, result: TrialResult) -> None:
+    def _to_send(self, task: Task) -> tuple[TrialResult, list[Path]]:
+        """What MLflow gets of a trial: its result and its files."""
+        folder = self.paths.trial(task.key)
+        return self.result_of(task), [folder / name for name in RECORDED_FILES if (folder / name).exists()]
+
+    def record(self, task: Task, result: TrialResult) -> None:
         """A finished trial goes to MLflow and to the list of the best."""
-        folder = self.paths.trial(result.key)
-        files = [folder / name for name in RECORDED_FILES if (folder / name).exists()]
-        self.spool.put(result, files)
+        self.spool.put(task.key, partial(self._to_send, task))
         if result.pruned or "val/acc_worst" not in result.metrics:
             return
-        value = result.metrics["val/acc_worst"]
-        if cell.budget not in self.best or value > self.best[cell.budget][0]:
-            self.best[cell.budget] = (value, result.params["variant"])
+        budget, value = task.cell.budget, result.metrics["val/acc_worst"]
+        if budget not in self.best or value > self.best[budget][0]:
+            self.best[budget] = (value, result.params["variant"])
 
     def snapshot(self) -> Snapshot:
         """What the display shows."""
@@ -225,7 +229,7 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
         for task in _tasks_asked_before(cell, driver.state, studies):
             if driver.paths.result(task.key).exists():
                 result = driver.result_of(task)
-                driver.record(task.cell, result)
+                driver.record(task, result)
                 driver.state.adopt(task, result.metrics, _curve(result))
                 if task.key not in book.done:
                     driver.note_end(task, result, 0.0)

@@ -188,17 +188,21 @@ def append_line(path: Path, value: Mapping[str, Any], *, sync: bool = True) -> N
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file; lines cut short by a crash are left out, a missing file is empty."""
+    return list(iterate_lines(path))
+
+
+def iterate_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """``read_lines`` without all of them in memory."""
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            lines.append(value)
-    return lines
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(value, dict):
+                yield value
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fqsweep.files import SweepPaths, append_line, read_lines
+from fqsweep.files import SweepPaths, append_line, iterate_lines
 from fqsweep.tasks import Task
 
 Line = Mapping[str, Any]
@@ -55,13 +55,6 @@ class Ledger:
     begin: Line | None = None
     ending: str = "killed"
 
-    @property
-    def shared_s(self) -> float:
-        """What full-precision parents and cost tables took together."""
-        return float(
-            sum(line.get("seconds", 0.0) for line in self.done.values() if line.get("kind") != "trial")
-        )
-
 
 def replay(lines: Iterable[Line]) -> Ledger:
     """Read a ledger from its beginning; unknown events are passed over."""
@@ -90,4 +83,10 @@ def replay(lines: Iterable[Line]) -> Ledger:
 
 def read_ledger(paths: SweepPaths) -> Ledger:
     """The ledger of a sweep; empty where it has not begun."""
-    return replay(read_lines(paths.ledger))
+    return replay(iterate_lines(paths.ledger))
+
+
+def read_shared_s(paths: SweepPaths) -> float:
+    """Seconds that full-precision parents and cost tables took together."""
+    book = replay(line for line in iterate_lines(paths.ledger) if line.get("kind") != "trial")
+    return float(sum(line.get("seconds", 0.0) for line in book.done.values()))

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from fqsweep.errors import TrackingError
@@ -50,9 +49,19 @@ class Spool:
         self._thread = threading.Thread(target=self._run, daemon=True, name="mlflow")
         self._thread.start()
 
-    def put(self, result: TrialResult, files: list[Path]) -> None:
-        """Hand a result over; returns at once."""
-        self._add(_Errand(result.key, partial(self.tracker.log_trial, result, files)))
+    def put(self, key: str, read: Callable[[], tuple[TrialResult, list[Path]]]) -> None:
+        """Hand a result over; returns at once.
+
+        Args:
+            read: the result and the files of its run; called when its turn comes, so that thousands that wait for a
+                slow server are not in memory.
+        """
+
+        def send(*, again: bool) -> None:
+            result, files = read()
+            self.tracker.log_trial(result, files, again=again)
+
+        self._add(_Errand(key, send))
 
     def retire_all_but(self, keys: Collection[str]) -> None:
         """Have the runs of all other trials marked (``Tracker.retire_all_but``); returns at once."""

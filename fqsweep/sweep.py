@@ -48,7 +48,7 @@ from fqsweep.files import SweepPaths
 from fqsweep.forgetting import ForgetfulProgress, ForgetfulScheduler
 from fqsweep.gpus import MOST_TASKS_A_GPU, GpuShares
 from fqsweep.import_path import python_path
-from fqsweep.ledger import note_driver, read_ledger
+from fqsweep.ledger import note_driver, read_shared_s
 from fqsweep.machine import MachineWatch
 from fqsweep.names import SHARED_S
 from fqsweep.progress import Display
@@ -210,7 +210,7 @@ def _run(options: SweepOptions) -> SweepSummary:
         failures += [f"{title}: its prerequisite failed" for f in state.failures for title in f.blocked]
         with reaching(uri):
             tracker.log_numbers({f"cells/{name}": float(number) for name, number in state.counts().items()})
-            tracker.log_numbers({SHARED_S: read_ledger(paths).shared_s})
+            tracker.log_numbers({SHARED_S: read_shared_s(paths)})
             tracker.end(done=not failures)
     return SweepSummary(counts=state.counts(), failures=failures, tracking_uri=uri, parent_id=tracker.parent_id)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +31,10 @@ class Books:
         self.sent: list[str] = []
         self.variants: set[str] = set()
 
-        def put(result: TrialResult, _files: list[Path]) -> None:
-            self.sent.append(result.key)
+        def put(key: str, read: Callable[[], tuple[TrialResult, list[Path]]]) -> None:
+            result, _ = read()
+            assert result.key == key
+            self.sent.append(key)
             self.variants.add(result.params["variant"])
 
         spool: Any = SimpleNamespace(put=put, waiting=[], trouble=None)

@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import json
 import os
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -335,15 +337,36 @@ def test_the_spool_keeps_what_is_refused_and_tries_again(monkeypatch: pytest.Mon
     away = AwayTracker(refusals=3)
     spool = Spool(away)  # type: ignore[arg-type]
     for key in ("a", "b"):
-        spool.put(result(key), [])
+        spool.put(key, partial(lambda key: (result(key), []), key))
     spool.finish(patience_s=10)
     assert sorted(key for key, _ in away.taken) == ["a", "b"]
     assert dict(away.taken)["a"] is True and not spool.waiting
 
 
+def test_results_that_wait_for_a_server_are_not_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "PAUSE_S", 0.01)
+    away = AwayTracker(refusals=1)
+    seen: list[weakref.ref[TrialResult]] = []
+    alive: list[int] = []
+
+    def read(key: str) -> tuple[TrialResult, list[Path]]:
+        read_now = result(key)
+        seen.append(weakref.ref(read_now))
+        alive.append(sum(one() is not None for one in seen))
+        return read_now, []
+
+    spool = Spool(away)  # type: ignore[arg-type]
+    keys = [str(number) for number in range(50)]
+    for key in keys:
+        spool.put(key, partial(read, key))
+    spool.finish(patience_s=10)
+    assert sorted(key for key, _ in away.taken) == sorted(keys)
+    assert max(alive) <= 2, "the one that is sent, and the one before it"
+
+
 def test_the_spool_says_so_when_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool_module, "PAUSE_S", 0.01)
     spool = Spool(AwayTracker(refusals=10**9))  # type: ignore[arg-type]
-    spool.put(result("a"), [])
+    spool.put("a", lambda: (result("a"), []))
     with pytest.raises(TrackingError, match=r"did not take 1 results: the server is away"):
         spool.finish(patience_s=0.1)

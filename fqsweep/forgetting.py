@@ -1,4 +1,4 @@
-"""What Ray Tune keeps of trials that ended, and lets go of here: over thousands of tasks it would fill the driver.
+"""What Ray Tune and the C library keep of trials that ended, and let go of here: thousands would fill the driver.
 
 Ledger and results are the truth, so nothing of an ended trial is read again. Tune has no option for it; what is
 reached into is named below, was looked up in Ray 2.60, and is passed over where another version has it no longer.
@@ -6,6 +6,8 @@ reached into is named below, was looked up in Ray 2.60, and is passed over where
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from typing import Any
 
 from ray.tune.progress_reporter import TrialProgressCallback
@@ -62,3 +64,9 @@ def _forget_ended(controller: Any) -> None:
     calls = getattr(actors, "_pending_actors_to_enqueued_actor_tasks", {})
     for actor in calls.keys() - getattr(actors, "_pending_actors_to_attrs", calls).keys():
         del calls[actor]
+
+
+def give_back_memory() -> None:
+    """Let the C library hand free pages of the heap back to the system, where it is glibc, which keeps them."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -45,7 +45,7 @@ from fqsweep.errors import ClusterError, InputError
 from fqsweep.estimate import CostModel
 from fqsweep.faults import is_no_space, no_space
 from fqsweep.files import SweepPaths
-from fqsweep.forgetting import ForgetfulProgress, ForgetfulScheduler
+from fqsweep.forgetting import ForgetfulProgress, ForgetfulScheduler, give_back_memory
 from fqsweep.gpus import MOST_TASKS_A_GPU, GpuShares
 from fqsweep.import_path import python_path
 from fqsweep.ledger import note_driver, read_shared_s
@@ -61,6 +61,7 @@ from fqsweep.tracking import Tracker, default_uri, open_tracker, reaching
 
 TICK_S = 1.0
 LOOK_AT_RAY_S = 5.0
+GIVE_BACK_S = 60.0
 GRACE_S = 8.0
 
 
@@ -365,7 +366,11 @@ def _ticking(display: Display, driver: SweepDriver) -> Iterator[None]:
     def run() -> None:
         troubled_since: float | None = None
         next_look = time.monotonic() + LOOK_AT_RAY_S
+        next_give_back = time.monotonic()
         while not over.wait(TICK_S):
+            if time.monotonic() > next_give_back:
+                give_back_memory()
+                next_give_back = time.monotonic() + GIVE_BACK_S
             with contextlib.suppress(RuntimeError, OSError):
                 display.tick()
             if not driver.stopped and time.monotonic() > next_look:

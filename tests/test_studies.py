@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+from wsgiref.util import setup_testing_defaults
 
 import optuna
+import optuna_dashboard
 import pytest
 from small_spaces import METRICS, small_space
 
@@ -247,3 +251,29 @@ def test_opening_the_journal_again_lists_the_studies_once_however_many_cells_the
     second = OptunaStudies(space.search, tmp_path / "journal")
     monkeypatch.setattr(second.storage, "get_all_studies", lambda: pytest.fail("listed again"))
     assert all(len(second.asked_before(cell)) == 1 for cell in searched)
+
+
+def test_optuna_dashboard_shows_the_journal(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    cell = searched_cell(space)
+    studies = OptunaStudies(space.search, tmp_path / "journal")
+    for number, accuracy in enumerate((0.5, 0.75)):
+        studies.ask(cell)
+        studies.tell(cell, number, {**METRICS, "val/acc_worst": accuracy})
+    app = optuna_dashboard.wsgi(str(tmp_path / "journal"))
+
+    def ask(path: str) -> Any:
+        environment: dict[str, Any] = {"PATH_INFO": path, "HTTP_HOST": "127.0.0.1", "QUERY_STRING": "after=0"}
+        setup_testing_defaults(environment)
+        statuses: list[str] = []
+        body = b"".join(app(environment, lambda status, *_: statuses.append(status)))
+        assert statuses[0].startswith("200"), (statuses, body)
+        return json.loads(body)
+
+    (shown,) = ask("/api/studies")["study_summaries"]
+    assert cell.title in shown["study_name"] and shown["directions"] == ["maximize", "minimize"]
+    trials = ask(f"/api/studies/{shown['study_id']}")["trials"]
+    assert [(trial["state"], trial["values"]) for trial in trials] == [
+        ("Complete", [0.5, 1.0]),
+        ("Complete", [0.75, 1.0]),
+    ]

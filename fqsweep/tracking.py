@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -70,6 +71,16 @@ MAX_VALUE = 500  # characters of a fact that are recorded, and of a parameter th
 MAX_DIGEST = 36  # characters of a digest that MLflow keeps
 
 
+@dataclass(slots=True)
+class _LoggedRun:
+    """What is known of a trial's run: its parameters as ``_described_by`` tells them, and whether it is tagged as
+    retired."""
+
+    run_id: str
+    described: int
+    is_retired: bool = False
+
+
 class Tracker:
     """The sweep's parent run and its children."""
 
@@ -78,8 +89,6 @@ class Tracker:
         self.experiment_id = experiment_id
         self.parent_id = parent_id
         self.sweep = sweep
-        self.retired: set[str] = set()
-        self.described: dict[str, int] = {}
         self.logged = self._logged_before(f"tags.`{TAG_PARENT}` = '{parent_id}'")
 
     def log_trial(self, result: TrialResult, files: Sequence[Path], *, again: bool = False) -> str | None:
@@ -92,13 +101,14 @@ class Tracker:
             query = f"tags.`{TAG_PARENT}` = '{self.parent_id}' and tags.`{TAG_KEY}` = '{result.key}'"
             self.logged |= self._logged_before(query)
         described = _described_by(result.params)
-        if result.key in self.logged and self.described[result.key] == described:
-            self._retire(result.key, is_over=False)
+        known = self.logged.get(result.key)
+        if known is not None and known.described == described:
+            self._retire(known, is_over=False)
             return None
-        if result.key in self.logged:
+        if known is not None:
             # Renamed since, or with fewer parameters; those of a run cannot change, so that it is written anew.
-            self.client.delete_run(self.logged.pop(result.key))
-            self.retired.discard(result.key)
+            self.client.delete_run(known.run_id)
+            del self.logged[result.key]
         tags = {
             TAG_PARENT: self.parent_id,
             TAG_KEY: result.key,
@@ -125,21 +135,20 @@ class Tracker:
         for file in files:
             self.client.log_artifact(run_id, str(file))
         self.client.set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED), end_time=now)
-        self.logged[result.key], self.described[result.key] = run_id, described
+        self.logged[result.key] = _LoggedRun(run_id, described)
         return run_id
 
     def retire_all_but(self, keys: Collection[str]) -> None:
         """Tag the runs of trials that are no results of the search space as it is, and untag those that are again."""
-        for key in list(self.logged):
-            self._retire(key, is_over=key not in keys)
+        for key, run in self.logged.items():
+            self._retire(run, is_over=key not in keys)
 
-    def _retire(self, key: str, *, is_over: bool) -> None:
-        if is_over and key not in self.retired:
-            self.client.set_tag(self.logged[key], TAG_RETIRED, "true")
-            self.retired.add(key)
-        elif not is_over and key in self.retired:
-            drop_tag(self.client, self.logged[key], TAG_RETIRED)
-            self.retired.discard(key)
+    def _retire(self, run: _LoggedRun, *, is_over: bool) -> None:
+        if is_over and not run.is_retired:
+            self.client.set_tag(run.run_id, TAG_RETIRED, "true")
+        elif not is_over and run.is_retired:
+            drop_tag(self.client, run.run_id, TAG_RETIRED)
+        run.is_retired = is_over
 
     def log_numbers(self, numbers: Mapping[str, float], step: int = 0) -> None:
         """Metrics of the sweep as a whole, on the parent run."""
@@ -162,17 +171,17 @@ class Tracker:
         status = RunStatus.FINISHED if done else RunStatus.FAILED
         self.client.set_terminated(self.parent_id, RunStatus.to_string(status))
 
-    def _logged_before(self, query: str) -> dict[str, str]:
-        """Trial key -> run id of runs that are written; runs that were cut off are removed."""
-        logged: dict[str, str] = {}
+    def _logged_before(self, query: str) -> dict[str, _LoggedRun]:
+        """Trial key -> a run that is written; runs that were cut off are removed."""
+        logged: dict[str, _LoggedRun] = {}
         # All of them first: what is removed moves the pages that come after it.
         for run in list(search_runs(self.client, query, experiment_id=self.experiment_id)):
             key = run.data.tags.get(TAG_KEY)
             if run.info.status != "FINISHED" or key in logged:
                 self.client.delete_run(run.info.run_id)
             elif key is not None:
-                logged[key], self.described[key] = run.info.run_id, _described_by(run.data.params)
-                (self.retired.add if TAG_RETIRED in run.data.tags else self.retired.discard)(key)
+                described = _described_by(run.data.params)
+                logged[key] = _LoggedRun(run.info.run_id, described, is_retired=TAG_RETIRED in run.data.tags)
         return logged
 
 

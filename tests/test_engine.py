@@ -93,16 +93,23 @@ def test_a_driver_killed_at_20_random_moments_does_every_cell_once(
     assert_books_agree(space, out, trials=10 * 8 + 2 * 6)
 
 
-def test_no_more_than_max_concurrent_tasks_run_at_a_time_and_a_worker_is_used_again(
+def test_one_task_at_a_time_runs_in_one_worker_and_tune_keeps_none_that_ended(
     tmp_path: Path, cluster: ClusterProcess
 ) -> None:
+    """Of a sweep of thousands the driver's memory would be full of them; see ``fqsweep.forgetting``."""
     space, out = write_cheap(tmp_path, sleep_s=0.3)
-    assert run_driver(space, out, address=cluster.address, max_concurrent=1) == 0, said(out)
+    code = run_driver(space, out, address=cluster.address, max_concurrent=1, counts_objects=True)
+    assert code == 0, said(out)
     runs = executed(out)
     starts = sorted(float(str(run["time"])) for run in runs)
     assert len(starts) > NUM_TRIALS
     assert min(b - a for a, b in pairwise(starts)) >= 0.3
     assert len({run["pid"] for run in runs}) == 1
+    counts = [json.loads(line.split("alive: ")[1]) for line in said(out).splitlines() if "alive: " in line]
+    assert len(counts) >= NUM_TRIALS + 4, "once a task"
+    # One runs, one is asked for ahead, and one ends.
+    assert max(count["Trial"] for count in counts) <= 4
+    assert max(count["TrackedActorTask"] for count in counts) <= 4
 
 
 def test_each_fault_costs_what_it_must_and_retry_clears_what_failed(
@@ -374,16 +381,3 @@ def test_a_tracking_server_that_is_away_for_a_while_gets_every_result_once(
         server.wait()
     assert proxy.lost == set(done_trials(out))
     assert_books_agree(space, out, trials=NUM_TRIALS)
-
-
-def test_tune_keeps_no_trial_that_ended(tmp_path: Path, cluster: ClusterProcess) -> None:
-    """Of a sweep of thousands the driver's memory would be full of them; see ``fqsweep.forgetting``."""
-    space, out = write_cheap(tmp_path)
-    assert run_driver(space, out, address=cluster.address, max_concurrent=2, counts_objects=True) == 0, said(
-        out
-    )
-    counts = [json.loads(line.split("alive: ")[1]) for line in said(out).splitlines() if "alive: " in line]
-    assert len(counts) >= NUM_TRIALS + 4, "once a task"
-    # Two run, one is asked for ahead, and one ends.
-    assert max(count["Trial"] for count in counts) <= 5
-    assert max(count["TrackedActorTask"] for count in counts) <= 5

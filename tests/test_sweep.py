@@ -124,21 +124,6 @@ def test_the_same_command_again_runs_nothing(finished: tuple[Path, Path, str]) -
     assert (work(), child_keys(out)) == before
 
 
-def test_a_killed_driver_goes_on_and_does_every_trial_once(tmp_path: Path) -> None:
-    space, out = write_tiny(tmp_path, text=ONE_SEED), tmp_path / "out"
-    process = start(space, out)
-    wait_for(lambda: len(done_trials(out)) >= 3, what="three finished trials")
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert len(done_trials(out)) < NUM_TRIALS // 2
-    code, output = finish(start(space, out))
-    assert code == 0, output
-    keys = done_trials(out)
-    assert len(keys) == NUM_TRIALS // 2
-    assert set(keys.values()) == {1}
-    assert child_keys(out) == keys
-
-
 @pytest.fixture
 def rays_folder() -> Iterator[str]:
     """Ray's temporary folder with the address of a cluster that is gone; a short path, because sockets lie below it."""
@@ -148,18 +133,24 @@ def rays_folder() -> Iterator[str]:
         yield folder
 
 
-def test_a_killed_worker_costs_nothing_but_time_and_a_dead_cluster_is_not_joined(
+def test_a_killed_worker_and_a_killed_driver_cost_nothing_but_time_and_a_dead_cluster_is_not_joined(
     tmp_path: Path, rays_folder: str
 ) -> None:
     space, out = write_tiny(tmp_path, epochs=12, text=ONE_SEED), tmp_path / "out"
     process = start(space, out, RAY_TMPDIR=rays_folder)
     wait_for(lambda: kill_worker_of(process.pid), what="a worker with a task")
-    code, output = finish(process)
+    wait_for(lambda: len(done_trials(out)) >= 3, what="three finished trials")
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert len(events(out, "lost")) == 1
+    assert len(done_trials(out)) < NUM_TRIALS // 2
+    code, output = finish(start(space, out, RAY_TMPDIR=rays_folder))
     assert code == 0, output
     assert len(events(out, "lost")) == 1
-    assert set(done_trials(out).values()) == {1}
-    assert child_keys(out) == done_trials(out)
-    assert len(done_trials(out)) == NUM_TRIALS // 2
+    keys = done_trials(out)
+    assert len(keys) == NUM_TRIALS // 2
+    assert set(keys.values()) == {1}
+    assert child_keys(out) == keys
 
 
 def test_cells_that_fail_are_named_and_the_others_go_on(tmp_path: Path) -> None:
@@ -175,18 +166,7 @@ def test_cells_that_fail_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert len(child_keys(out)) == 2
 
 
-def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> None:
-    space, out = write_tiny(tmp_path, epochs=3), tmp_path / "out"
-    process = start(space, out)
-    wait_for(lambda: len(done_trials(out)) >= 1, what="a finished trial")
-    os.kill(process.pid, signal.SIGINT)
-    code, output = finish(process, timeout_s=60)
-    assert code == 130, output
-    assert f"main.py run {space} --out {out}" in output.split("To go on: ")[1]
-    assert "Traceback" not in output
-
-
-def test_what_trains_when_the_sweep_is_stopped_is_saved_and_goes_on_from_there(tmp_path: Path) -> None:
+def test_ctrl_c_saves_what_trains_and_says_how_to_go_on_and_it_goes_on_from_there(tmp_path: Path) -> None:
     space, out = write_tiny(tmp_path, epochs=400, text=ONE_SEED), tmp_path / "out"
     process = start(space, out)
 
@@ -199,6 +179,8 @@ def test_what_trains_when_the_sweep_is_stopped_is_saved_and_goes_on_from_there(t
     code, output = finish(process, timeout_s=60)
     assert code == 130, output
     assert "stopping: what ends an epoch within 8 s is saved" in output
+    assert f"main.py run {space} --out {out}" in output.split("To go on: ")[1]
+    assert "Traceback" not in output
     assert log.read_text().splitlines()[-1].endswith("stopped")
     last = log.read_text().rpartition("epoch ")[2].partition(":")[0]
     assert len(list((out / "checkpoints").glob("*.pt"))) == 1

@@ -37,7 +37,7 @@ def perform(
         "attempt": task.attempt,
         "pid": os.getpid(),
     }
-    seen |= {"device": device, **_place()}
+    seen |= {"device": device, "threads": num_threads, **_place()}
     append_line(paths.out / "executed.jsonl", {**seen, "time": time.time()}, sync=False)
     for fault in behaviour.get("faults", []):
         if fault["match"] in task.title and task.attempt in fault.get("attempts", [1, 2, 3]):

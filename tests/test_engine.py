@@ -93,11 +93,11 @@ def test_a_driver_killed_at_20_random_moments_does_every_cell_once(
     assert_books_agree(space, out, trials=10 * 8 + 2 * 6)
 
 
-def test_one_task_at_a_time_runs_in_one_worker_and_tune_keeps_none_that_ended(
+def test_one_task_at_a_time_runs_in_one_worker_on_its_threads_and_tune_keeps_none_that_ended(
     tmp_path: Path, cluster: ClusterProcess
 ) -> None:
     """Of a sweep of thousands the driver's memory would be full of them; see ``fqsweep.forgetting``."""
-    space, out = write_cheap(tmp_path, sleep_s=0.3)
+    space, out = write_cheap(tmp_path, ("search:", "resources: {cpus_per_trial: 2}\nsearch:"), sleep_s=0.3)
     code = run_driver(space, out, address=cluster.address, max_concurrent=1, counts_objects=True)
     assert code == 0, said(out)
     runs = executed(out)
@@ -105,6 +105,7 @@ def test_one_task_at_a_time_runs_in_one_worker_and_tune_keeps_none_that_ended(
     assert len(starts) > NUM_TRIALS
     assert min(b - a for a, b in pairwise(starts)) >= 0.3
     assert len({run["pid"] for run in runs}) == 1
+    assert {run["threads"] for run in runs} == {2}
     counts = [json.loads(line.split("alive: ")[1]) for line in said(out).splitlines() if "alive: " in line]
     assert len(counts) >= NUM_TRIALS + 4, "once a task"
     # One runs, one is asked for ahead, and one ends.

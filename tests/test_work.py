@@ -118,6 +118,22 @@ def test_what_is_handed_out_after_a_wish_to_stop_does_nothing(
     assert do(paths, task) == "done"
 
 
+def test_a_task_computes_on_the_threads_that_it_was_given(
+    trial: tuple[SweepPaths, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the environment says: Ray tells its workers OMP_NUM_THREADS=1."""
+    paths, task = trial
+    used: list[int] = []
+    monkeypatch.setattr(work, "_do", lambda *_given, **_named: used.append(torch.get_num_threads()) or "done")
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (3, 1):
+            work.perform(task, paths=paths, data_dir=None, device="cpu", num_threads=num_threads)
+    finally:
+        torch.set_num_threads(before)
+    assert used == [3, 1]
+
+
 @pytest.mark.parametrize("folder", ["packs", "logs", "baselines"])
 def test_a_disk_that_is_full_is_no_failure_of_the_task(tmp_path: Path, folder: str) -> None:
     """Memory mounted in place of one folder: too little for a pack of 1.5 MB, or no room at all."""

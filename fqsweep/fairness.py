@@ -1,4 +1,4 @@
-"""How well each group is served: group metrics on predictions. NumPy and SciPy, no torch.
+"""How well each group is served: group metrics on predictions. NumPy and pandas, no torch.
 
 Axes: n samples, c classes, g groups.
 Source: FairPrune (Wu, Zeng, Xu, Shi and Hu 2022), as FairQuant (Woergaard and Selvan 2026) uses it.
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -217,7 +217,7 @@ def macro_auc(probability_nc: Float, labels: NDArray[np.integer]) -> float:
     scored_c = num_pairs_c > 0
     if not scored_c.any():
         return float("nan")
-    rank_nc = rankdata(probability_nc[:, scored_c], axis=0)
+    rank_nc = pd.DataFrame(probability_nc[:, scored_c]).rank().to_numpy()
     rank_sum_c = (rank_nc * positive_nc[:, scored_c]).sum(axis=0)
     num_positive_c = num_positive_c[scored_c]
     smallest_sum_c = num_positive_c * (num_positive_c + 1) / 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -20,6 +22,8 @@ from fqsweep.files import write_bytes
 from fqsweep.names import BITS, metric_of, selection_of
 
 WARM_START = "fqsweep:warm_start"
+LOCK_FILE_SUFFIX = ".lock"  # of Optuna's journals
+LOCK_HELD_S = 0.5
 
 
 class OptunaStudies:
@@ -33,6 +37,7 @@ class OptunaStudies:
         """
         self.config = config
         journal.parent.mkdir(parents=True, exist_ok=True)
+        _take_away_left_lock(journal)
         _cut_off_unfinished_line(journal)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with warnings.catch_warnings():
@@ -210,6 +215,20 @@ class OptunaStudies:
             return optuna.samplers.TPESampler(
                 seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True
             )
+
+
+def _take_away_left_lock(journal: Path) -> None:
+    """Take away the lock of a driver that was killed while it wrote: Optuna would wait half a minute for it.
+
+    No other driver writes (``control.only_driver``); whoever else adds to the journal, as Optuna's dashboard may,
+    holds its lock for milliseconds.
+    """
+    lock = journal.with_name(journal.name + LOCK_FILE_SUFFIX)
+    with contextlib.suppress(FileNotFoundError):
+        found = lock.lstat()
+        time.sleep(LOCK_HELD_S)
+        if lock.lstat().st_ino == found.st_ino:
+            lock.unlink()
 
 
 def _cut_off_unfinished_line(journal: Path) -> None:

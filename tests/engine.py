@@ -15,11 +15,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  else each forked driver loads it
 import optuna
 from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
 from ray.tune.experiment import Trial
 from small_spaces import SMALL, write_space
-from sweeps import child_keys, done_trials
+from sweeps import child_keys, done_trials, give_database
 
 from fqsweep import sweep as sweep_module
 from fqsweep.checks import Checked
@@ -43,6 +44,7 @@ def write_cheap(folder: Path, *changes: tuple[str, str], **behaviour: Any) -> tu
         text = text.replace(old, new)
     out = folder / "out"
     out.mkdir(exist_ok=True)
+    give_database(out)
     behave(out, **behaviour)
     return write_space(folder, text), out
 

@@ -67,7 +67,7 @@ def main() -> None:
         os.environ["RAY_TMPDIR"] = folder
         _serve(
             Cluster(
-                initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, "include_dashboard": False}
+                initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False}
             )
         )
 
@@ -75,7 +75,7 @@ def main() -> None:
 def _serve(cluster: Any) -> None:
     print(f"> {cluster.address}", flush=True)
     for _line in sys.stdin:
-        node = cluster.add_node(num_cpus=2, num_gpus=2)
+        node = cluster.add_node(num_cpus=1, num_gpus=2)
         print(f"> {node.all_processes['raylet'][0].process.pid}", flush=True)
     for node in cluster.list_all_nodes():
         node.kill_all_processes(check_alive=False, allow_graceful=False)

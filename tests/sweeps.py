@@ -44,6 +44,14 @@ def write_tiny(folder: Path, *, epochs: int = 1, text: str = TINY) -> Path:
     return file
 
 
+def give_database(out: Path) -> None:
+    """A database for a sweep's output folder, unless it has one: its own start would make the same."""
+    database = SweepPaths(out).tracking_db
+    if not database.exists():
+        database.parent.mkdir(parents=True, exist_ok=True)
+        database.write_bytes(_empty_database())
+
+
 @cache
 def _empty_database() -> bytes:
     """MLflow's tables without a run: to make them through all their versions takes five seconds of a process."""
@@ -57,10 +65,8 @@ def start(
     space: Path, out: Path, *more: str, new_database: bool = False, **environment: str
 ) -> subprocess.Popen[str]:
     """``fqsweep run`` in a process of its own, with a copied database unless a new one is part of the test."""
-    database = SweepPaths(out).tracking_db
-    if not (new_database or database.exists()):
-        database.parent.mkdir(parents=True, exist_ok=True)
-        database.write_bytes(_empty_database())
+    if not new_database:
+        give_database(out)
     command = [
         sys.executable,
         str(PROJECT / "fqsweep" / "main.py"),

@@ -267,7 +267,7 @@ def cluster() -> Iterator[ClusterProcess]:
 def test_a_job_waits_for_its_workers_runs_and_returns_the_exit_code(
     tmp_path: Path, cluster: ClusterProcess
 ) -> None:
-    node_types = {"gpu": {"max_workers": 1, "resources": {"CPU": 2, "GPU": 2}}}
+    node_types = {"gpu": {"max_workers": 1, "resources": {"CPU": 1, "GPU": 2}}}
     configuration = {"max_workers": 1, "available_node_types": node_types}
     (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(configuration))
     if (Path.home() / ".ray").exists():  # the token of the running cluster

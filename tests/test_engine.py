@@ -49,7 +49,7 @@ datasets:
   - {kind: synthderm, group_attributes: [skin_tone], image_size: 32, num_images: 300, min_group_count: 5}
 architectures: [test_resnet]
 budgets_bits: [3]
-seeds: [0, 1, 2, 3, 4, 5]
+seeds: [0, 1, 2]
 methods: [{method: static, finetune_epochs: 0}]
 recipe: {epochs: EPOCHS, batch_size: 32, calibration_images: 30}
 search: {trials_per_cell: 1}
@@ -217,14 +217,15 @@ def test_a_running_sweep_is_seen_from_outside_and_stops_when_asked(
 
 def test_a_node_that_dies_gives_its_trials_to_the_others(tmp_path: Path, cluster: ClusterProcess) -> None:
     raylet = cluster.add_node()
-    # Enough work that a slow machine starts workers on the second node before the first node has done it all.
-    space, out = write_cheap(tmp_path, ("seeds: [0, 1]", "seeds: [0, 1, 2, 3]"), sleep_s=2.0)
+    space, out = write_cheap(tmp_path, faults=[{"match": "", "do": "wait"}])
     driver = fork_driver(space, out, address=cluster.address)
     wait_for(lambda: len({run["node"] for run in executed(out)}) == 2, what="work on both nodes")
     os.kill(raylet, signal.SIGKILL)
+    wait_for(lambda: bool(events(out, "lost")), what="the end of the second node's worker")
+    (out / "go").touch()
     assert wait_driver(driver) == 0, said(out)
     assert any("worker process died" in str(line["reason"]) for line in events(out, "lost"))
-    assert_books_agree(space, out, trials=2 * NUM_TRIALS)
+    assert_books_agree(space, out, trials=NUM_TRIALS)
 
 
 def test_training_on_a_node_that_dies_goes_on_elsewhere_from_its_last_epoch(
@@ -252,7 +253,7 @@ def test_training_on_a_node_that_dies_goes_on_elsewhere_from_its_last_epoch(
     assert wait_driver(driver) == 0, said(out)
     assert any("worker process died" in str(line["reason"]) for line in events(out, "lost"))
     assert all("training goes on after epoch" in log.read_text() for log in found.values())
-    assert_books_agree(space, out, trials=6)
+    assert_books_agree(space, out, trials=3)
 
 
 def test_a_sweep_whose_own_ray_is_killed_says_so_and_goes_on_where_it_was(
@@ -268,6 +269,7 @@ def test_a_sweep_whose_own_ray_is_killed_says_so_and_goes_on_where_it_was(
     assert wait_driver(driver, timeout_s=120) == 7, said(out)
     assert "the same command goes on" in said(out)
     assert not events(out, "failed")
+    behave(out)
     assert run_driver(space, out) == 0, said(out)
     assert_books_agree(space, out, trials=NUM_TRIALS)
 

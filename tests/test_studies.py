@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
@@ -10,6 +11,7 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import optuna_dashboard
 import pytest
+from optuna.storages.journal import JournalFileSymlinkLock
 from small_spaces import METRICS, small_space
 
 from fqsweep.cells import Cell, expand_cells, trial_key
@@ -144,6 +146,21 @@ def test_a_journal_cut_short_by_a_crash_goes_on(tmp_path: Path) -> None:
     again.tell(cell, number, METRICS)
     third = OptunaStudies(space.search, journal)
     assert [trial.state.name for trial in third._study(cell).get_trials()] == ["COMPLETE"]
+
+
+def test_a_lock_that_a_killed_driver_left_is_not_waited_for(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    cell = searched_cell(space)
+    journal = tmp_path / "journal"
+    first = OptunaStudies(space.search, journal)
+    asked = first.ask(cell)
+    assert JournalFileSymlinkLock(str(journal)).acquire()
+    start = time.monotonic()
+    second = OptunaStudies(space.search, journal)
+    assert second.ask(cell) == asked
+    second.tell(cell, asked[0], METRICS)
+    assert time.monotonic() - start < 10, "Optuna waits 30 s"
+    assert not list(tmp_path.glob("journal.lock*"))
 
 
 def test_a_neighbouring_budget_gives_its_best_weights_to_the_next_study_once(tmp_path: Path) -> None:

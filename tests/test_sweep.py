@@ -136,7 +136,7 @@ def rays_folder() -> Iterator[str]:
 def test_a_killed_worker_and_a_killed_driver_cost_nothing_but_time_and_a_dead_cluster_is_not_joined(
     tmp_path: Path, rays_folder: str
 ) -> None:
-    space, out = write_tiny(tmp_path, epochs=12, text=ONE_SEED), tmp_path / "out"
+    space, out = write_tiny(tmp_path, epochs=4, text=ONE_SEED), tmp_path / "out"
     process = start(space, out, RAY_TMPDIR=rays_folder)
     wait_for(lambda: kill_worker_of(process.pid), what="a worker with a task")
     wait_for(lambda: len(done_trials(out)) >= 3, what="three finished trials")

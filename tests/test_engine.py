@@ -35,7 +35,7 @@ from small_disk import fill_up, mounted
 from sweeps import child_named, descendants, done_trials, events, parent_of, wait_for, write_tiny
 
 from fqsweep.control import ask_to_stop, clear_failures, look
-from fqsweep.files import SweepPaths
+from fqsweep.files import SweepPaths, read_lines
 from fqsweep.names import TAG_KEY, TAG_RETIRED
 from fqsweep.stores import search_runs
 from fqsweep.tracking import default_uri
@@ -79,7 +79,7 @@ def test_a_driver_killed_at_20_random_moments_does_every_cell_once(
     kills = 0
     for turn in range(40):
         before = len(events(out, "begin"))
-        pid = fork_driver(space, out, address=cluster.address, max_concurrent=2)
+        pid = fork_driver(space, out, address=cluster.address, max_concurrent=1 + turn % 2)
         # The first start makes the database; later every second kill falls into a start, the others into the work.
         if turn % 2 == 0:
             wait_for(lambda n=before: len(events(out, "begin")) > n, what="a driver that begins")
@@ -206,6 +206,15 @@ def test_a_running_sweep_is_seen_from_outside_and_stops_when_asked(
     assert run_driver(space, out, address=cluster.address) == 0
     assert_books_agree(space, out, trials=NUM_TRIALS)
     assert look(SweepPaths(out)).driver_ending == "done"
+
+    def work() -> list[dict[str, object]]:
+        """The ledger without what a driver says of itself."""
+        return [line for line in read_lines(SweepPaths(out).ledger) if "key" in line]
+
+    before = work(), len(executed(out))
+    assert run_driver(space, out, address=cluster.address) == 0
+    assert (work(), len(executed(out))) == before, "the same command again runs nothing"
+    assert_books_agree(space, out, trials=NUM_TRIALS)
     # Runs of cells that left the search space are marked, and are as they were when the cells are back.
     whole = space.read_text()
     for text, num_retired in ((whole.replace("seeds: [0, 1]", "seeds: [0]"), NUM_TRIALS // 2), (whole, 0)):

@@ -200,8 +200,9 @@ def test_a_data_folder_that_was_not_given_is_asked_for(
 
 @pytest.mark.usefixtures("checks_here")
 def test_a_tracking_server_that_is_away_is_said_before_anything_starts(
-    photos: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # three take 14 s
     assert run(photos, "--tracking-uri", "http://127.0.0.1:9") == 2
     error = capsys.readouterr().err
     assert "http://127.0.0.1:9" in error and "start the server or correct --tracking-uri" in error

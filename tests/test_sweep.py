@@ -26,7 +26,7 @@ from sweeps import (
     write_tiny,
 )
 
-from fqsweep.files import SweepPaths, read_lines
+from fqsweep.files import SweepPaths
 from fqsweep.names import RUN_PARAMS, TAG_PARENT, metric_keys
 from fqsweep.results import read_result
 
@@ -109,19 +109,6 @@ def test_every_child_has_confusions_and_curves_and_the_parent_its_machine(
             assert {"epoch/train/loss", "epoch/val/acc_worst", "epoch/bits/mean_weight"} <= set(
                 run.data.metrics
             )
-
-
-def test_the_same_command_again_runs_nothing(finished: tuple[Path, Path, str]) -> None:
-    space, out, _ = finished
-
-    def work() -> list[dict[str, object]]:
-        """The ledger without what a driver says of itself."""
-        return [line for line in read_lines(SweepPaths(out).ledger) if "key" in line]
-
-    before = work(), child_keys(out)
-    code, output = finish(start(space, out))
-    assert code == 0, output
-    assert (work(), child_keys(out)) == before
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from fqsweep.cells import budgets_of, method_points
 from fqsweep.config import Allocating, SearchSpace, content_hash
-from fqsweep.errors import EXIT_BAD_INPUT, EXIT_OK, InputError, TrialError
+from fqsweep.errors import EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_OK, InputError, TrialError
+from fqsweep.faults import is_no_space, no_space
 from fqsweep.files import SweepPaths, write_bytes, write_json
 from fqsweep.import_path import python_path
 from fqsweep.names import part_of_key
@@ -62,6 +63,8 @@ def check_in_own_process(space_file: Path, paths: SweepPaths, data_dir: Path | N
     )
     if ended.returncode == EXIT_BAD_INPUT:
         raise InputError(ended.stderr.strip())
+    if ended.returncode == EXIT_NO_SPACE:
+        raise no_space(paths.out)
     if ended.returncode != EXIT_OK:
         raise RuntimeError(f"the checks of {space_file} ended with {ended.returncode}:\n{ended.stderr}")
     return Checked(**json.loads(ended.stdout.splitlines()[-1]))
@@ -174,6 +177,8 @@ def _check_writable(out: Path) -> None:
         write_bytes(out / ".writable", b"fqsweep")
         (out / ".writable").unlink()
     except OSError as error:
+        if is_no_space(error):
+            raise
         raise InputError(
             f"output folder {out} cannot be written: {error.strerror}; give another --out"
         ) from error
@@ -205,6 +210,10 @@ def main(arguments: list[str]) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
+    except OSError as error:
+        if is_no_space(error):
+            return EXIT_NO_SPACE
+        raise
     print(json.dumps(asdict(Checked(facts=facts, macs=macs, warnings=warnings))))
     return EXIT_OK
 

@@ -168,7 +168,8 @@ def look(paths: SweepPaths) -> Status:
     slots = int((book.begin or {}).get("slots", 1))
     book.running = dict(list(book.running.items())[:slots]) if held else {}
     cells = _count_cells(plan["cells"], book)
-    failures = _failures(plan["cells"], book)
+    known = {cell["key"] for cell in plan["cells"]} | {task["key"] for task in plan["shared"]}
+    failures = _failures(plan["cells"], book, known)
     trials = _count_trials(plan["cells"], book)
     wanted_runs = sum(len(cell["needs"]) * cell["wanted"] for cell in plan["cells"])
     return Status(
@@ -182,7 +183,9 @@ def look(paths: SweepPaths) -> Status:
         shared_done=sum(task["key"] in book.done for task in plan["shared"]),
         shared_wanted=len(plan["shared"]),
         saved_runs=wanted_runs - len(plan["shared"]),
-        saved_epochs=sum(int(line.get("saved_epochs", 0)) for line in book.done.values()),
+        saved_epochs=sum(
+            int(line.get("saved_epochs", 0)) for line in book.done.values() if line.get("cell") in known
+        ),
         seconds_left=_seconds_left(plan, book) if held else None,
     )
 
@@ -218,7 +221,8 @@ def _count_trials(cells: list[dict[str, Any]], book: Ledger) -> dict[str, int]:
     }
 
 
-def _failures(cells: list[dict[str, Any]], book: Ledger) -> list[dict[str, Any]]:
+def _failures(cells: list[dict[str, Any]], book: Ledger, known: set[str]) -> list[dict[str, Any]]:
+    """What failed of the cells and shared tasks that are ``known``, by key."""
     waiting: dict[str, list[str]] = defaultdict(list)
     done = _by_cell(book.done)
     for cell in cells:
@@ -228,6 +232,7 @@ def _failures(cells: list[dict[str, Any]], book: Ledger) -> list[dict[str, Any]]
     return [
         {"key": key, "title": line["title"], "reason": line.get("reason", ""), "blocked": waiting[key]}
         for key, line in book.failed.items()
+        if (line.get("cell") if line["kind"] == "trial" else key) in known
     ]
 
 

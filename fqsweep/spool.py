@@ -64,9 +64,12 @@ class Spool:
         self._add(_Errand(key, send))
 
     def retire_all_but(self, keys: Collection[str]) -> None:
-        """Have the runs of all other trials marked (``Tracker.retire_all_but``); returns at once."""
-        kept = frozenset(keys)
-        self._add(_Errand(RETIRING, lambda again: self.tracker.retire_all_but(kept)))
+        """Have the runs of all other trials that are logged now marked (``Tracker.retire``); returns at once.
+
+        Of those logged now: what ends while a server is away is logged before this is tried again.
+        """
+        over = frozenset(self.tracker.logged) - frozenset(keys)
+        self._add(_Errand(RETIRING, lambda again: self.tracker.retire(over)))
 
     def _add(self, errand: _Errand) -> None:
         with self._changed:

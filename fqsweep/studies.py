@@ -225,9 +225,9 @@ def _take_away_left_lock(journal: Path) -> None:
     """
     lock = journal.with_name(journal.name + LOCK_FILE_SUFFIX)
     with contextlib.suppress(FileNotFoundError):
-        found = lock.lstat()
+        made_ns = lock.lstat().st_mtime_ns
         time.sleep(LOCK_HELD_S)
-        if lock.lstat().st_ino == found.st_ino:
+        if lock.lstat().st_mtime_ns == made_ns:
             lock.unlink()
 
 

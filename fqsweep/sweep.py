@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import platform
+import shutil
 import signal
 import tempfile
 import threading
@@ -38,7 +39,7 @@ from fqsweep import __version__
 from fqsweep.actor import TaskActor
 from fqsweep.cells import expand_cells
 from fqsweep.checks import check_in_own_process
-from fqsweep.config import SearchSpace
+from fqsweep.config import SearchSpace, content_hash
 from fqsweep.control import is_asked_to_stop, only_driver, write_plan
 from fqsweep.driver import SweepDriver, adopt_finished
 from fqsweep.errors import ClusterError, InputError
@@ -207,6 +208,8 @@ def _run(options: SweepOptions) -> SweepSummary:
             driver.spool.stop()
             with contextlib.suppress(OSError):  # a full disk must not hide what it ended
                 note_driver(paths, "end", how=how)
+            if how == "stopped" and driver.spool.trouble is None:
+                tracker.stopped()
         failures = [f"{failure.task.title}: {failure.reason}" for failure in state.failures]
         failures += [f"{title}: its prerequisite failed" for f in state.failures for title in f.blocked]
         with reaching(uri):
@@ -237,7 +240,7 @@ def _versions() -> dict[str, str]:
 
 def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions) -> None:
     resources = space.resources
-    with _ray(options.address), _scratch() as scratch:
+    with _ray(options.address), _scratch(driver.paths) as scratch:
         driver.num_slots = _count_slots(space, options.max_concurrent)
         driver.shares.total = ray.cluster_resources().get("GPU", 0)
         note_driver(driver.paths, "begin", pid=os.getpid(), host=platform.node(), slots=driver.num_slots)
@@ -278,12 +281,16 @@ def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[str]:
+def _scratch(paths: SweepPaths) -> Iterator[str]:
     """A folder of this machine for Tune's own copy of the state: of no use, because ledger and results are the truth.
 
-    Not in the output folder, whose disk may be full or far away; workers write nothing there.
+    Not in the output folder, whose disk may be full or far away; workers write nothing there. Those that killed
+    drivers of the same output folder left here are removed.
     """
-    with tempfile.TemporaryDirectory(prefix="fqsweep-", ignore_cleanup_errors=True) as folder:
+    prefix = f"fqsweep-{content_hash(str(paths.out))[:8]}-"
+    for leftover in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
         yield folder
 
 
@@ -306,7 +313,7 @@ def _ray(address: str | None) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 **({} if address else {"include_dashboard": False}),
-                runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+                runtime_env={"env_vars": {"PYTHONPATH": python_path(), **_worker_memory()}},
             )
         except ConnectionError as error:
             raise InputError(f"no Ray cluster at {address}: {error}") from error
@@ -314,6 +321,16 @@ def _ray(address: str | None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _worker_memory() -> dict[str, str]:
+    """Have glibc ask for large pages in workers, unless this process was told otherwise.
+
+    Networks whose activations fill gigabytes on the CPU spent up to a quarter of each training step on faults of
+    small pages (docs/results.md, "How fast"). Read when a process starts; other C libraries, and glibc before 2.35,
+    ignore it.
+    """
+    return {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def _count_slots(space: SearchSpace, limit: int | None) -> int:

@@ -138,10 +138,10 @@ class Tracker:
         self.logged[result.key] = _LoggedRun(run_id, described)
         return run_id
 
-    def retire_all_but(self, keys: Collection[str]) -> None:
-        """Tag the runs of trials that are no results of the search space as it is, and untag those that are again."""
+    def retire(self, over: Collection[str]) -> None:
+        """Tag the runs of these trials, no results of the search space as it is, and untag those that are again."""
         for key, run in self.logged.items():
-            self._retire(run, is_over=key not in keys)
+            self._retire(run, is_over=key in over)
 
     def _retire(self, run: _LoggedRun, *, is_over: bool) -> None:
         if is_over and not run.is_retired:
@@ -156,10 +156,23 @@ class Tracker:
         self.client.log_batch(self.parent_id, metrics=[Metric(k, v, now, step) for k, v in numbers.items()])
 
     def machine_before(self) -> tuple[int, float]:
-        """What earlier starts sent of the machine: the next step, and the energy counted (kWh)."""
+        """What earlier starts sent of the machine: the next step, and the energy counted (kWh).
+
+        Where the store does not answer now, it is as if nothing had been sent: no sweep ends for it.
+        """
+        with contextlib.suppress(Exception):
+            return self._machine_before()
+        return 0, 0.0
+
+    def _machine_before(self) -> tuple[int, float]:
         sent = self.client.get_metric_history(self.parent_id, "system/cpu_utilization_percentage")
         energy_kwh = self.client.get_run(self.parent_id).data.metrics.get(ENERGY_KWH, 0.0)
         return 1 + max((point.step for point in sent), default=-1), energy_kwh
+
+    def stopped(self) -> None:
+        """Say of the parent run that it was stopped, if the store answers; a later start opens it again."""
+        with contextlib.suppress(Exception):
+            self.client.set_terminated(self.parent_id, RunStatus.to_string(RunStatus.KILLED))
 
     def end(self, *, done: bool) -> None:
         """End the parent run; a later start of the same sweep opens it again.
@@ -246,12 +259,27 @@ def open_tracker(
         ) from error
 
 
+def _make_database(file: Path) -> None:
+    """A sqlite file with MLflow's tables, whole or not at all: to make them takes seconds, and a file with some of
+    them, which a kill would leave, MLflow refuses for ever."""
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+        beside = Path(folder).resolve() / file.name
+        store = SqlAlchemyStore(f"sqlite:///{beside}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+        store._dispose_engine()
+        if not file.exists():  # another sweep may share it
+            os.rename(beside, file)
+
+
 @contextlib.contextmanager
 def _quiet_database(uri: str) -> Iterator[None]:
-    """Make a sqlite file's folder, and switch it to write-ahead logging once its tables are there."""
+    """Make a sqlite file that is not there, and switch it to write-ahead logging."""
     file = sqlite_file(uri)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    if file is not None and not file.exists():
+        _make_database(file)
     yield
     if file is not None and file.is_file():
         with contextlib.closing(sqlite3.connect(file)) as connection:

@@ -38,6 +38,7 @@ from fqsweep.results import TrialResult
 from fqsweep.setting import Setting, open_setting, seed_everything
 from fqsweep.training import Recorder
 
+MODEL_FILE = "model.fqs"
 BITS_COLUMNS = ("layer", "units", "weights_per_unit", "mean_bits", *(f"units_at_{b}" for b in range(9)))
 CONFUSION_COLUMNS = ("split", "group", "true_class", "predicted_class", "images")
 
@@ -53,6 +54,8 @@ def run_trial(
     recorder: Recorder,
 ) -> TrialResult:
     """Run one trial and write its folder: ``model.fqs`` (packed), tables and pictures and, last, ``result.json``.
+
+    Its checkpoint stays until the folder is at its place: whoever puts it there removes it.
 
     Args:
         weights: values of the cell's free weights.
@@ -71,7 +74,7 @@ def run_trial(
     state, bits_u, log = quantise(setting, parent, units, weights, paths, recorder, checkpoint)
     blob = _pack(state, setting, recorder)
     _check_budget(cell, units, bits_u, packed_bytes=len(blob))
-    write_bytes(paths.trial(key) / "model.fqs", blob)
+    write_bytes(paths.trial(key) / MODEL_FILE, blob)
     packed = load_packed(blob, setting)
     val_metrics, val_report = setting.score(packed, "val")
     test_metrics, test_report = setting.score(packed, "test")
@@ -100,7 +103,6 @@ def run_trial(
         _write_bits(paths.trial(key), setting, layers)
     _write_confusion(paths.trial(key), setting, {"validation": val_report, "test": test_report})
     write_json(paths.result(key), asdict(result))
-    checkpoint.remove()
     return result
 
 

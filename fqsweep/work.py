@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 import traceback
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from fqsweep.results import TrialResult
 from fqsweep.setting import open_setting
 from fqsweep.stopping import is_unpromising
 from fqsweep.tasks import Ending, Outcome, Task
-from fqsweep.trial import run_trial
+from fqsweep.trial import MODEL_FILE, run_trial
 
 
 class TrialPruned(Exception):
@@ -142,7 +143,7 @@ def _do_trial(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: s
     attempt that replaced it: the first whole result stands.
     """
     start = time.perf_counter()
-    own = AttemptPaths(paths.out, attempt=f"{task.attempt}-{os.getpid()}")
+    own = AttemptPaths(paths.out, attempt=f"{task.attempt}-{uuid.uuid4().hex}")
     recorder = TrialLog(paths, task)
     ending: Ending = "done"
     try:
@@ -159,11 +160,15 @@ def _do_trial(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: s
         recorder.note(str(stop))
         result = _pruned_result(task, recorder, seconds=time.perf_counter() - start)
         write_json(own.result(task.key), asdict(result))
-        own.checkpoint(task.key).unlink(missing_ok=True)
         ending = "pruned"
+    if ending == "done" and not (own.trial(task.key) / MODEL_FILE).exists():
+        raise FileNotFoundError(
+            f"{own.trial(task.key)} was emptied while it ran, by a driver that started anew"
+        )
     paths.trials.mkdir(exist_ok=True)
     if not publish(own.trial(task.key), paths.trial(task.key), last=paths.result(task.key).name):
         recorder.note("another attempt was first: its result stands")
+    paths.checkpoint(task.key).unlink(missing_ok=True)
     return ending
 
 

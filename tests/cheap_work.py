@@ -38,6 +38,7 @@ def perform(
         "pid": os.getpid(),
     }
     seen |= {"device": device, "threads": num_threads, **_place()}
+    seen["tunables"] = os.environ.get("GLIBC_TUNABLES")
     append_line(paths.out / "executed.jsonl", {**seen, "time": time.time()}, sync=False)
     for fault in behaviour.get("faults", []):
         if fault["match"] in task.title and task.attempt in fault.get("attempts", [1, 2, 3]):

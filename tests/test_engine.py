@@ -106,6 +106,7 @@ def test_one_task_at_a_time_runs_in_one_worker_on_its_threads_and_tune_keeps_non
     assert min(b - a for a, b in pairwise(starts)) >= 0.3
     assert len({run["pid"] for run in runs}) == 1
     assert {run["threads"] for run in runs} == {2}
+    assert {run["tunables"] for run in runs} == {"glibc.malloc.hugetlb=1"}
     counts = [json.loads(line.split("alive: ")[1]) for line in said(out).splitlines() if "alive: " in line]
     assert len(counts) >= NUM_TRIALS + 4, "once a task"
     # One runs, one is asked for ahead, and one ends.

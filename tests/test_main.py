@@ -321,6 +321,9 @@ def begun_sweep(out: Path) -> SweepPaths:
         {**trial, "event": "done", "key": "ta", "cell": "a"},
         {**trial, "event": "start", "key": "tb", "cell": "b"},
         {**trial, "event": "failed", "key": "tc", "cell": "c", "reason": "loss is nan"},
+        # Of cells that the search space no longer has.
+        {**trial, "event": "failed", "key": "te", "cell": "e", "reason": "gone"},
+        {"event": "failed", "key": "r", "kind": "baseline", "title": "parent r", "reason": "gone", "cell": "e"},
     ):
         append_line(paths.ledger, line)
     return paths
@@ -334,7 +337,11 @@ def test_status_of_a_killed_sweep_counts_from_the_ledger(
     shown = capsys.readouterr().out
     assert "1 done, 2 failed, 1 waiting of 4 cells; 1 of 4 trials" in shown
     assert "driver: none runs; the last one was killed" in shown
-    assert "failed: t: loss is nan" in shown and "failed: parent q: no (blocks 1 cells)" in shown
+    assert (
+        "gone" not in shown
+        and "failed: t: loss is nan" in shown
+        and "failed: parent q: no (blocks 1 cells)" in shown
+    )
     assert main(["status", str(tmp_path), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert status["cells"] == {"done": 1, "failed": 2, "running": 0, "waiting": 1}

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import weakref
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from sweeps import give_database, wait_for
 
 from analysis.load import load_layers
 from fqsweep import spool as spool_module
@@ -54,6 +56,7 @@ def new_paths(parent: Path) -> SweepPaths:
     (folder / "report").mkdir(parents=True)
     (folder / "space.yaml").write_text("name: t")
     (folder / "model.fqs").write_bytes(b"packed")
+    give_database(folder)
     return SweepPaths(folder)
 
 
@@ -105,7 +108,7 @@ def test_logging_a_trial_twice_makes_one_run_also_after_a_new_start(paths: Sweep
 def test_a_row_that_was_renamed_has_its_run_written_anew_under_its_new_name(paths: SweepPaths) -> None:
     old = tracker(paths).log_trial(result("named"), [])
     book = tracker(paths)
-    book.retire_all_but([])
+    book.retire(book.logged)
     renamed = dataclasses.replace(
         result("named"), title="new", params={**result("named").params, "variant": "new"}
     )
@@ -174,13 +177,13 @@ def test_runs_that_the_search_space_no_longer_has_are_marked_until_they_are_back
         runs = stores.search_runs(book.client, f"tags.{TAG_RETIRED} = 'true'")
         return {run.data.tags[TAG_KEY] for run in runs}
 
-    book.retire_all_but({"stays"})
+    book.retire({"goes", "returns"})
     assert retired() == {"goes", "returns"}
     again = tracker(paths)
     assert again.log_trial(result("returns"), []) is None
-    again.retire_all_but({"stays", "returns"})
+    again.retire({"goes"})
     assert retired() == {"goes"}
-    tracker(paths).retire_all_but({"stays", "returns", "goes"})
+    tracker(paths).retire([])
     assert retired() == set()
 
 
@@ -362,6 +365,56 @@ def test_results_that_wait_for_a_server_are_not_in_memory(monkeypatch: pytest.Mo
     spool.finish(patience_s=10)
     assert sorted(key for key, _ in away.taken) == sorted(keys)
     assert max(alive) <= 2, "the one that is sent, and the one before it"
+
+
+def test_what_is_logged_while_marking_is_tried_again_is_not_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_module, "PAUSE_S", 0.01)
+    book = tracker(new_paths(tmp_path))
+    book.log_trial(result("left the space"), [])
+    set_tag, refusals = book.client.set_tag, iter(["away"])
+
+    def refuse_once(*given: str) -> None:
+        if next(refusals, None):
+            raise ConnectionError("the server is away")
+        set_tag(*given)
+
+    monkeypatch.setattr(book.client, "set_tag", refuse_once)
+    spool = Spool(book)
+    spool.retire_all_but([])
+    spool.put("new", lambda: (result("new"), []))
+    spool.finish(patience_s=10)
+    runs = stores.search_runs(book.client, f"tags.{TAG_RETIRED} = 'true'")
+    assert {run.data.tags[TAG_KEY] for run in runs} == {"left the space"}
+
+
+def test_a_driver_killed_while_it_makes_the_database_leaves_none_and_the_next_makes_it(tmp_path: Path) -> None:
+    paths = new_paths(tmp_path)
+    paths.tracking_db.unlink()
+
+    def half_made() -> bool:
+        return any(file.stat().st_size for file in paths.out.glob(".mlflow.db.*/mlflow.db"))
+
+    pid = os.fork()
+    if pid == 0:
+        tracker(paths)
+        os._exit(0)
+    wait_for(half_made, what="a database in the making")
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert not paths.tracking_db.exists()
+    assert tracker(paths).log_trial(result("a"), [])
+
+
+def test_a_sweep_that_was_stopped_says_so_of_its_run_and_is_open_again_when_it_goes_on(tmp_path: Path) -> None:
+    paths = new_paths(tmp_path)
+    book = tracker(paths)
+    book.stopped()
+    assert book.client.get_run(book.parent_id).info.status == "KILLED"
+    again = tracker(paths)
+    assert again.parent_id == book.parent_id
+    assert again.client.get_run(book.parent_id).info.status == "RUNNING"
 
 
 def test_the_spool_says_so_when_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from fqsweep import work
 from fqsweep.cells import Cell, expand_cells
 from fqsweep.errors import InputError, TrialError
 from fqsweep.faults import outcome_of
-from fqsweep.files import SweepPaths, write_json
+from fqsweep.files import SweepPaths, write_bytes, write_json
 from fqsweep.gpus import GpuShares, share_of
 from fqsweep.results import read_result
 from fqsweep.search import shared_tasks
@@ -61,6 +61,7 @@ def train_like(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> None:
     def run_trial(_cell: Cell, *, key: str, paths: SweepPaths, recorder: Any, **_more: Any) -> None:
         for epoch, accuracy in enumerate(accuracies):
             recorder.log_metrics({ACC: accuracy}, epoch=epoch)
+        write_bytes(paths.trial(key) / "model.fqs", b"packed")
         write_json(paths.result(key), {"whole": True})
 
     monkeypatch.setattr(work, "run_trial", run_trial)
@@ -69,6 +70,42 @@ def train_like(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> None:
 
 def do(paths: SweepPaths, task: Task) -> str:
     return work.perform(task, paths=paths, data_dir=None, device="cpu", num_threads=1).ending
+
+
+def test_an_attempt_whose_folder_was_taken_away_leaves_no_result(
+    trial: tuple[SweepPaths, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new driver removes the folders of attempts that were cut off; one that lives on makes its own again."""
+    paths, task = trial
+    train_like(monkeypatch)
+    write = work.run_trial
+
+    def run_trial(cell: Cell, *, key: str, paths: SweepPaths, **more: Any) -> None:
+        write(cell, key=key, paths=paths, **more)
+        (paths.trial(key) / "model.fqs").unlink()
+
+    monkeypatch.setattr(work, "run_trial", run_trial)
+    assert do(paths, task) == "broken"
+    assert not paths.trial("k").exists()
+
+
+def test_a_checkpoint_stays_until_the_result_is_at_its_place(
+    trial: tuple[SweepPaths, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, task = trial
+    train_like(monkeypatch)
+    write_bytes(paths.checkpoint("k"), b"epochs")
+
+    def die(*_given: Any, **_named: Any) -> bool:
+        assert paths.checkpoint("k").exists()
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(work, "publish", die)
+        assert do(paths, task) == "broken"
+    assert paths.checkpoint("k").exists()
+    assert do(paths, task) == "done"
+    assert paths.result("k").exists() and not paths.checkpoint("k").exists()
 
 
 def test_a_trial_below_its_bar_stops_and_leaves_its_curve_without_test_data(

@@ -141,6 +141,10 @@ def _write_pack(
     path: Path, samples: Samples, *, size: int, num_threads: int | None, on_progress: OnProgress | None
 ) -> None:
     shape = (len(samples), size, size, 3)
+    for leftover in path.parent.glob(f".{path.stem}.*"):
+        leftover.unlink(
+            missing_ok=True
+        )  # as large as a pack, of a process that was killed: this one holds the lock
     _require_room(path.parent, needed_bytes=math.prod(shape) + _HEADER_BYTES)
     path.with_suffix(".json").unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".npy")

@@ -57,6 +57,18 @@ def test_a_second_opening_decodes_nothing(tmp_path: Path) -> None:
     assert seen == [(6, 6)]
 
 
+def test_what_a_killed_process_left_of_a_pack_is_removed_before_there_must_be_room_for_another(
+    tmp_path: Path,
+) -> None:
+    samples = few()
+    leftover = tmp_path / f".{pack_path(samples, size=32, pack_dir=tmp_path).stem}.abc.npy"
+    leftover.write_bytes(b"half a pack")
+    others = tmp_path / ".0123456789abcdef_32px.abc.npy"
+    others.write_bytes(b"in the making")
+    open_pack(samples, size=32, pack_dir=tmp_path)
+    assert not leftover.exists() and others.exists()
+
+
 def test_another_size_subset_or_content_is_another_pack(tmp_path: Path) -> None:
     paths = {
         pack_path(few(), size=16, pack_dir=tmp_path),

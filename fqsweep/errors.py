@@ -5,6 +5,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used: exit code 2 before a sweep starts, a failed cell after."""
 
 
+class StoreError(InputError):
+    """Storage elsewhere did not do what was asked: the address may be wrong, or it may do it later."""
+
+
 class TrialError(RuntimeError):
     """A trial cannot go on (a loss that is not finite, a budget that cannot hold): its cell fails."""
 

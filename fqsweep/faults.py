@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fqsweep.errors import InputError, TrialError
+from fqsweep.errors import InputError, StoreError, TrialError
 from fqsweep.tasks import Ending, Outcome
 
 FULL_BYTES = 2**16
@@ -60,7 +60,9 @@ def outcome_of(error: Exception, *, seconds: float, log: Path) -> Outcome:
     if is_no_space(error):
         where = (error.filename or "while writing") if isinstance(error, OSError) else error
         return Outcome(ending="no_space", reason=str(where), seconds=seconds)
-    if isinstance(error, InputError | TrialError):
+    if isinstance(error, StoreError):
+        text = str(error)
+    elif isinstance(error, InputError | TrialError):
         text, ending = str(error), "failed"
     elif _is_out_of_gpu_memory(error):
         ending = "out_of_memory"

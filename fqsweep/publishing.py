@@ -64,7 +64,10 @@ def publish_report(uri: str, parent_id: str, folder: Path) -> None:
 def _add_model(client: MlflowClient, run_id: str) -> None:
     """Store a run's packed model as an MLflow model too, once; a run without a packed model has none."""
     files = {file.path for file in client.list_artifacts(run_id)}
-    if MODEL_FOLDER in files or "model.fqs" not in files:
+    if "model.fqs" not in files:
+        return
+    last = f"{MODEL_FOLDER}/data"  # of what is sent; a model that was cut off is sent again
+    if MODEL_FOLDER in files and client.list_artifacts(run_id, last):
         return
     with tempfile.TemporaryDirectory() as folder:
         packed = client.download_artifacts(run_id, "model.fqs", folder)

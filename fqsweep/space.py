@@ -272,6 +272,11 @@ def _check_row(space: SearchSpace, point: MethodPoint, index: int) -> Iterator[t
         free = " and ".join(point.free_weights)
         yield ("methods", index), f"{point.variant} is not fine-tuned: {free} must be a number, not a range"
     settings = point.settings
+    trains = any(settings.finetune) if isinstance(settings, UniformMethod) else epochs_of(point, space.recipe)
+    for name in ("fairness_weight", "distillation_weight") if not trains else ():
+        if isinstance(weight := getattr(settings, name, 0.0), float | int) and weight:
+            text = f"{point.variant} is not fine-tuned, so that {name} {weight:g} would change nothing"
+            yield ("methods", index), f"{text}; leave it out, or have it fine-tuned"
     if isinstance(settings, UniformMethod) and settings.finetune[0] and not epochs_of(point, space.recipe):
         text = f"{point.variant} asks for fine-tuning, but finetune_epochs is 0"
         yield ("methods", index), f"{text}; raise it, or leave true out of finetune"

@@ -215,6 +215,7 @@ def _run(options: SweepOptions) -> SweepSummary:
         with reaching(uri):
             tracker.log_numbers({f"cells/{name}": float(number) for name, number in state.counts().items()})
             tracker.log_numbers({SHARED_S: read_shared_s(paths)})
+            tracker.log_splits(paths.packs.glob("*_splits.csv"))
             tracker.end(done=not failures)
     return SweepSummary(counts=state.counts(), failures=failures, tracking_uri=uri, parent_id=tracker.parent_id)
 

@@ -15,7 +15,7 @@ import sqlite3
 import subprocess
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,6 +168,11 @@ class Tracker:
         sent = self.client.get_metric_history(self.parent_id, "system/cpu_utilization_percentage")
         energy_kwh = self.client.get_run(self.parent_id).data.metrics.get(ENERGY_KWH, 0.0)
         return 1 + max((point.step for point in sent), default=-1), energy_kwh
+
+    def log_splits(self, tables: Iterable[Path]) -> None:
+        """Keep with the parent run on which side of the split each image was, near-duplicates joined."""
+        for table in tables:
+            self.client.log_artifact(self.parent_id, str(table), "splits")
 
     def stopped(self) -> None:
         """Say of the parent run that it was stopped, if the store answers; a later start opens it again."""

@@ -371,7 +371,7 @@ def test_a_larger_budget_never_costs_more(instance: dict[str, Any], more: float)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("factor", [1e-6, 1e6])
+@pytest.mark.parametrize("factor", [1e-13, 1e-6, 1e6])
 def test_the_scale_of_the_costs_does_not_change_the_bits(objective: Any, factor: float) -> None:
     cost, weights = realistic(5, units=40)
     plain = allocate_bits(cost, weights, budget_bits=1.3, choices=range(9), objective=objective)

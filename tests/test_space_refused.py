@@ -44,6 +44,16 @@ WRONG = [
         "fairness_weight weighs the regulariser: name one",
     ),
     (
+        "bitrate_weight: 0.01",
+        "fairness_weight: 0.5\n    finetune_epochs: 0",
+        "methods[3]: baq is not fine-tuned, so that fairness_weight 0.5 would change nothing",
+    ),
+    (
+        "bits: [4]",
+        "bits: [4]\n    distillation_weight: 0.5",
+        "methods[1]: uniform-4 is not fine-tuned, so that distillation_weight 0.5 would change nothing",
+    ),
+    (
         "start: 0.25}",
         "start: 0.25}\n    finetune_epochs: 0",
         "methods[2]: static is not fine-tuned: fairness_weight must be a number, not a range",

@@ -6,10 +6,12 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import weakref
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from mlflow import MlflowClient
@@ -415,6 +417,21 @@ def test_a_sweep_that_was_stopped_says_so_of_its_run_and_is_open_again_when_it_g
     again = tracker(paths)
     assert again.parent_id == book.parent_id
     assert again.client.get_run(book.parent_id).info.status == "RUNNING"
+
+
+def test_a_model_whose_sending_was_cut_off_is_sent_again(paths: SweepPaths) -> None:
+    book = tracker(paths)
+    run_id = book.log_trial(result("recommended"), [paths.out / "model.fqs"])
+    budgets = {"1": {"run_id": run_id, "reason": "it is best"}}
+    (paths.report / "recommended.json").write_text(json.dumps({"settings": [{"budgets": budgets}]}))
+    (paths.report / "answer.md").write_text("")
+    (paths.report / "front.csv").write_text(f"variant,run_ids,on_front\na,{run_id},True\n")
+    publish_report(default_uri(paths), book.parent_id, paths.report)
+    folder = Path(unquote(book.client.get_run(run_id).info.artifact_uri.removeprefix("file://"))) / "model"
+    assert (folder / "MLmodel").exists()
+    shutil.rmtree(folder / "data")
+    publish_report(default_uri(paths), book.parent_id, paths.report)
+    assert any((folder / "data").iterdir())
 
 
 def test_the_spool_says_so_when_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from small_spaces import small_space
 
 from fqsweep import work
 from fqsweep.cells import Cell, expand_cells
-from fqsweep.errors import InputError, TrialError
+from fqsweep.errors import InputError, StoreError, TrialError
 from fqsweep.faults import outcome_of
 from fqsweep.files import SweepPaths, write_bytes, write_json
 from fqsweep.gpus import GpuShares, share_of
@@ -27,6 +27,7 @@ ACC = "val/acc_worst"
     ("error", "ending", "poisoned"),
     [
         (TrialError("loss is nan"), "failed", False),
+        (StoreError("s3://bucket: connection reset"), "broken", False),
         (InputError("no such column"), "failed", False),
         (OSError(5, "Input/output error"), "broken", False),
         (OSError(28, "No space left", "model.fqs"), "no_space", False),

@@ -24,7 +24,7 @@ def allocate_minimax(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Flo
     if len(size_ub) >= EXACT_BELOW_UNITS:
         return index_u, lower_bound
     upper = worst_cost(cost_gub, index_u, offset_g)
-    if upper - lower_bound <= 1e-12 * max(1.0, abs(upper)):
+    if upper - lower_bound <= 1e-12 * abs(upper):
         return index_u, lower_bound
     exact = _solve_minimax_exactly(cost_gub, size_ub, capacity, offset_g, lower_bound, upper)
     if exact is None:

@@ -79,6 +79,8 @@ def _checked(
     cost_gub: Float, num_weights_u: NDArray[np.integer], choices: Sequence[int]
 ) -> tuple[Float, Int, Int]:
     cost_gub = np.asarray(cost_gub, dtype=np.float64)
+    if any(choice != int(choice) for choice in choices):
+        raise ValueError(f"choices must be whole numbers of bits, got {list(choices)}")
     choice_b = np.asarray(choices, dtype=np.int64)
     weights_u = np.asarray(num_weights_u)
     if cost_gub.ndim != 3 or 0 in cost_gub.shape:

@@ -29,14 +29,14 @@ class TrainingRecipe(Record):
         finetune_learning_rate: in place of ``learning_rate`` after quantising.
         schedule: ``cosine`` falls to 2 % of the rate; ``step`` divides it by 10 after a half and three quarters of
             the steps; ``constant`` keeps it.
-        patience: stop after this many epochs without a better validation loss, None never.
+        patience: stop the full-precision parent after this many epochs without a better validation loss, None never.
         class_balance: ``sampler`` draws classes equally often, ``none`` as they come.
         group_balance: ``sampler`` draws groups equally often; with ``class_balance`` each class of each group. The
             parent then depends on the group attribute.
         augment: ``none``, ``flips``, ``standard`` (flips, rotation, shift, crop, brightness, contrast) or
             ``autoaugment`` (flips, rotation, shift and AutoAugment's ImageNet policy, with its strong colours).
         gradient_clip: largest norm of the gradient, None for no clipping.
-        warmup_frac: share of the steps with a rising rate before the schedule begins.
+        warmup_frac: share of the parent's steps with a rising rate before the schedule begins; fine-tuning has none.
         ema_decay: evaluate and keep a running mean of the full-precision parent's weights with this decay a
             step, None for the weights themselves.
         calibration_images: how many images of the calibration split importance uses, None for all.

@@ -21,7 +21,7 @@ from fqsweep.data import fitzpatrick17k, isic2019, synthderm, table
 from fqsweep.data.duplicates import join_near_duplicates
 from fqsweep.data.packs import OnProgress, open_pack, pack_path
 from fqsweep.data.records import Dataset, Samples, Splits
-from fqsweep.data.splits import check_groups, split_samples, splits_as_csv
+from fqsweep.data.splits import check_groups, describe_leaks, find_leaks, split_samples, splits_as_csv
 from fqsweep.data.store import PACK_STORE_VARIABLE
 from fqsweep.data.subset import stratified_subset
 from fqsweep.errors import InputError
@@ -109,6 +109,9 @@ def open_dataset(
             samples, splits = joined, _checked_splits(joined, config)
     for note in samples.notes:
         _logger.info("%s: %s", config.name, note)
+    leaks = find_leaks(samples, splits)
+    if leaks:
+        _logger.warning("%s: %s", config.name, describe_leaks(leaks))
     digest = dataset_digest(samples, splits, config.image_size)
     split_file = pack_dir / f"{digest}_splits.csv"
     if not split_file.exists():

@@ -44,6 +44,8 @@ def join_pairs(samples: Samples, pair_p2: np.ndarray) -> Samples:
     if len(pair_p2) == 0:
         return samples
     note = f"{len(np.unique(pair_p2))} images have near-duplicates, which are kept on one side of the split."
+    if samples.official_n is not None:
+        note = f"{len(np.unique(pair_p2))} images have near-duplicates, which the given split does not keep together."
     return replace(
         samples, cluster_n=_joined_clusters(samples.cluster_n, pair_p2), notes=(*samples.notes, note)
     )

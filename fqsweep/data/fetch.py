@@ -7,6 +7,7 @@ and images with the MD5 that Fitzpatrick17k's table gives.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -135,18 +136,35 @@ def _refuse_web_page(part: Path, name: str) -> None:
 def _fetch_isic2019(root: Path, options: FetchOptions) -> tuple[str, bool]:
     truth = _fetch_table(isic2019.TRUTH_CSV, root, ISIC2019_BASE, options)
     _fetch_table(isic2019.METADATA_CSV, root, ISIC2019_BASE, options)
-    try:
+    names = read_table(truth, columns=("image",))["image"].astype(str).tolist()
+    folder, images = _isic2019_images(root, names)
+    if folder is None:
+        _fetch_archive(root, options)
+        folder, images = _isic2019_images(root, names)
+    where = root if folder is None else folder
+    text = f"{root}: {len(names):,} rows, {images:,} of their images in {where.name}"
+    if images == len(names):
+        return text, True
+    return f"{text}; to fetch the archive once more, move {where} away and repeat this command", False
+
+
+def _isic2019_images(root: Path, names: list[str]) -> tuple[Path | None, int]:
+    """The folder that has images of these names, None where there is none, and how many it has."""
+    with contextlib.suppress(InputError):
         folder = first_folder(root, isic2019.IMAGE_FOLDERS)
-    except InputError:
-        folder = _fetch_archive(root, options)
-    rows, images = len(read_table(truth, columns=("image",))), len(ImageFolder(folder).size_of)
-    text = f"{root}: {rows:,} rows, {images:,} images in {folder.name}"
-    return (text, True) if images >= rows else (f"{text}; some are missing, see: fqsweep data verify", False)
+        found = sum(
+            file is not None for file in ImageFolder(folder).locate(names, spellings=isic2019.spellings)
+        )
+        if found:
+            return folder, found
+    return None, 0
 
 
 def _fetch_archive(root: Path, options: FetchOptions) -> Path:
     """Fetch and unpack the images; the archive is deleted when its images are there."""
     folder = root / isic2019.IMAGE_FOLDERS[0]
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is there, and none of the table's images is in it; move it away first")
     archive = root / f"{folder.name}.zip"
 
     def check_size(rest_bytes: int, total_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from fqsweep.config import content_hash
 from fqsweep.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+OF_ONE_SIZE = (".bmp", ".tif", ".tiff")  # other pixels may take just as many bytes
 _UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError)
 Spellings = Callable[[str], Iterable[str]]
 
@@ -94,6 +96,8 @@ class ImageFolder:
     def open(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> tuple[FolderSource, str]:
         """A source for the images called ``names``, and a hash of their names and sizes.
 
+        Of uncompressed files, whose size does not depend on what they show, the bytes are hashed too.
+
         Args:
             names: one for each image.
             spellings: other names under which an image is known to be found, best first.
@@ -113,8 +117,15 @@ class ImageFolder:
         files = [file for file in found if file is not None]
         paths = tuple(self.root / file for file in files)
         return FolderSource(paths), content_hash(
-            [(name, self.size_of[file]) for name, file in zip(names, files, strict=True)]
+            [(name, *self._traits(file)) for name, file in zip(names, files, strict=True)]
         )
+
+    def _traits(self, file: str) -> tuple[int] | tuple[int, str]:
+        """What changes with a file's content: its size, and its bytes where the size may stay."""
+        if not file.lower().endswith(OF_ONE_SIZE):
+            return (self.size_of[file],)
+        with (self.root / file).open("rb") as stream:
+            return self.size_of[file], hashlib.file_digest(stream, "sha256").hexdigest()
 
     def locate(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> list[str | None]:
         """The file of each name, None where there is none."""

@@ -53,7 +53,7 @@ def describe(config: Isic2019Config, data_dir: Path) -> Samples:
             for name in plain_attributes(config.group_attributes)
         },
         group_names={"sex": SEXES, "age": bin_names(config.age_edges)},
-        images=TableImages(id_n, lambda: first_folder(root, IMAGE_FOLDERS), _spellings),
+        images=TableImages(id_n, lambda: first_folder(root, IMAGE_FOLDERS), spellings),
     )
     return assemble(rows, config, unknown_groups=config.unknown_groups, missing_images=config.missing_images)
 
@@ -104,6 +104,6 @@ def _group_values(attribute: str, metadata: pd.DataFrame, config: Isic2019Config
     return value_n
 
 
-def _spellings(name: str) -> tuple[str, str]:
+def spellings(name: str) -> tuple[str, str]:
     """An image and its twin: copies in the wild have lost, or gained, the suffix ``_downsampled``."""
     return name, name.removesuffix(_TWIN) if name.endswith(_TWIN) else name + _TWIN

@@ -8,7 +8,7 @@ import numpy as np
 
 from fqsweep.config import DatasetConfig
 from fqsweep.data.records import Samples, Splits
-from fqsweep.data.splits import MIN_PAIR_IMAGES, thin_pairs
+from fqsweep.data.splits import MIN_PAIR_IMAGES, describe_leaks, find_leaks, thin_pairs
 
 KINDS = {
     "synthderm": "procedural skin images, six skin types; needs no files",
@@ -42,11 +42,17 @@ def describe_set(config: DatasetConfig, samples: Samples, splits: Splits) -> str
 
 
 def describe_warnings(config: DatasetConfig, samples: Samples, splits: Splits) -> list[str]:
-    """What to know of a set before its figures are believed: what was left out, and where test images are few.
+    """What to know of a set before its figures are believed: what was left out, leaks, and where test images are few.
 
-    The latter is one warning a group attribute that has (class, group) pairs with few test images.
+    The last is one warning a group attribute that has (class, group) pairs with few test images.
     """
     warnings = [f"{config.name}: {note}" for note in samples.notes]
+    leaks = find_leaks(samples, splits)  # of a split that was given: ours keep clusters together
+    if leaks:
+        warnings.append(
+            f"warning: {config.name}: {describe_leaks(leaks)}; test figures are too good for these: correct the "
+            "given split, or leave it out and have one made"
+        )
     for attribute in config.group_attributes:
         thin = thin_pairs(samples, splits, attributes=[attribute])
         if thin:

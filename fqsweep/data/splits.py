@@ -206,6 +206,13 @@ def find_leaks(samples: Samples, splits: Splits) -> list[Leak]:
     return leaks
 
 
+def describe_leaks(leaks: Sequence[Leak]) -> str:
+    """How many there are, and the first, in words."""
+    first = " and ".join(f"{name} ({split})" for name, split in zip(leaks[0].ids, leaks[0].splits, strict=True))
+    kinds = "lesions, patients or near-duplicates"
+    return f"{len(leaks)} {kinds} have images on several sides of the split, first: {first}"
+
+
 def splits_as_csv(samples: Samples, splits: Splits) -> bytes:
     """The split as a table that people can read: one row an image with its id, split, class and groups."""
     stream = io.StringIO(newline="")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fqsweep.errors import InputError
+from fqsweep.errors import StoreError
 from fqsweep.files import write_whole
 
 PACK_STORE_VARIABLE = "FQSWEEP_PACK_STORE"
@@ -25,7 +25,7 @@ def fetch_pack(store: str, path: Path) -> bool:
         path: where the pack shall lie; its name is its name in the store.
 
     Raises:
-        InputError: the store cannot be read.
+        StoreError: the store cannot be read.
     """
     with _opened(store) as (system, folder):
         if not system.get_file_info(f"{folder}/{path.with_suffix('.json').name}").is_file:
@@ -40,7 +40,7 @@ def put_pack(store: str, path: Path) -> None:
     """Copy a pack and its record, record last, to the store.
 
     Raises:
-        InputError: the store cannot be written.
+        StoreError: the store cannot be written.
     """
     with _opened(store) as (system, folder):
         system.create_dir(folder, recursive=True)
@@ -54,14 +54,14 @@ def put_pack(store: str, path: Path) -> None:
 
 @contextmanager
 def _opened(store: str) -> Iterator[tuple[Any, str]]:
-    """The file system of an address and the folder in it; its errors as ``InputError``."""
+    """The file system of an address and the folder in it; its errors as ``StoreError``."""
     from pyarrow import fs  # only where there is a store
 
     try:
         system, folder = fs.FileSystem.from_uri(store)
         yield system, folder.rstrip("/")
     except (OSError, ValueError) as error:
-        raise InputError(
+        raise StoreError(
             f"{PACK_STORE_VARIABLE}={store}: {error}; correct the address or the credentials in the environment, or "
             "unset it to decode here"
         ) from error

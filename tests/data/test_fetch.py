@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -85,13 +86,32 @@ def test_isic_is_fetched_unpacked_and_not_fetched_again(isic_site: Site, tmp_pat
     isic_site.faults["2019/ISIC_2019_Training_Input.zip"] = ["cut", 500]
     mirror = options(mirror=f"{isic_site.url}/2019/", patience=replace(HASTY, attempts=4))
     text, complete = fetch_dataset(ISIC, tmp_path / "new", mirror)
-    assert complete and text.endswith("4 rows, 4 images in ISIC_2019_Training_Input")
+    assert complete and text.endswith("4 rows, 4 of their images in ISIC_2019_Training_Input")
     root = tmp_path / "new" / "isic2019"
     assert len(list((root / "ISIC_2019_Training_Input").glob("*.jpg"))) == 4
     assert not list(root.glob("*.zip*"))
     asked = len(isic_site.asked)
     fetch_dataset(ISIC, tmp_path / "new", mirror)
     assert len(isic_site.asked) == asked
+
+
+def test_other_pictures_do_not_pass_for_those_of_the_table_and_what_is_missing_can_be_fetched(
+    isic_site: Site, tmp_path: Path
+) -> None:
+    mirror = options(mirror=f"{isic_site.url}/2019")
+    root = tmp_path / "new" / "isic2019"
+    write_photo(root / "overview.png")
+    write_photo(root / "ISIC_2019_Training_Input" / "ATTRIBUTION.png")
+    with pytest.raises(InputError, match=r"ISIC_2019_Training_Input is there, and none .* move it away first"):
+        fetch_dataset(ISIC, tmp_path / "new", mirror)
+    assert not list(root.glob("*.zip*")), "nothing was fetched that could not be unpacked"
+    shutil.rmtree(root / "ISIC_2019_Training_Input")
+    assert fetch_dataset(ISIC, tmp_path / "new", mirror)[1]
+    next((root / "ISIC_2019_Training_Input").glob("*.jpg")).unlink()
+    text, complete = fetch_dataset(ISIC, tmp_path / "new", mirror)
+    assert not complete and "4 rows, 3 of their images" in text and "ISIC_2019_Training_Input away and" in text
+    shutil.move(root / "ISIC_2019_Training_Input", tmp_path / "away")
+    assert fetch_dataset(ISIC, tmp_path / "new", mirror)[1]
 
 
 def test_a_damaged_archive_is_named_and_can_be_replaced(isic_site: Site, tmp_path: Path) -> None:
@@ -111,7 +131,7 @@ def test_the_command_fetches_from_a_mirror_and_its_exit_code_tells_success(
 ) -> None:
     command = ["data", "fetch", "isic2019", "--data-dir", str(tmp_path / "new"), "--mirror"]
     assert main([*command, f"{isic_site.url}/2019"]) == 0
-    assert "4 rows, 4 images" in capsys.readouterr().out
+    assert "4 rows, 4 of their images" in capsys.readouterr().out
     assert (
         main(["data", "fetch", "isic2019", "--data-dir", str(tmp_path / "none"), "--mirror", isic_site.url])
         == 1

@@ -114,6 +114,17 @@ def test_the_content_changes_with_a_files_size(tmp_path: Path) -> None:
     assert before != after
 
 
+@pytest.mark.parametrize("suffix", [".bmp", ".TIF"])
+def test_the_content_of_uncompressed_files_changes_with_their_pixels(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a{suffix}"
+    Image.new("RGB", (24, 24), "white").save(file)
+    num_bytes, (_, before) = file.stat().st_size, ImageFolder(tmp_path).open(["a"])
+    assert ImageFolder(tmp_path).open(["a"])[1] == before
+    Image.new("RGB", (24, 24), "black").save(file)
+    assert file.stat().st_size == num_bytes
+    assert ImageFolder(tmp_path).open(["a"])[1] != before
+
+
 def test_a_folder_nested_in_its_twin_is_found(tmp_path: Path) -> None:
     write_photo(tmp_path / "X" / "X" / "a.jpg")
     assert first_folder(tmp_path, ["X"]) == tmp_path / "X" / "X"

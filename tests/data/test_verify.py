@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from fqsweep.config import TableConfig
+from fqsweep.data import open_dataset, plan_dataset
+from fqsweep.data.report import describe_warnings
 from fqsweep.data.verify import describe_findings, verify_dataset
 from fqsweep.errors import InputError
 from fqsweep.main import main
@@ -111,6 +113,27 @@ def test_leaks_in_official_lists_are_found_by_patient_and_by_picture(clinic: Pat
     assert all("test" in splits for splits in sides.values())
     assert not found.is_sound and "leaks between splits" in describe_findings(found)
     assert verify_dataset(config(), data_dir=clinic).leaks == []
+
+
+def test_leaks_of_a_given_split_are_warned_of_before_and_when_images_are_opened(
+    clinic: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = pd.read_csv(clinic / "table.csv")
+    table["part"] = np.array(["train", "calibration", "validation", "test"])[table.index // 4 % 4]
+    table.loc[table["file"] == "1.jpg", "part"] = "test"  # the other image of its patient is for training
+    table.to_csv(clinic / "table.csv", index=False)
+    with Image.open(clinic / "photos" / "10.jpg") as image:
+        image.resize((60, 60)).save(clinic / "photos" / "51.jpg", quality=60)
+    given = config(split_column="part", min_group_count=1)
+    samples, splits = plan_dataset(given, data_dir=clinic)
+    (planned,) = [text for text in describe_warnings(given, samples, splits) if "several sides" in text]
+    assert planned.startswith("warning: clinic: ") and "(train) and " in planned
+    with caplog.at_level("INFO"):
+        open_dataset(given, data_dir=clinic, pack_dir=clinic / "packs")
+    assert "2 images have near-duplicates, which the given split does not keep together." in caplog.text
+    assert "have images on several sides of the split" in caplog.text
+    own = config(min_group_count=1)
+    assert not [text for text in describe_warnings(own, *plan_dataset(own, data_dir=clinic)) if "sides" in text]
 
 
 def test_groups_too_small_are_said_beside_the_counts(clinic: Path) -> None:

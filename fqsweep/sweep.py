@@ -327,7 +327,7 @@ def _ray(address: str | None) -> Iterator[None]:
 def _worker_memory() -> dict[str, str]:
     """Have glibc ask for large pages in workers, unless this process was told otherwise.
 
-    Networks whose activations fill gigabytes on the CPU spent up to a quarter of each training step on faults of
+    Networks whose activations fill gigabytes on the CPU spent up to a fifth of each training step on faults of
     small pages (docs/results.md, "How fast"). Read when a process starts; other C libraries, and glibc before 2.35,
     ignore it.
     """

@@ -312,11 +312,13 @@ def test_a_disk_that_really_is_full_stops_the_sweep_and_loses_nothing(
 def test_a_ledger_that_cannot_be_written_stops_the_sweep_at_once_and_loses_nothing(
     tmp_path: Path, cluster: ClusterProcess
 ) -> None:
-    hangs = [{"match": "baq@3", "attempts": [1], "do": "wait"}]
+    # One of the two places: what ends in the other one has to be written.
+    hangs = [{"match": "baq@3 seed 0", "attempts": [1], "do": "wait"}]
     space, out = write_cheap(tmp_path, faults=hangs, sleep_s=0.1)
     driver = fork_driver(space, out, address=cluster.address, max_concurrent=3)
     wait_for(
-        lambda: len(events(out, "start")) > 5 and "baq@3" in (out / "executed.jsonl").read_text(), what="work"
+        lambda: len(events(out, "start")) > 5 and "baq@3 seed 0" in (out / "executed.jsonl").read_text(),
+        what="work",
     )
     ledger = SweepPaths(out).ledger
     (out / "full").symlink_to("/dev/full")  # every write there fails for want of space

@@ -26,6 +26,8 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@echo "Setting up $(VENV) (torch and friends, about 3 minutes and 6.5 GB, once)"
 	$(PYTHON) -m venv $(VENV)
-	@# Python compiles what is imported; all 24,000 files would take a minute.
+	@# Compiled below on all cores. Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as in many
+	@# containers, every process would compile all that it imports. Templates among the packages cannot be compiled.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[test,export]"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $(READY)

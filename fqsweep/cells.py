@@ -31,7 +31,15 @@ from fqsweep.names import NO_VALUE, PARAMS_OF_ALLOCATION, PARAMS_OF_FINETUNING, 
 RESULT_VERSION = 4
 BYTES_VERSION = 2  # the same, of cells whose budget is in bytes
 # Of a method's settings: names, budgets (a cell has its own), and what is hashed by what it comes to.
-NOT_IN_KEY = {"label", "budgets_bits", "budgets_bytes", "match_moments", "reconstruct"}
+NOT_IN_KEY = {
+    "label",
+    "budgets_bits",
+    "budgets_bytes",
+    "match_moments",
+    "reconstruct",
+    "bit_warmup_frac",
+    "mix_temperature",
+}
 BASELINE_FIELDS = (
     "epochs",
     "batch_size",
@@ -119,6 +127,7 @@ class Cell(Record):
                 self.recipe,
                 *(["match_moments"] if matches_moments(self) else []),
                 *(["reconstruct"] if reconstructs(self) else []),
+                *_how_bits_learn(self.point.settings),
             ]
         )
 
@@ -293,6 +302,17 @@ def reconstructs(cell: Cell) -> bool:
     """Whether the weights of the cell's quantised layers are re-fitted before they are rounded."""
     settings = cell.point.settings
     return isinstance(settings, Finetuning) and settings.reconstructs
+
+
+def _how_bits_learn(settings: Any) -> list[tuple[str, float]]:
+    """What the key has of learned bits' later settings: nothing where they are as they were before there were any."""
+    if not isinstance(settings, BaqMethod):
+        return []
+    found = (
+        ("bit_warmup_frac", settings.bit_warmup_frac, 0.0),
+        ("mix_temperature", settings.mix_temperature, 1.0),
+    )
+    return [(name, value) for name, value, as_before in found if value != as_before]
 
 
 def finetune_epochs(cell: Cell) -> int:

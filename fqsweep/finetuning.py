@@ -290,6 +290,7 @@ def _learn_bits_into(
         start.bits_u,
         learn_bits=settings.bit_gradient,
         smallest=settings.measured_choices[0],
+        mix_temperature=settings.mix_temperature,
         kernels=kernels,
     )
     lowest_u, highest_u = _limits_of_learning(
@@ -309,6 +310,7 @@ def _learn_bits_into(
     )
     plan.learned_bits = learned
     plan.bitrate_weight = _weight("bitrate_weight", settings, weights)
+    plan.bit_warmup_frac = settings.bit_warmup_frac
     plan.settle_epoch = plan.epochs * (1 - settings.settle_frac)
     plan.freeze = lambda: freeze_bits(model, units, _round_under_budget(learned, start, cell))
 

@@ -93,7 +93,9 @@ PARAMS_OF_FINETUNING: tuple[str, ...] = (
     "distillation_weight",
     "bit_gradient",
     "bit_learning_rate",
+    "bit_warmup_frac",
     "settle_frac",
+    "mix_temperature",
 )
 # The same parameters on every child run ("none" where a method has no such thing), because the
 # compare page of the MLflow UI shows only runs that have every chosen column.

@@ -102,7 +102,7 @@ class TrainingPlan:
             epoch; None trains all epochs and keeps the last.
         regulariser, fairness_weight, distillation_weight: see ``config.Finetuning``; ``teacher`` is the parent.
         learned_bits: the bits' optimiser, stepped until ``settle_epoch`` (a fraction of an epoch counts);
-            ``freeze`` is then called once and returns nothing.
+            ``freeze`` is then called once and returns nothing. ``bit_warmup_frac``: see ``config.BaqMethod``.
         schedule: of the learning rate, see ``config.TrainingRecipe``.
         ema_decay: evaluate and keep the running mean of the weights; not together with learned bits.
         autocast: bf16 on the model's device.
@@ -124,6 +124,7 @@ class TrainingPlan:
     learned_bits: LearnedBits | None = None
     bitrate_weight: float = 0.0
     settle_epoch: float = 0.0
+    bit_warmup_frac: float = 0.0
     freeze: Callable[[], None] = lambda: None
     schedule: Schedule = "cosine"
     ema_decay: float | None = None
@@ -323,7 +324,7 @@ def _train_epoch(run: _Run) -> float:
         run.schedule.step()
         if learning_bits:
             assert plan.learned_bits is not None
-            plan.learned_bits.step(rate_frac=1 - 0.9 * step / max(settle_step, 1))
+            plan.learned_bits.step(rate_frac=bit_rate_frac(step / max(settle_step, 1), plan.bit_warmup_frac))
         if run.mean is not None:
             run.mean.update_parameters(model)
         losses.append(loss.detach())
@@ -402,6 +403,11 @@ def _rate_schedule(plan: TrainingPlan, steps_per_epoch: int) -> Callable[[int], 
         return FINAL_RATE_FRAC + (1 - FINAL_RATE_FRAC) * (1 + math.cos(math.pi * progress)) / 2
 
     return rate_frac
+
+
+def bit_rate_frac(progress: float, warmup_frac: float) -> float:
+    """Share of the bits' learning rate when ``progress`` (0 to 1) of their learning is done: rising, then falling."""
+    return min(1.0, progress / warmup_frac if warmup_frac else 1.0) * (1 - 0.9 * progress)
 
 
 @torch.no_grad()

@@ -209,6 +209,25 @@ def test_what_does_not_change_the_result_does_not_change_the_key(tmp_path: Path,
     assert after.baseline_key == before.baseline_key
 
 
+def test_how_bits_learn_changes_the_key_of_learned_bits(tmp_path: Path) -> None:
+    found = set()
+    for option in (
+        "bit_warmup_frac: 0",
+        "bit_warmup_frac: 0.2",
+        "mix_temperature: 0.2",
+        "mix_temperature: 0.3",
+    ):
+        space = small_space(tmp_path, ("bitrate_weight: 0.01", f"bitrate_weight: 0.01\n    {option}"))
+        found.add(cell_of(space, "baq").key)
+    assert len(found) == 4 and cell_of(small_space(tmp_path), "baq").key in found
+
+
+def test_a_temperature_where_nothing_is_mixed_is_refused(tmp_path: Path) -> None:
+    options = "bitrate_weight: 0.01\n    bit_gradient: lsq\n    mix_temperature: 0.5"
+    with pytest.raises(InputError, match="mix_temperature is for bit_gradient fracbits: lsq mixes no grids"):
+        small_space(tmp_path, ("bitrate_weight: 0.01", options))
+
+
 @pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
 def test_what_changes_the_result_changes_the_key(tmp_path: Path, change: Any) -> None:
     before, after = cell_of(small_space(tmp_path), "static"), cell_of(small_space(tmp_path, change), "static")
@@ -344,6 +363,10 @@ def test_weights_are_reconstructed_by_default_where_outputs_are_matched_by_our_m
         ({"method": "static", "match_moments": True, "reconstruct": False}, "9e7324ab981ce1cb"),
         ({"method": "static", "match_moments": False}, "41fdfcf10deabdab"),
         ({"method": "baq", "reconstruct": False}, "dbddc938eeac51e3"),
+        (
+            {"method": "baq", "reconstruct": False, "bit_warmup_frac": 0, "mix_temperature": 1},
+            "dbddc938eeac51e3",
+        ),
         ({"method": "uniform", "bits": [4], "match_moments": True}, "d02915d56d6b1264"),
         ({"method": "hawq"}, "9f7d41d34e579698"),
     ],

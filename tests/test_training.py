@@ -11,7 +11,7 @@ from torch import nn
 
 from fqsweep.data.loading import BatchLoader
 from fqsweep.errors import TrialError
-from fqsweep.training import GroupRegulariser, TrainingPlan, _rate_schedule, predict, train
+from fqsweep.training import GroupRegulariser, TrainingPlan, _rate_schedule, bit_rate_frac, predict, train
 
 
 class Silent:
@@ -224,6 +224,14 @@ def test_the_rate_follows_its_schedule_after_a_rising_start(schedule: str, expec
     rate_frac = _rate_schedule(plan(epochs=10, warmup_frac=0.1, schedule=schedule), 10)
     assert rate_frac(0) < rate_frac(5) < 1
     assert [rate_frac(step) for step in (10, 55, 100)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("warmup_frac", "expected"), [(0, [1, 0.91, 0.55, 0.1]), (0.2, [0, 0.455, 0.55, 0.1])])
+def test_the_rate_of_bits_falls_to_a_tenth_after_a_rising_start(
+    warmup_frac: float, expected: list[float]
+) -> None:
+    found = [bit_rate_frac(progress, warmup_frac) for progress in (0.0, 0.1, 0.5, 1.0)]
+    assert found == pytest.approx(expected)
 
 
 def test_the_running_mean_of_the_weights_is_what_is_scored_and_kept() -> None:

@@ -296,6 +296,14 @@ def test_learning_neither_revives_a_dropped_channel_nor_drops_one(folder: Path) 
     assert [row["mean_bits"] for row in rows[0]] != [row["mean_bits"] for row in rows[1]]
 
 
+def test_warm_up_and_temperature_reach_training(folder: Path) -> None:
+    losses = set()
+    for name, value in (("bit_learning_rate", 0.3), ("bit_warmup_frac", 0.9), ("mix_temperature", 0.2)):
+        settings = BaqMethod(method="baq", finetune_epochs=8, **{"bit_learning_rate": 0.3, name: value})
+        losses.add(trial(with_settings(settings, budget_bits=1.5), folder, name).metrics["val/loss"])
+    assert len(losses) == 3
+
+
 def test_learned_bits_with_a_pin_above_the_choices_move_between_the_choices(folder: Path) -> None:
     settings = BaqMethod(method="baq", pin={"*fc": 8}, choices=(2, 3, 4), bit_learning_rate=0.3)
     cell = cell_of("static").model_copy(

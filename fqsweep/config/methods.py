@@ -267,7 +267,10 @@ class BaqMethod(Allocating):
         label: name of its row in the results.
         bit_gradient: ``fracbits`` (difference between the two neighbouring widths) or ``lsq``.
         bit_learning_rate: step of the bits' optimiser, in bits.
+        bit_warmup_frac: share of the bits' learning in which their step rises to ``bit_learning_rate``.
         settle_frac: share of fine-tuning after the bits are rounded and frozen.
+        mix_temperature: how a width between two whole ones mixes their grids (``fracbits``): 1 in proportion, smaller
+            nearer to the closer grid alone; the bits' gradient stays the grids' difference.
         bitrate_weight: pull on the mean bits, as a share of the budget, within the loss.
     """
 
@@ -275,7 +278,9 @@ class BaqMethod(Allocating):
     label: Label = "baq"
     bit_gradient: Literal["fracbits", "lsq"] = "fracbits"
     bit_learning_rate: float = Field(default=0.02, gt=0)
+    bit_warmup_frac: float = Field(default=0.0, ge=0, lt=1)
     settle_frac: float = Field(default=0.34, ge=0, lt=1)
+    mix_temperature: float = Field(default=1.0, gt=0, le=1)
     bitrate_weight: Weight = 0.0
 
     @model_validator(mode="after")
@@ -283,6 +288,14 @@ class BaqMethod(Allocating):
         if self.choices != tuple(range(self.choices[0], self.choices[-1] + 1)) or len(self.choices) < 2:
             raise ValueError(
                 "learned bits move between neighbouring widths: choices must be two or more without a hole"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_mix(self) -> BaqMethod:
+        if self.mix_temperature != 1 and self.bit_gradient != "fracbits":
+            raise ValueError(
+                f"mix_temperature is for bit_gradient fracbits: {self.bit_gradient} mixes no grids"
             )
         return self
 

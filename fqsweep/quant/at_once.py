@@ -26,7 +26,13 @@ from torch.autograd.function import once_differentiable
 from fqsweep.models import quantisable_layers
 from fqsweep.quant import at_once_native
 from fqsweep.quant.blocks import Blocks
-from fqsweep.quant.convert import LearnedBitsWeight, QuantisedWeight, lower_width, quantisers_of
+from fqsweep.quant.convert import (
+    LearnedBitsWeight,
+    QuantisedWeight,
+    lower_width,
+    quantisers_of,
+    sharpened_share,
+)
 from fqsweep.quant.kernels import NATIVE, Kernels
 from fqsweep.quant.levels import limits_of
 from fqsweep.quant.units import as_units
@@ -131,7 +137,8 @@ class AtOnce:
         bits_u = torch.cat([q.free_bits_u for q in self.learned])
         low_u, (low_step_u1, *low), (high_step_u1, *high) = self._grids(bits_u.detach())
         steps_and_grids = (low_step_u1 * gain_u1, *low, high_step_u1 * gain_u1, *high)
-        return _MixAll.apply(self.arithmetic, (bits_u - low_u)[:, None], *steps_and_grids, *self.weights)
+        share_u1 = sharpened_share((bits_u - low_u)[:, None], self.learned[0].mix_temperature)
+        return _MixAll.apply(self.arithmetic, share_u1, *steps_and_grids, *self.weights)
 
     def _grids(self, bits_u: torch.Tensor) -> Any:
         """The lower width, and start step, limit and offset at it and above it; kept until the widths change."""

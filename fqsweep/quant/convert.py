@@ -86,9 +86,11 @@ class LearnedBitsWeight(QuantisedWeight):
         *,
         bit_gradient: str,
         smallest: int,
+        mix_temperature: float = 1.0,
         kernels: Kernels = EAGER,
     ) -> None:
         super().__init__(step_ub, bits_u, kernels=kernels)
+        self.mix_temperature = mix_temperature
         self.free_bits_u = nn.Parameter(bits_u.float())
         self.bit_gradient = bit_gradient
         self.smallest = smallest
@@ -105,6 +107,7 @@ class LearnedBitsWeight(QuantisedWeight):
         low_u = lower_width(self.free_bits_u.detach(), self.known_ub, self.smallest, self.largest)
         share_u1 = (self.free_bits_u - low_u)[:, None]
         if self.bit_gradient == "fracbits":
+            share_u1 = sharpened_share(share_u1, self.mix_temperature)
             low_step, high_step = self.steps_at(low_u), self.steps_at(low_u + 1)
             mixed = mix_units(weight_un, share_u1, low_step, high_step, low_u, kernels=self.kernels)
             return mixed.view(weight.shape)
@@ -118,6 +121,23 @@ class LearnedBitsWeight(QuantisedWeight):
         """d quantised / d bits through the step: (wq - w) times -ln2 2^(b-1) / (2^(b-1) - 1)."""
         levels = torch.exp2(self.free_bits_u.detach().clamp(min=2.0) - 1)
         return (quantised_un - weight_un).detach() * (-LN2 * levels / (levels - 1))[:, None]
+
+
+def sharpened_share(share_u1: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The upper grid's share of a mix at a temperature, with the slope that it has at temperature 1.
+
+    ``s^(1/t) / (s^(1/t) + (1-s)^(1/t))``, the softmax of ``log s`` and ``log (1-s)``. Widths start whole, where the
+    slope of that is 0 at every temperature below 1 and nothing would ever move: the slope is passed straight through.
+
+    Args:
+        share_u1: float (u, 1), from 0 to 1.
+        temperature: above 0, up to 1.
+    """
+    if temperature == 1:
+        return share_u1
+    share = share_u1.detach()
+    upper, lower = share ** (1 / temperature), (1 - share) ** (1 / temperature)
+    return share_u1 + (upper / (upper + lower) - share)
 
 
 def lower_width(
@@ -162,6 +182,7 @@ def attach_quantisers(
     *,
     learn_bits: str | None = None,
     smallest: int = 0,
+    mix_temperature: float = 1.0,
     kernels: Kernels = EAGER,
 ) -> None:
     """Quantise every layer of ``units`` in place.
@@ -171,6 +192,7 @@ def attach_quantisers(
         bits_u: whole widths of all units.
         learn_bits: ``fracbits`` or ``lsq`` to make the widths learnable, None to keep them.
         smallest: the smallest width that learned bits may have.
+        mix_temperature: of learned bits (``sharpened_share``).
         kernels: the form of the arithmetic (``quant.kernels``).
     """
     layers = quantisable_layers(model)
@@ -182,7 +204,12 @@ def attach_quantisers(
             quantiser: QuantisedWeight = QuantisedWeight(steps, bits, kernels=kernels)
         else:
             quantiser = LearnedBitsWeight(
-                steps, bits, bit_gradient=learn_bits, smallest=smallest, kernels=kernels
+                steps,
+                bits,
+                bit_gradient=learn_bits,
+                smallest=smallest,
+                mix_temperature=mix_temperature,
+                kernels=kernels,
             )
         parametrize.register_parametrization(layers[name], "weight", quantiser.to(weight.device), unsafe=True)
 

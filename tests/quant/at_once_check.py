@@ -23,7 +23,9 @@ from fqsweep.quant.units import list_units
 CHOICES = tuple(range(9))
 
 
-def network(device: torch.device, *, learn: str | None, granularity: str, channels_last: bool) -> nn.Module:
+def network(
+    device: torch.device, *, learn: str | None, granularity: str, channels_last: bool, temperature: float = 1.0
+) -> nn.Module:
     """Convolutions plain, grouped and 1 x 1, and linear layers, with all widths 0 to 8 among their units."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -39,7 +41,7 @@ def network(device: torch.device, *, learn: str | None, granularity: str, channe
         # Shorter than the largest weight, so that some weights are clipped.
         steps[layer.name] = 0.7 * choose_steps(weight.reshape(layer.num_units, -1), CHOICES, rule="absmax")
     bits_u = np.arange(units.num_units) % 9
-    attach_quantisers(model, units, steps, bits_u, learn_bits=learn)
+    attach_quantisers(model, units, steps, bits_u, learn_bits=learn, mix_temperature=temperature)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         change = torch.rand(parameter.shape, generator=generator).to(device)

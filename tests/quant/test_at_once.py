@@ -80,6 +80,12 @@ def test_one_call_on_a_cpu_is_the_same_too(
     compare(CPU, arithmetic=OneCall, learn=learn, granularity=granularity, channels_last=channels_last)
 
 
+def test_a_mix_at_a_temperature_is_the_same_in_one_call(library: None) -> None:
+    compare(
+        CPU, arithmetic=OneCall, learn="fracbits", granularity="channel", channels_last=False, temperature=0.3
+    )
+
+
 @pytest.fixture
 def triton_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], object]], None]]:
     """Puts a driver in the place of Triton's own, by what its first question answers."""

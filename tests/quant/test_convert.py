@@ -48,11 +48,18 @@ def steps_of(model: nn.Module, units: UnitTable, *, choices: tuple[int, ...] = A
 
 
 def one_layer(
-    weight: torch.Tensor, bits: list[int], how: str, *, choices: tuple[int, ...] = ALL
+    weight: torch.Tensor,
+    bits: list[int],
+    how: str,
+    *,
+    choices: tuple[int, ...] = ALL,
+    mix_temperature: float = 1.0,
 ) -> LearnedBitsWeight:
     full = torch.full((len(weight), 9), torch.nan)
     full[:, list(choices)] = choose_steps(weight, choices, rule="absmax")
-    return LearnedBitsWeight(full, torch.tensor(bits), bit_gradient=how, smallest=choices[0])
+    return LearnedBitsWeight(
+        full, torch.tensor(bits), bit_gradient=how, smallest=choices[0], mix_temperature=mix_temperature
+    )
 
 
 def losses_around(loss: Callable[[], torch.Tensor], bits: nn.Parameter, unit: int, eps: float) -> float:
@@ -170,6 +177,22 @@ def test_between_widths_fracbits_mixes_the_two_grids() -> None:
     low, high = fake_quantize(weight, 3), fake_quantize(weight, 4)
     assert torch.allclose(quantiser(weight)[0], 0.75 * low[0] + 0.25 * high[0], atol=1e-6)
     assert torch.allclose(quantiser(weight)[1], 0.25 * low[1] + 0.75 * high[1], atol=1e-6)
+
+
+def test_at_a_lower_temperature_the_mix_leans_to_the_nearer_grid_and_keeps_its_slope() -> None:
+    weight = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+    quantiser = one_layer(weight, [3] * 4, "fracbits", mix_temperature=0.5)
+    quantiser.free_bits_u.data = torch.tensor([3.0, 3.25, 3.75, 4.0])
+    low, high = fake_quantize(weight, 3), fake_quantize(weight, 4)
+    # 1/4 and 3/4 squared: 1 to 9.
+    share = torch.tensor([0.0, 0.1, 0.9, 1.0])[:, None]
+    quantised = quantiser(weight)
+    assert torch.allclose(quantised, (1 - share) * low + share * high, atol=1e-6)
+    (slope_u,) = torch.autograd.grad(quantised.sum(), quantiser.free_bits_u)
+    # At a whole width the pair is that width and the next.
+    known = [(low, high), (low, high), (low, high), (high, fake_quantize(weight, 5))]
+    wanted = [float((above - below)[unit].sum()) for unit, (below, above) in enumerate(known)]
+    assert slope_u.tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_between_widths_lsq_uses_the_nearest_grid() -> None:

@@ -104,7 +104,7 @@ def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:
 def test_a_plan_names_budgets_in_bits_and_in_bytes() -> None:
     space = load_space(find_space("demo")).model_copy(update={"budgets_bytes": (500_000,)})
     text = describe_plan(space, estimate(space, data_dir=None, num_cores=2), data_dir=None)
-    assert "data set      synthderm, 2,400 images, at 32 px" in text
+    assert "data set      synthderm, 2,000 images, at 32 px" in text
     assert "budgets       0.5 bit; 1 bit; 2 bit; 4 bit; 500 kB" in text
     assert re.search(r"static +0\.5; 1; 2; 4; 500 kB +5 +5", text)
 

@@ -14,8 +14,6 @@ import os
 import random
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.result_file import result_parser, write_result
+from benchmarks.result_file import measure_apart, result_parser, write_result
 
 PROJECT = Path(__file__).resolve().parents[1]
 SLOTS = 2
@@ -136,19 +134,7 @@ PARTS = {"engine": run_engine, "plain": run_plain}
 
 def measure(part: str, folder: Path, num_trials: int) -> dict[str, Any]:
     """Run a part in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.engine", "--part", part, "--trials", str(num_trials)]
-    ended = subprocess.run(
-        [*command, "--folder", str(folder)],
-        cwd=PROJECT,
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    if ended.returncode:
-        raise RuntimeError(f"{part} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return found
+    return measure_apart("benchmarks.engine", "--part", part, "--trials", num_trials, "--folder", folder)
 
 
 # --- the schedule --------------------------------------------------------------------------------

@@ -12,11 +12,9 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-from benchmarks.result_file import result_parser, write_result
+from benchmarks.result_file import measure_apart, result_parser, write_result
 
 PROJECT = Path(__file__).resolve().parents[1]
 LARGE = "glibc.malloc.hugetlb=1"
@@ -61,19 +59,12 @@ def measure(name: str, pixels: int, num_steps: int) -> dict[str, float]:
     }
 
 
-def measure_apart(case: tuple[str, int, int], *, large: bool) -> dict[str, float]:
+def measure_case(case: tuple[str, int, int], *, large: bool) -> dict[str, float]:
     """``measure`` in a process of its own: glibc reads the wish when it starts."""
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks.large_pages", "--case", *map(str, case)],
-        cwd=PROJECT,
-        env={**environment, "PYTHONPATH": str(PROJECT), **({"GLIBC_TUNABLES": LARGE} if large else {})},
-        text=True,
-        capture_output=True,
-        check=True,
-    )
-    found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
-    return found
+    if large:
+        environment["GLIBC_TUNABLES"] = LARGE
+    return measure_apart("benchmarks.large_pages", "--case", *case, environment=environment)
 
 
 def report(num_rounds: int) -> list[str]:
@@ -82,7 +73,7 @@ def report(num_rounds: int) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for case in CASES:
-        runs = [[measure_apart(case, large=large) for large in (False, True)] for _ in range(num_rounds)]
+        runs = [[measure_case(case, large=large) for large in (False, True)] for _ in range(num_rounds)]
         small, large = ([pair[place] for pair in runs] for place in (0, 1))
 
         def mean(found: list[dict[str, float]], *names: str) -> float:

@@ -1,25 +1,21 @@
 """What each network needs at 224 px: memory and time of its cost table, and its files, packed and as ONNX.
 
-    python -m benchmarks.network_sizes [--images 32] [--out FILE]
+    python -m benchmarks.network_sizes [--batches 1] [--out FILE]
 
 Each cost table is measured in a process of its own, one thread, with the default predictor and scale, in batches as a
-sweep makes them (32 images); its peak memory does not grow with the number of images. Networks have random weights.
-The files hold every channel; each ONNX file is checked against torch before its size counts. Needs the extra
-`export`.
+sweep makes them (32 images). Networks have random weights. The files hold every channel; each ONNX file is checked
+against torch before its size counts. Needs the extra `export`.
 """
 
 from __future__ import annotations
 
 import json
 import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 
 from benchmarks.dropped_channels import IMAGE_SIZE, NUM_CLASSES, quantised_network
-from benchmarks.result_file import result_parser, write_result
+from benchmarks.result_file import measure_apart, result_parser, write_result
 from fqsweep.config import ArchitectureConfig, StaticMethod
 from fqsweep.importance import measure_importance
 from fqsweep.models import build_model
@@ -28,33 +24,27 @@ from fqsweep.quant.packed_model import load_model
 from fqsweep.quant.units import list_units
 from fqsweep.setting import CALIBRATION_BATCH
 
-PROJECT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("resnet18", "resnet50", "deit_tiny_patch16_224", "tiny_vit_5m_224")
 BUDGETS_BITS = (1.0, 4.0)
 NUM_GROUPS = 2
 
 
-def measure_table(architecture: str, num_images: int) -> dict[str, float]:
+def measure_table(architecture: str, num_batches: int) -> dict[str, float]:
     """Peak resident memory of this process before and after (MiB), seconds, passes and units of a cost table."""
     torch.set_num_threads(1)
     settings = StaticMethod(method="static")
     model = build_model(ArchitectureConfig(name=architecture), num_classes=NUM_CLASSES, image_size=IMAGE_SIZE)
-    units = list_units(model, granularity="channel")
-    batches = [
-        (
-            torch.randn(CALIBRATION_BATCH, 3, IMAGE_SIZE, IMAGE_SIZE),
-            torch.arange(CALIBRATION_BATCH) % NUM_CLASSES,
-            torch.arange(CALIBRATION_BATCH) % NUM_GROUPS,
-        )
-        for _ in range(num_images // CALIBRATION_BATCH)
-    ]
+    units = list_units(model, granularity=settings.granularity)
+    number_b = torch.arange(CALIBRATION_BATCH)
+    image_bchw = torch.randn(CALIBRATION_BATCH, 3, IMAGE_SIZE, IMAGE_SIZE)
+    batch = (image_bchw, number_b % NUM_CLASSES, number_b % NUM_GROUPS)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     table = measure_importance(
         model,
         units,
-        lambda: iter(batches),
+        lambda: iter([batch] * num_batches),
         num_groups=NUM_GROUPS,
-        predictor="taylor_matched",
+        predictor=settings.importance,
         choices=settings.choices,
         scale=settings.scale,
     )
@@ -65,22 +55,6 @@ def measure_table(architecture: str, num_images: int) -> dict[str, float]:
         "passes": table.passes,
         "units": units.num_units,
     }
-
-
-def measure_apart(architecture: str, num_images: int) -> dict[str, float]:
-    """``measure_table`` in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.network_sizes",
-        "--table",
-        architecture,
-        "--images",
-        str(num_images),
-    ]
-    ended = subprocess.run(command, cwd=PROJECT, text=True, stdout=subprocess.PIPE, check=True)
-    found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
-    return found
 
 
 def file_sizes(architecture: str, budget_bits: float) -> str:
@@ -96,20 +70,21 @@ def file_sizes(architecture: str, budget_bits: float) -> str:
 def main() -> None:
     """Measure and write the dated result."""
     parser = result_parser(__doc__)
-    parser.add_argument("--images", type=int, default=32, help="calibration images, in batches of 32")
+    parser.add_argument("--batches", type=int, default=1, help=f"of {CALIBRATION_BATCH} calibration images")
     parser.add_argument(
         "--table", choices=ARCHITECTURES, help="measure this network's cost table alone, as JSON"
     )
     options = parser.parse_args()
     if options.table:
-        print(json.dumps(measure_table(options.table, options.images)))
+        print(json.dumps(measure_table(options.table, options.batches)))
         return
+    num_images = options.batches * CALIBRATION_BATCH
     rows = [
-        f"| network | units | cost table of {options.images} images (s) | passes | peak memory (MiB) | before it |",
+        f"| network | units | cost table of {num_images} images (s) | passes | peak memory (MiB) | before it |",
         "|---|---|---|---|---|---|",
     ]
     for architecture in ARCHITECTURES:
-        found = measure_apart(architecture, options.images)
+        found = measure_apart("benchmarks.network_sizes", "--table", architecture, "--batches", options.batches)
         rows.append(
             f"| {architecture} | {found['units']:,} | {found['seconds']:.0f} | {found['passes']:.0f} "
             f"| {found['peak_mib']:,.0f} | {found['before_mib']:,.0f} |"

@@ -1,16 +1,18 @@
-"""What every benchmark does alike: its ``--out`` option, and the dated file that it leaves there."""
+"""What benchmarks do alike: the ``--out`` option, the dated file that it names, parts in processes of their own."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 CPU_INFO = Path("/proc/cpuinfo")
@@ -21,6 +23,27 @@ def result_parser(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
     parser.add_argument("--out", type=Path, help="where the result is written; printed alone where not given")
     return parser
+
+
+def measure_apart(module: str, *words: object, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What ``python -m module words...`` prints last, as JSON, from a process of its own.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    command = [sys.executable, "-m", module, *map(str, words)]
+    ended = subprocess.run(
+        command,
+        cwd=PROJECT,
+        env={**(os.environ if environment is None else environment), "PYTHONPATH": str(PROJECT)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{shlex.join(command[1:])} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
 
 
 def write_result(out: Path | None, *, title: str, notes: Sequence[str], lines: Sequence[str]) -> None:

@@ -30,16 +30,10 @@ from fqsweep.names import NO_VALUE, PARAMS_OF_ALLOCATION, PARAMS_OF_FINETUNING, 
 # Raised when a change of the code changes results, so that finished trials of older code are not reused.
 RESULT_VERSION = 4
 BYTES_VERSION = 2  # the same, of cells whose budget is in bytes
+# Settings that came later, with what all did before there were any: only another value stands in a key.
+ADDED_SETTINGS = {"bit_warmup_frac": 0.0, "mix_temperature": 1.0}
 # Of a method's settings: names, budgets (a cell has its own), and what is hashed by what it comes to.
-NOT_IN_KEY = {
-    "label",
-    "budgets_bits",
-    "budgets_bytes",
-    "match_moments",
-    "reconstruct",
-    "bit_warmup_frac",
-    "mix_temperature",
-}
+NOT_IN_KEY = {"label", "budgets_bits", "budgets_bytes", "match_moments", "reconstruct", *ADDED_SETTINGS}
 BASELINE_FIELDS = (
     "epochs",
     "batch_size",
@@ -114,6 +108,8 @@ class Cell(Record):
         """Hash of what determines the result; names shown to people are left out."""
         data = self.dataset.model_dump(mode="json", exclude={"name"})
         point = self.point.model_dump(mode="json", exclude={"variant": True, "settings": NOT_IN_KEY})
+        settings = self.point.settings
+        added = [(name, getattr(settings, name, as_before)) for name, as_before in ADDED_SETTINGS.items()]
         return content_hash(
             [
                 RESULT_VERSION,
@@ -127,7 +123,7 @@ class Cell(Record):
                 self.recipe,
                 *(["match_moments"] if matches_moments(self) else []),
                 *(["reconstruct"] if reconstructs(self) else []),
-                *_how_bits_learn(self.point.settings),
+                *((name, value) for name, value in added if value != ADDED_SETTINGS[name]),
             ]
         )
 
@@ -302,17 +298,6 @@ def reconstructs(cell: Cell) -> bool:
     """Whether the weights of the cell's quantised layers are re-fitted before they are rounded."""
     settings = cell.point.settings
     return isinstance(settings, Finetuning) and settings.reconstructs
-
-
-def _how_bits_learn(settings: Any) -> list[tuple[str, float]]:
-    """What the key has of learned bits' later settings: nothing where they are as they were before there were any."""
-    if not isinstance(settings, BaqMethod):
-        return []
-    found = (
-        ("bit_warmup_frac", settings.bit_warmup_frac, 0.0),
-        ("mix_temperature", settings.mix_temperature, 1.0),
-    )
-    return [(name, value) for name, value, as_before in found if value != as_before]
 
 
 def finetune_epochs(cell: Cell) -> int:

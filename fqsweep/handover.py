@@ -29,6 +29,7 @@ from fqsweep.errors import EXIT_INTERRUPTED, EXIT_OK, InputError
 # Where a job runs: relative paths, and so `out/<name of the space>`, lie there. Every node must see it.
 WORK_DIR_VARIABLE = "FQSWEEP_WORK_DIR"
 METADATA_KEY = "fqsweep"
+GIVE_BACK = "--give-back-workers"  # in place of the words of a sweep
 GATHER_S = 900.0
 LOOK_S = 5.0
 
@@ -64,9 +65,7 @@ def hand_over(arguments: Sequence[str]) -> int:
     title = shlex.join(words)
     job = _find_running(client, title)
     if job is None:
-        inner = shlex.join([sys.executable, "-m", "fqsweep.handover", *words])
-        entrypoint = f"cd {shlex.quote(str(work_dir))} && exec {inner}"
-        job = client.submit_job(entrypoint=entrypoint, metadata={METADATA_KEY: title})
+        job = client.submit_job(entrypoint=job_command(work_dir, words), metadata={METADATA_KEY: title})
         print(f"handed over to Ray as job {job}: it goes on when this terminal leaves")
     else:
         print(f"this sweep runs already, as job {job}")
@@ -78,6 +77,18 @@ def hand_over(arguments: Sequence[str]) -> int:
         print(f"\nleft; job {job} goes on")
         return EXIT_INTERRUPTED
     return _exit_code(client, job)
+
+
+def job_command(work_dir: Path, words: Sequence[str]) -> str:
+    """What the job runs, for a shell: the sweep, and workers given back where a signal ended it before it could.
+
+    The shell outlives what ``ray job stop`` signals, and its code is that of the sweep.
+    """
+    sweep, give_back = (
+        shlex.join([sys.executable, "-m", "fqsweep.handover", *part]) for part in (words, [GIVE_BACK])
+    )
+    ended = f"code=$?; [ $code -le {EXIT_INTERRUPTED} ] || {give_back}; exit $code"
+    return f"cd {shlex.quote(str(work_dir))} && {{ trap : TERM; {sweep}; {ended}; }}"
 
 
 def _work_dir() -> Path:
@@ -130,9 +141,12 @@ def _exit_code(client: Any, job: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command of ``fqsweep`` with all the workers that the cluster may have; returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _leave)
+    if words == [GIVE_BACK]:
+        _ask_autoscaler([])
+        return EXIT_OK
     program = shutil.which("fqsweep")
     command = [program] if program else [sys.executable, "-m", "fqsweep.main"]
-    signal.signal(signal.SIGTERM, _leave)
     with _gathered_workers():
         process = subprocess.Popen([*command, *words])
         # `ray job stop` signals every process of the job: the sweep stops by itself, and this one waits for it.
@@ -214,6 +228,7 @@ def _wait_for_workers(number: int) -> None:
 @contextlib.contextmanager
 def _connected(ray: Any) -> Iterator[None]:
     ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    signal.signal(signal.SIGTERM, _leave)  # Ray has put its own in place, which ends with another code
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,12 +17,15 @@ from typing import Any
 import pytest
 import yaml
 from onprem_session import NAMESPACES
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray._raylet import GcsClient
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray_cluster import ClusterProcess
+from sweeps import descendants
 
 from fqsweep.errors import InputError
 from fqsweep.files import read_lines
-from fqsweep.handover import hand_over, is_submitted_copy, wanted_workers
+from fqsweep.handover import hand_over, is_submitted_copy, job_command, wanted_workers
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLUSTERS = PROJECT / "clusters"
@@ -264,7 +268,7 @@ def cluster() -> Iterator[ClusterProcess]:
 
 
 @pytest.mark.slow
-def test_a_job_waits_for_its_workers_runs_and_returns_the_exit_code(
+def test_a_job_waits_for_its_workers_runs_and_returns_the_exit_code_and_gives_them_back_however_it_ends(
     tmp_path: Path, cluster: ClusterProcess
 ) -> None:
     node_types = {"gpu": {"max_workers": 1, "resources": {"CPU": 1, "GPU": 2}}}
@@ -278,19 +282,40 @@ def test_a_job_waits_for_its_workers_runs_and_returns_the_exit_code(
         "RAY_ADDRESS": cluster.address,
         "PYTHONPATH": str(PROJECT),
     }
-    job = subprocess.Popen(
-        [sys.executable, "-m", "fqsweep.handover", "status", str(tmp_path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert job.stdout is not None
-    assert job.stdout.readline() == "workers: 0 of 1\n"
+
+    def start_job() -> subprocess.Popen[str]:
+        """As Ray starts it, through a shell; it has asked for its worker when this returns."""
+        job = subprocess.Popen(
+            job_command(tmp_path, ["status", str(tmp_path)]),
+            shell=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert job.stdout is not None
+        assert job.stdout.readline() == "workers: 0 of 1\n"
+        assert wanted() == [{"CPU": 1, "GPU": 2}]
+        return job
+
+    def wanted() -> list[dict[str, float]]:
+        """What the autoscaler is asked for."""
+        gcs = GcsClient(address=cluster.address)
+        asked: list[dict[str, float]] = json.loads(gcs.internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL))
+        return asked
+
+    killed = start_job()
+    os.kill(descendants(killed.pid)[0], signal.SIGKILL)
+    assert killed.wait(timeout=60) == 128 + signal.SIGKILL and wanted() == []
+    stopped = start_job()
+    for pid in (stopped.pid, *descendants(stopped.pid)):  # as `ray job stop` does
+        os.kill(pid, signal.SIGTERM)
+    assert stopped.wait(timeout=60) == 130 and wanted() == []
+    job = start_job()
     cluster.add_node()
     said, complaint = job.communicate(timeout=120)
     assert said == "workers: 1 of 1\n"
-    assert job.returncode == 2 and "holds no sweep" in complaint
+    assert job.returncode == 2 and "holds no sweep" in complaint and wanted() == []
 
 
 # --- a whole cluster -----------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def run_engine(folder: Path, num_trials: int) -> dict[str, Any]:
         "ends": sorted(line["time"] for line in lines if line["seconds"]),
         "whole_s": whole_s,
         "cpu": clock.samples,
-        "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
@@ -125,7 +125,7 @@ def run_plain(_folder: Path, num_trials: int) -> dict[str, Any]:
     return {
         "ends": ends,
         "cpu": clock.samples,
-        "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
@@ -221,10 +221,10 @@ def report(num_trials: int, many: int) -> list[str]:
         again = measure("engine", folder, num_trials)
     ours, theirs = per_task_ms(engine["ends"]), per_task_ms(plain["ends"])
     lines = [
-        "| | tasks | ms a task | driver memory (MB) |",
+        "| | tasks | ms a task | driver memory (MiB) |",
         "|---|---|---|---|",
-        f"| fqsweep (ledger, Optuna, MLflow) | {num_tasks} | {ours:.0f} | {engine['rss_mb']:.0f} |",
-        f"| plain Ray Tune, reused actors | {len(plain['ends'])} | {theirs:.0f} | {plain['rss_mb']:.0f} |",
+        f"| fqsweep (ledger, Optuna, MLflow) | {num_tasks} | {ours:.0f} | {engine['rss_mib']:.0f} |",
+        f"| plain Ray Tune, reused actors | {len(plain['ends'])} | {theirs:.0f} | {plain['rss_mib']:.0f} |",
         "",
         f"On top of plain Tune: {ours - theirs:.0f} ms a task.",
         f"The same command again, nothing to do: {again['whole_s']:.1f} s (the checks' own process among them).",
@@ -242,7 +242,7 @@ def report(num_trials: int, many: int) -> list[str]:
         lines += [
             f"{len(large['ends'])} tasks: of the fourth tenth each took {first:.0f} ms of the driver's processor "
             f"time ({first_s:.0f} ms on the clock), of the last {last:.0f} ms ({last_s:.0f}); driver "
-            f"{large['rss_mb']:.0f} MB; the same command again {again['whole_s']:.1f} s.",
+            f"{large['rss_mib']:.0f} MiB; the same command again {again['whole_s']:.1f} s.",
         ]
         print(lines[-1], flush=True)
     lines += ["", "| slots | tasks | makespan / lower bound | seconds to decide |", "|---|---|---|---|"]

@@ -12,7 +12,7 @@ from fqsweep.data import open_dataset, plan_dataset
 from fqsweep.data.download import DownloadError
 from fqsweep.data.fetch import FetchOptions, fetch_dataset
 from fqsweep.data.meter import Meter
-from fqsweep.data.report import describe_kinds, describe_set, describe_warnings
+from fqsweep.data.report import describe_kinds, describe_risks, describe_set, describe_warnings
 from fqsweep.data.verify import describe_findings, verify_dataset
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_FAILED_CELLS, EXIT_OK, InputError
 from fqsweep.files import SweepPaths
@@ -77,6 +77,8 @@ def pack(options: argparse.Namespace) -> int:
         meter = Meter(f"packing {dataset.name}", unit="images")
         packed = open_dataset(dataset, data_dir=options.data_dir, pack_dir=packs, on_progress=meter)
         print(describe_set(dataset, packed.samples, packed.splits))
+        for line in describe_risks(dataset, packed.samples, packed.splits):
+            print(line)
         print(f"packed: {packed.image_nhwc.shape} in {packs}, split: {packed.digest}_splits.csv")
         return EXIT_OK
 

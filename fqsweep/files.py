@@ -15,6 +15,9 @@ from typing import IO, Any
 
 from filelock import FileLock
 
+# Beside a pack: on which side of the split each image is, near-duplicates joined, and what to know of the set.
+SPLITS_ENDING, WARNINGS_ENDING = "_splits.csv", "_warnings.txt"
+
 
 @dataclass(frozen=True)
 class SweepPaths:

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +45,7 @@ from fqsweep.driver import SweepDriver, adopt_finished
 from fqsweep.errors import ClusterError, InputError
 from fqsweep.estimate import CostModel
 from fqsweep.faults import is_no_space, no_space
-from fqsweep.files import SweepPaths
+from fqsweep.files import SPLITS_ENDING, WARNINGS_ENDING, SweepPaths
 from fqsweep.forgetting import ForgetfulProgress, ForgetfulScheduler, give_back_memory
 from fqsweep.gpus import MOST_TASKS_A_GPU, GpuShares
 from fqsweep.import_path import python_path
@@ -215,9 +215,19 @@ def _run(options: SweepOptions) -> SweepSummary:
         with reaching(uri):
             tracker.log_numbers({f"cells/{name}": float(number) for name, number in state.counts().items()})
             tracker.log_numbers({SHARED_S: read_shared_s(paths)})
-            tracker.log_splits(paths.packs.glob("*_splits.csv"))
+            for ending in (SPLITS_ENDING, WARNINGS_ENDING):
+                tracker.log_splits(paths.packs.glob(f"*{ending}"))
             tracker.end(done=not failures)
+        for line in later_warnings(paths, checked.warnings):
+            print(line, flush=True)
     return SweepSummary(counts=state.counts(), failures=failures, tracking_uri=uri, parent_id=tracker.parent_id)
+
+
+def later_warnings(paths: SweepPaths, before: Collection[str]) -> list[str]:
+    """What was found in the images when they were decoded, near-duplicates above all, and is not said yet."""
+    files = sorted(paths.packs.glob(f"*{WARNINGS_ENDING}"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line for line in dict.fromkeys(lines) if line not in before]
 
 
 @contextlib.contextmanager

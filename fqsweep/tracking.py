@@ -170,7 +170,7 @@ class Tracker:
         return 1 + max((point.step for point in sent), default=-1), energy_kwh
 
     def log_splits(self, tables: Iterable[Path]) -> None:
-        """Keep with the parent run on which side of the split each image was, near-duplicates joined."""
+        """Keep with the parent run what lies beside the packs: on which side each image was, and warnings."""
         for table in tables:
             self.client.log_artifact(self.parent_id, str(table), "splits")
 

@@ -182,11 +182,13 @@ class TableConfig(FilesBase):
     Attributes:
         csv: path of the table, relative to the data folder or absolute; ``.parquet`` is read as Parquet.
         images: the image folder, relative to the data folder or absolute.
-        image_column: file name or path below ``images``; a missing suffix is looked up.
+        image_column: file name or path below ``images``; a missing or other suffix is looked up, and so are folders
+            that the table leaves out, where one file alone ends like the name.
         label_column: the class.
-        group_columns: group attribute -> column.
+        group_columns: group attribute -> column. Empty cells are unknown, and so are nan, n/a, na, none, null and
+            unknown, in capitals or not, unless ``group_maps`` lists them.
         patient_column: images with one value here stay on one side of the split.
-        group_maps: group attribute -> {group name: list of values}; unlisted values are unknown.
+        group_maps: group attribute -> {group name: list of values}; what is not listed is unknown, and noted.
         group_edges: group attribute -> rising inner borders of bins; [40, 60] gives <40, 40-59 and 60+.
         split_column: the split of each image (train, calibration, validation, test); rows without one are left
             out, and a split that never occurs is taken out of train.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -21,16 +20,16 @@ from fqsweep.data import fitzpatrick17k, isic2019, synthderm, table
 from fqsweep.data.duplicates import join_near_duplicates
 from fqsweep.data.packs import OnProgress, open_pack, pack_path
 from fqsweep.data.records import Dataset, Samples, Splits
-from fqsweep.data.splits import check_groups, describe_leaks, find_leaks, split_samples, splits_as_csv
+from fqsweep.data.report import describe_warnings
+from fqsweep.data.splits import check_groups, split_samples, splits_as_csv
 from fqsweep.data.store import PACK_STORE_VARIABLE
 from fqsweep.data.subset import stratified_subset
 from fqsweep.errors import InputError
-from fqsweep.files import write_bytes
+from fqsweep.files import SPLITS_ENDING, WARNINGS_ENDING, write_bytes
 
 __all__ = ["Dataset", "Samples", "Splits", "dataset_digest", "describe_samples", "open_dataset", "plan_dataset"]
 
 LOCAL_PACKS_VARIABLE = "FQSWEEP_LOCAL_PACKS"
-_logger = logging.getLogger(__name__)
 
 
 def describe_samples(config: DatasetConfig, *, data_dir: Path | None) -> Samples:
@@ -76,7 +75,9 @@ def open_dataset(
 ) -> Dataset:
     """A data set ready for training: described, cut to ``max_images``, split, checked and decoded.
 
-    The split is stored beside the pack as ``<digest>_splits.csv``: id, split, class and groups of each image.
+    The split is stored beside the pack as ``<digest>_splits.csv``: id, split, class and groups of each image; and as
+    ``<digest>_warnings.txt`` what to know of the set (``fqsweep.data.report.describe_warnings``), near-duplicates
+    among it.
 
     The groups are checked before anything is decoded, and again where near-duplicates found in the decoded
     images (of sets read from files) were joined to one cluster. Where the environment variable
@@ -107,20 +108,17 @@ def open_dataset(
         joined = join_near_duplicates(samples, image_nhwc, cache=_pairs_path(samples, config, pack_dir))
         if joined is not samples:
             samples, splits = joined, _checked_splits(joined, config)
-    for note in samples.notes:
-        _logger.info("%s: %s", config.name, note)
-    leaks = find_leaks(samples, splits)
-    if leaks:
-        _logger.warning("%s: %s", config.name, describe_leaks(leaks))
     digest = dataset_digest(samples, splits, config.image_size)
-    split_file = pack_dir / f"{digest}_splits.csv"
+    split_file = pack_dir / f"{digest}{SPLITS_ENDING}"
     if not split_file.exists():
+        warnings = describe_warnings(config, samples, splits)
+        write_bytes(pack_dir / f"{digest}{WARNINGS_ENDING}", "".join(f"{line}\n" for line in warnings).encode())
         write_bytes(split_file, splits_as_csv(samples, splits))
     return Dataset(samples=samples, splits=splits, image_nhwc=image_nhwc, digest=digest)
 
 
 def _pairs_path(samples: Samples, config: DatasetConfig, pack_dir: Path) -> Path:
-    return pack_path(samples, size=config.image_size, pack_dir=pack_dir).with_suffix(".pairs.npy")
+    return pack_path(samples, size=config.image_size, pack_dir=pack_dir).with_suffix(".duplicates.npy")
 
 
 def _checked_splits(samples: Samples, config: DatasetConfig) -> Splits:

@@ -48,6 +48,7 @@ class Rows:
         group_names: group attribute -> its groups, in order.
         images: the rows' images.
         official_n: str (n,), the split that the set's own lists give each row; None where it has no lists.
+        notes: what reading the tables left out or took for unknown.
     """
 
     origin: str
@@ -59,6 +60,7 @@ class Rows:
     group_names: Mapping[str, tuple[str, ...]]
     images: RowImages
     official_n: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
 
 def assemble(
@@ -79,7 +81,8 @@ def assemble(
         InputError: ids repeat, a class is named that is not there, images are missing, or nothing is left.
     """
     _refuse_repeated_ids(rows)
-    label_n, class_names, notes = _map_labels(rows, config.label_map, config.drop_classes)
+    label_n, class_names, label_notes = _map_labels(rows, config.label_map, config.drop_classes)
+    notes = [*rows.notes, *label_notes]
     keep_n = label_n != ""
     if unknown_groups == "drop":
         keep_n, dropped = _without_unknown_groups(rows, keep_n)

@@ -3,7 +3,8 @@
 ``<folder>/fitzpatrick17k.csv`` as published, and for each row one image called by its ``md5hash`` (or, as
 in copies fetched by address, its ``url_alphanum``), beside the CSV or in ``images/``. The types are
 ``fitzpatrick_scale`` (``fitzpatrick`` in the prepared archive), -1 or empty where unknown. The prepared archive
-has lists of its splits beside the CSV: ``train.csv``, ``validation.csv`` (or ``val.csv``), ``test.csv``.
+has lists of its splits beside the CSV: ``train.csv``, ``validation.csv`` (or ``val.csv``), ``test.csv``;
+``train_score.csv`` and the like are read, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pandas as pd
 from fqsweep.config import Fitzpatrick17kConfig, plain_attributes
 from fqsweep.data.assembly import Rows, assemble
 from fqsweep.data.folder import TableImages, first_folder, require_folder
-from fqsweep.data.records import Samples
+from fqsweep.data.records import Samples, images_text
 from fqsweep.data.splits import SPLIT_NAMES, SPLIT_SPELLINGS
 from fqsweep.data.tabular import as_numbers, read_table, require_column
 from fqsweep.errors import InputError
@@ -34,7 +35,10 @@ IMAGE_FOLDERS = (
     "data/fitzpatrick17k",
     ".",
 )
-LIST_NAMES = ("{}.csv", "split_{}.csv", "{}_split.csv", "fitzpatrick17k_{}.csv", "{}_list.csv")
+LIST_NAMES = (
+    *("{}.csv", "split_{}.csv", "{}_split.csv", "fitzpatrick17k_{}.csv", "{}_list.csv"),
+    *("{}_score.csv", "all_{}.csv"),  # read by the published code of FairQuant
+)
 SKIN_TYPES = ("1", "2", "3", "4", "5", "6")
 SKIN_TONES = ("1-3", "4-6")
 _WRONGLY_LABELLED = "3"
@@ -49,9 +53,14 @@ def describe(config: Fitzpatrick17kConfig, data_dir: Path) -> Samples:
     root = require_folder(data_dir, config.folder, what="Fitzpatrick17k")
     path = root / CSV
     table = read_table(path, columns=("md5hash", config.label_level))
+    notes: tuple[str, ...] = ()
     if config.drop_wrong_labels:
         require_column(table, "qc", path=path)
-        table = table[~table["qc"].str.startswith(_WRONGLY_LABELLED)]
+        wrong = table["qc"].str.startswith(_WRONGLY_LABELLED)
+        table = table[~wrong]
+        notes = (
+            (f"{images_text(int(wrong.sum()))} marked as wrongly labelled left out.",) if wrong.any() else ()
+        )
     type_n = _skin_types(table, path)
     named = {"skin_type": np.array(["", *SKIN_TYPES]), "skin_tone": np.array(["", *np.repeat(SKIN_TONES, 3)])}
     id_n, label_n = table["md5hash"].to_numpy(str), table[config.label_level].to_numpy(str)
@@ -65,6 +74,7 @@ def describe(config: Fitzpatrick17kConfig, data_dir: Path) -> Samples:
         group_names={"skin_type": SKIN_TYPES, "skin_tone": SKIN_TONES},
         images=images_of(table, root),
         official_n=_official_splits(root, id_n) if config.official_splits else None,
+        notes=notes,
     )
     return assemble(rows, config, unknown_groups=config.unknown_groups, missing_images=config.missing_images)
 
@@ -95,9 +105,10 @@ def _official_splits(root: Path, id_n: np.ndarray) -> np.ndarray:
             if split_of.setdefault(name, split) != split:
                 raise InputError(f"{path}: image {name} stands in the lists of {split_of[name]} and {split}")
     if "train" not in split_of.values():
+        found = ", ".join(sorted(file.name for file in root.glob("*.csv") if file.name != CSV)) or "none"
         raise InputError(
-            f"official_splits needs the list of the training images in {root}, as train.csv with a column md5hash; "
-            "put it there or set official_splits: false"
+            f"official_splits needs the list of the training images in {root}, as train.csv with a column md5hash "
+            f"(other CSVs there: {found}); put it there or set official_splits: false"
         )
     return np.array([split_of.get(name, "") for name in id_n.tolist()], dtype=str)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,14 +13,29 @@ from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fqsweep.config import content_hash
 from fqsweep.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 OF_ONE_SIZE = (".bmp", ".tif", ".tiff")  # other pixels may take just as many bytes
-_UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError)
+# What Pillow raises of damaged files; of tags of a wrong type the last four.
+_UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError),
+    *(struct.error, TypeError, AttributeError, KeyError),
+)
+ORIENTATION_TAG = 0x0112
+_TURNED_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MOST_OF_12_BITS = 4095
 Spellings = Callable[[str], Iterable[str]]
 
 
@@ -87,11 +103,39 @@ class ImageFolder:
             normalize("NFC", stem): name for stem, name in self._by_stem.items() if not stem.isascii()
         } | plain
 
+    @cached_property
+    def _by_last_name(self) -> dict[str, list[str]]:
+        """Names without folders and suffixes, in lower case -> the files called so."""
+        files: dict[str, list[str]] = {}
+        for file in self.size_of:
+            files.setdefault(_last_name(file), []).append(file)
+        return files
+
     def find(self, name: str) -> str | None:
-        """The file called ``name``, with or without its suffix; None where there is none."""
-        name = name.removeprefix("./")
+        """The file called ``name``; None where there is none.
+
+        The name may be absolute or written with backslashes, lack its suffix or have another image's, and lack the
+        first folders where only one file is left that ends like it.
+        """
+        name = self._below_root(name)
         found = name if name in self.size_of else self._by_stem.get(name)
-        return found or self._composed.get(normalize("NFC", name))
+        if found := found or self._composed.get(normalize("NFC", name)):
+            return found
+        alike = self.ending_like(name)
+        return alike[0] if len(alike) == 1 else None
+
+    def ending_like(self, name: str) -> list[str]:
+        """All files whose path ends like ``name``, whatever their suffix."""
+        ending = "/" + _without_suffix(self._below_root(name)).lower()
+        return sorted(
+            file
+            for file in self._by_last_name.get(_last_name(name), [])
+            if f"/{_without_suffix(file)}".lower().endswith(ending)
+        )
+
+    def _below_root(self, name: str) -> str:
+        name = name.replace("\\", "/").removeprefix("./")
+        return name.removeprefix(f"{self.root.absolute().as_posix()}/")
 
     def open(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> tuple[FolderSource, str]:
         """A source for the images called ``names``, and a hash of their names and sizes.
@@ -109,9 +153,11 @@ class ImageFolder:
         missing = [name for name, file in zip(names, found, strict=True) if file is None]
         if missing:
             first = ", ".join(str(self.root / name) for name in missing[:3])
+            alike = self.ending_like(missing[0])
+            several = f"; called so are {', '.join(alike[:3])}: name one in the table" if alike else ""
             raise MissingImages(
                 f"{len(missing)} of {len(names)} images that the table lists are not in {self.root}, "
-                f"first: {first}; complete the folder, remove their rows or set missing_images: drop",
+                f"first: {first}{several}; complete the folder, remove their rows or set missing_images: drop",
                 missing,
             )
         files = [file for file in found if file is not None]
@@ -130,6 +176,15 @@ class ImageFolder:
     def locate(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> list[str | None]:
         """The file of each name, None where there is none."""
         return [next((file for other in spellings(name) if (file := self.find(other))), None) for name in names]
+
+
+def _without_suffix(name: str) -> str:
+    """A path without the suffix of an image."""
+    return name[: -len(Path(name).suffix)] if name.lower().endswith(SUFFIXES) else name
+
+
+def _last_name(name: str) -> str:
+    return _without_suffix(name.replace("\\", "/")).rpartition("/")[2].lower()
 
 
 @dataclass(frozen=True)
@@ -196,8 +251,9 @@ def first_folder(root: Path, names: Sequence[str]) -> Path:
 def decode_square(path: Path, *, size: int) -> np.ndarray:
     """The central square of an image file, scaled to ``size``, as uint8 (size, size, 3), RGB.
 
-    The EXIF orientation is applied, transparency shows white, 16-bit values keep their upper 8 bits, and floats up
-    to 1 are shares of white. Scaling averages over the area that a pixel covers (a triangle filter of that support).
+    The EXIF orientation is applied, transparency shows white, 16-bit values keep their upper 8 bits (of 12 bits,
+    values up to 4095, the upper 8 of these), and floats up to 1 are shares of white. Scaling averages over the area
+    that a pixel covers (a triangle filter of that support).
 
     Raises:
         InputError: the file is missing or cannot be decoded.
@@ -205,14 +261,22 @@ def decode_square(path: Path, *, size: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * size, 2 * size))
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_central_square(to_rgb(image), size=size))
+            return np.asarray(_central_square(to_rgb(_upright(image)), size=size))
     except FileNotFoundError as error:
         raise InputError(f"{path} is not there any more; restore it or remove its row from the CSV") from error
     except _UNREADABLE as error:
         raise InputError(
             f"{path} cannot be decoded ({error}); fetch it again or remove its row from the CSV"
         ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation wants it; tags that cannot be read say nothing."""
+    try:
+        turned = _TURNED_BACK.get(image.getexif().get(ORIENTATION_TAG))
+    except _UNREADABLE:
+        return image
+    return image if turned is None else image.transpose(turned)
 
 
 def check_header(path: Path) -> None:
@@ -239,11 +303,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(value_hw: np.ndarray) -> np.ndarray:
-    """16-bit grey levels, and shares of 1, as 8-bit ones; values that fit into 8 bits already stay."""
+    """Grey levels of 12 or 16 bits, and shares of 1, as 8-bit ones; values that fit into 8 bits already stay."""
     clean = np.nan_to_num(value_hw.astype(np.float64))
     most = clean.max(initial=0)
-    if most > 255:
+    if most > MOST_OF_12_BITS:
         clean = clean / 257
+    elif most > 255:
+        clean = clean * 255 / MOST_OF_12_BITS
     elif most <= 1 and value_hw.dtype.kind == "f":
         clean = clean * 255
     return np.clip(clean, 0, 255).round().astype(np.uint8)

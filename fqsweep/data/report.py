@@ -42,11 +42,14 @@ def describe_set(config: DatasetConfig, samples: Samples, splits: Splits) -> str
 
 
 def describe_warnings(config: DatasetConfig, samples: Samples, splits: Splits) -> list[str]:
-    """What to know of a set before its figures are believed: what was left out, leaks, and where test images are few.
+    """What to know of a set before its figures are believed: what was left out, and ``describe_risks``."""
+    notes = [f"{config.name}: {note}" for note in samples.notes]
+    return notes + describe_risks(config, samples, splits)
 
-    The last is one warning a group attribute that has (class, group) pairs with few test images.
-    """
-    warnings = [f"{config.name}: {note}" for note in samples.notes]
+
+def describe_risks(config: DatasetConfig, samples: Samples, splits: Splits) -> list[str]:
+    """Leaks, and where test images are few: a warning a group attribute with such (class, group) pairs."""
+    warnings = []
     leaks = find_leaks(samples, splits)  # of a split that was given: ours keep clusters together
     if leaks:
         warnings.append(

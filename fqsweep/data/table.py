@@ -13,7 +13,15 @@ from fqsweep.data.assembly import Rows, assemble
 from fqsweep.data.folder import TableImages, require_folder
 from fqsweep.data.records import Samples
 from fqsweep.data.splits import SPLIT_SPELLINGS
-from fqsweep.data.tabular import as_numbers, bin_names, label_text, name_bins, plain_text, read_table
+from fqsweep.data.tabular import (
+    as_numbers,
+    as_written,
+    bin_names,
+    label_text,
+    name_bins,
+    plain_text,
+    read_table,
+)
 from fqsweep.errors import InputError
 
 GroupMap = Mapping[str, tuple[str | bool | int | float, ...]]
@@ -44,10 +52,11 @@ def describe(config: TableConfig, data_dir: Path) -> Samples:
         label_n=label_n,
         cluster_n=_texts(table[config.patient_column]) if config.patient_column else np.full(len(id_n), ""),
         class_names=_in_order(label_n),
-        group_n={name: value_n for name, (value_n, _) in grouped.items()},
-        group_names={name: names for name, (_, names) in grouped.items()},
+        group_n={name: value_n for name, (value_n, _, _) in grouped.items()},
+        group_names={name: names for name, (_, names, _) in grouped.items()},
         images=TableImages(id_n, lambda: root),
         official_n=_splits(table[config.split_column], path) if config.split_column else None,
+        notes=tuple(note for _, _, notes in grouped.values() for note in notes),
     )
     return assemble(rows, config, unknown_groups=config.unknown_groups, missing_images=config.missing_images)
 
@@ -63,32 +72,38 @@ def _splits(cells: pd.Series, path: Path) -> np.ndarray:
     if strange:
         raise InputError(
             f"{path}: column {cells.name!r} must name splits ({', '.join(SPLIT_SPELLINGS)}), "
-            f"but has {', '.join(strange[:5])}"
+            f"but has {', '.join(strange[:5])}; write these words into the column, or name another one"
         )
     return np.array([SPLIT_SPELLINGS.get(text, "") for text in text_n], dtype=str)
 
 
 def _groups(
     attribute: str, config: TableConfig, table: pd.DataFrame, path: Path
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Each row's group, str (n,), and all groups in order."""
+) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
+    """Each row's group, str (n,), empty where unknown; all groups in order; and notes."""
     cells = table[config.group_columns[attribute]]
     if attribute in config.group_edges:
         edges = config.group_edges[attribute]
-        return name_bins(as_numbers(cells, path=path), edges), bin_names(edges)
-    return _named_groups(_texts(cells), config.group_maps.get(attribute), where=f"group_maps: {attribute}")
+        return name_bins(as_numbers(cells, path=path), edges), bin_names(edges), []
+    written_n = np.array([as_written(cell) for cell in cells], dtype=str)
+    if attribute in config.group_maps:
+        return _mapped_groups(attribute, written_n, config.group_maps[attribute])
+    value_n = _texts(cells)
+    unknown = _counted(written_n[(value_n == "") & (written_n != "")])
+    return value_n, _in_order(value_n), [f"{attribute}: read as unknown: {unknown}."] if unknown else []
 
 
-def _named_groups(
-    value_n: np.ndarray, group_map: GroupMap | None, *, where: str
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Each row's group, str (n,), and all groups in order; without a map the values are the groups."""
-    if group_map is None:
-        return value_n, _in_order(value_n)
-    occurring = set(value_n.tolist())
+def _mapped_groups(
+    attribute: str, written_n: np.ndarray, group_map: GroupMap
+) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
+    """As ``_groups``: a map means the very words that it lists, ``none`` and ``NA`` among them."""
+    where = f"group_maps: {attribute}"
+    occurring = set(written_n.tolist())
     group_of: dict[str, str] = {}
+    never = []
     for name, values in group_map.items():
-        meant = [text for value in values for text in _spellings(value, occurring)]
+        spelled = {value: _spellings(value, occurring) for value in values}
+        meant = [text for texts in spelled.values() for text in texts]
         for value in meant:
             if value in group_of:
                 raise InputError(f"{where}: value {value!r} stands under both {group_of[value]!r} and {name!r}")
@@ -96,16 +111,29 @@ def _named_groups(
         if not occurring & set(meant):
             raise InputError(
                 f"{where}: none of the values of {name!r} ({', '.join(map(str, values))}) occurs in the "
-                f"column, which has: {', '.join(_in_order(value_n)[:12])}"
+                f"column, which has: {', '.join(_in_order(written_n)[:12])}"
             )
-    return np.array([group_of.get(value, "") for value in value_n.tolist()], dtype=str), tuple(group_map)
+        never += [str(value) for value, texts in spelled.items() if not occurring & set(texts)]
+    value_n = np.array([group_of.get(text, "") for text in written_n.tolist()], dtype=str)
+    outside = _counted(written_n[(value_n == "") & (written_n != "")])
+    notes = [f"{where} does not list, so that they are unknown: {outside}."] if outside else []
+    notes += [f"{where} lists what never occurs: {', '.join(never)}."] if never else []
+    return value_n, tuple(group_map), notes
+
+
+def _counted(text_n: np.ndarray) -> str:
+    """The words that occur and how often, the most frequent first."""
+    words, counts = np.unique(text_n, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    listed = [f"{words[index]} ({counts[index]})" for index in order[:8]]
+    return ", ".join(listed) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
 
 
 def _spellings(value: str | bool | int | float, occurring: set[str]) -> list[str]:
     """The cells that a value of a map means: those in its one spelling, or all words for a truth value."""
     if isinstance(value, bool):
         return sorted(text for text in occurring if text.lower() in TRUTH_WORDS[value])
-    return [plain_text(value)]
+    return [as_written(value)]
 
 
 def _in_order(value_n: np.ndarray) -> tuple[str, ...]:

@@ -120,6 +120,15 @@ def plain_text(value: str | int | float) -> str:
     return "" if text.lower() in _MISSING else _one_spelling(text)
 
 
+def as_written(value: str | int | float) -> str:
+    """A cell or a YAML value in one spelling, whatever it says.
+
+    >>> as_written("3.0"), as_written(" none ")
+    ('3', 'none')
+    """
+    return _one_spelling(str(value).strip())
+
+
 def label_text(value: str) -> str:
     """A class in one spelling, as ``plain_text``; words such as ``none`` and ``unknown`` are classes.
 
@@ -154,7 +163,10 @@ def as_numbers(cells: pd.Series, *, path: Path) -> np.ndarray:
     wrong = np.flatnonzero(np.isnan(number_n) & (texts != "").to_numpy())
     if len(wrong):
         line, text = cells.index[wrong[0]] + 2, cells.iloc[wrong[0]]
-        raise InputError(f"{path}, line {line}: column {cells.name!r} must hold numbers, but has {text!r}")
+        raise InputError(
+            f"{path}, line {line}: column {cells.name!r} must hold numbers, but has {text!r}; correct it, or "
+            "name the values of a column of words or ranges in group_maps"
+        )
     return number_n
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fqsweep.config import DatasetConfig, FilesBase
 from fqsweep.data import describe_samples
-from fqsweep.data.duplicates import THUMBNAIL_SIDE, details, join_pairs, near_duplicate_pairs
+from fqsweep.data.duplicates import DETAILS_SHAPE, details, join_pairs, near_duplicate_pairs
 from fqsweep.data.folder import MissingImages, check_header
 from fqsweep.data.packs import OnProgress, usable_cores
 from fqsweep.data.records import Samples, Splits
@@ -77,15 +77,15 @@ def verify_dataset(
     """
     samples, missing = _samples_there(config, data_dir)
     looked_at = _all_of_table(config, data_dir) if config.max_images is None else samples
-    broken, detail_nd = _look_at_images(looked_at, config.image_size, fast, on_progress)
+    broken, detail_npd = _look_at_images(looked_at, config.image_size, fast, on_progress)
     position = {name: index for index, name in enumerate(looked_at.id_n.tolist())}
     index_n = np.array([position[name] for name in samples.id_n.tolist()])
     whole = np.flatnonzero(~np.isin(index_n, list(broken)))
     if len(whole) == 0:
         raise InputError(f"data set {config.name!r}: no image can be read, first: {broken[min(broken)]}")
-    samples, detail_nd = take(samples, whole), detail_nd[index_n[whole]]
+    samples, detail_npd = take(samples, whole), detail_npd[index_n[whole]]
     if isinstance(config, FilesBase) and not fast:
-        samples = join_pairs(samples, near_duplicate_pairs(detail_nd))
+        samples = join_pairs(samples, near_duplicate_pairs(detail_npd))
     splits = split_samples(samples, config.splits, attributes=config.group_attributes)
     return Findings(
         config=config,
@@ -125,11 +125,11 @@ def _all_of_table(config: DatasetConfig, data_dir: Path | None) -> Samples:
 def _look_at_images(
     samples: Samples, size: int, fast: bool, on_progress: OnProgress | None
 ) -> tuple[dict[int, str], np.ndarray]:
-    """Why images cannot be read, by index, and the details of all others, float32 (n, d); ``fast`` leaves them 0."""
+    """Why images cannot be read, by index, and the others' details, float32 (n, p, d), which ``fast`` leaves at 0."""
     broken: dict[int, str] = {}
-    detail_nd = np.zeros((len(samples), THUMBNAIL_SIDE**2), dtype=np.float32)
+    detail_npd = np.zeros((len(samples), *DETAILS_SHAPE), dtype=np.float32)
     if samples.source.path_of(0) is None:  # generated images cannot be broken
-        return broken, detail_nd
+        return broken, detail_npd
 
     def look(index: int) -> None:
         try:
@@ -138,7 +138,7 @@ def _look_at_images(
                 assert path is not None
                 check_header(path)
             else:
-                detail_nd[index] = details(samples.source.read(index, size=size)[None])[0]
+                detail_npd[index] = details(samples.source.read(index, size=size)[None])[0]
         except InputError as error:
             broken[index] = str(error)
 
@@ -146,7 +146,7 @@ def _look_at_images(
         for done, _ in enumerate(pool.map(look, range(len(samples))), start=1):
             if on_progress and (done % 100 == 0 or done == len(samples)):
                 on_progress(done, len(samples))
-    return broken, detail_nd
+    return broken, detail_npd
 
 
 # --- in words -------------------------------------------------------------------------------------
@@ -170,8 +170,19 @@ def describe_findings(found: Findings) -> str:
     lines += _section(title, found.thin)
     if found.fast:
         lines.append("only headers were read: broken contents and near-duplicates were not looked for")
-    sound = "sound" if found.is_sound else "not sound: complete the folder, or leave out what is broken"
-    return "\n".join([*lines, f"{found.config.name} is {sound}"])
+    return "\n".join([*lines, f"{found.config.name} is {_verdict(found)}"])
+
+
+def _verdict(found: Findings) -> str:
+    """Whether the set is sound, and if not, what to do about each thing that is wrong."""
+    remedies = [
+        "complete the folder" if found.missing else "",
+        "leave out what is broken" if found.broken else "",
+        "correct the given split, or leave it out and have one made" if found.leaks else "",
+        "join or leave out what is too small" if found.small else "",
+    ]
+    wrong = "; ".join(filter(None, remedies))
+    return f"not sound: {wrong}" if wrong else "sound"
 
 
 def _section(title: str, items: Sequence[str]) -> list[str]:

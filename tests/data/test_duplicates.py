@@ -3,22 +3,32 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fqsweep.config import Isic2019Config
+from fqsweep.config import Isic2019Config, SynthdermConfig
 from fqsweep.data import describe_samples
-from fqsweep.data.duplicates import details, join_near_duplicates, near_duplicate_pairs
+from fqsweep.data.duplicates import (
+    MIN_LIKENESS,
+    details,
+    join_near_duplicates,
+    join_pairs,
+    near_duplicate_pairs,
+)
 from fqsweep.data.subset import take
 
 
 def test_pairs_are_those_above_the_likeness() -> None:
     detail_nd = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8], [-1, 0]], np.float32)
-    assert near_duplicate_pairs(detail_nd, min_likeness=0.9).tolist() == [[1, 2]]
+    same = np.stack([detail_nd, detail_nd], axis=1)
+    assert near_duplicate_pairs(same, min_likeness=(0.9, 0.9)).tolist() == [[1, 2]]
+    assert near_duplicate_pairs(same, min_likeness=(0.9, 0.97)).tolist() == [], (
+        "whole and middle, each by itself"
+    )
 
 
 def test_pairs_across_chunks_are_found() -> None:
     detail_nd = np.random.default_rng(0).standard_normal((1200, 64)).astype(np.float32)
     detail_nd /= np.linalg.norm(detail_nd, axis=1, keepdims=True)
     detail_nd[1100] = detail_nd[3]
-    assert near_duplicate_pairs(detail_nd).tolist() == [[3, 1100]]
+    assert near_duplicate_pairs(np.stack([detail_nd, detail_nd], axis=1)).tolist() == [[3, 1100]]
 
 
 def test_even_images_have_no_details_and_resemble_nothing() -> None:
@@ -45,3 +55,25 @@ def test_copies_of_real_photographs_are_found_and_other_lesions_are_not(
     assert np.array_equal(joined.cluster_n[:150], joined.cluster_n[150:])
     assert np.array_equal(joined.cluster_n, again.cluster_n)
     assert joined.notes[-1] == "300 images have near-duplicates, which are kept on one side of the split."
+
+
+def test_lesions_that_share_a_round_border_are_not_taken_for_copies(shared_data: Path) -> None:
+    samples = take(describe_samples(Isic2019Config(kind="isic2019"), data_dir=shared_data), np.arange(300))
+    image_nhwc = np.stack([samples.source.read(index, size=64) for index in range(300)])
+    across, down = np.meshgrid(np.arange(64) - 31.5, np.arange(64) - 31.5)
+    image_nhwc[:, across**2 + down**2 > 31**2] = 0
+    whole_nd = details(image_nhwc)[:, 0]
+    assert (np.triu(whole_nd @ whole_nd.T, 1) > MIN_LIKENESS[0]).sum() > 100
+    assert join_near_duplicates(samples, image_nhwc) is samples
+    image_nhwc[200] = image_nhwc[7]
+    assert near_duplicate_pairs(details(image_nhwc)).tolist() == [[7, 200]]
+
+
+def test_many_that_hang_together_are_pointed_at() -> None:
+    samples = describe_samples(SynthdermConfig(kind="synthderm", num_images=300, image_size=16), data_dir=None)
+    chain_p2 = np.array([[index, index + 1] for index in range(10, 16)])
+    joined = join_pairs(samples, np.concatenate([chain_p2, [[50, 60]]]))
+    names = ", ".join(samples.id_n[10:13])
+    assert joined.notes[-2].startswith("9 images have near-duplicates")
+    assert joined.notes[-1].startswith(f"7 of them hang together ({names}, ...): look whether they are copies")
+    assert len(join_pairs(samples, chain_p2[:5]).notes) == len(samples.notes) + 1, "six of 300 are no warning"

@@ -79,6 +79,7 @@ def test_images_marked_as_wrongly_labelled_can_be_dropped(fitzpatrick_root: Path
     assert len(describe_samples(config(), data_dir=fitzpatrick_root.parent)) == 4
     kept = describe_samples(config(drop_wrong_labels=True), data_dir=fitzpatrick_root.parent)
     assert kept.id_n.tolist() == [f"{number:032x}" for number in (1, 2, 3)]
+    assert "1 image marked as wrongly labelled left out." in kept.notes
 
 
 @pytest.mark.parametrize(("strange", "message"), [("7", "must be 1 to 6"), ("dark", "must hold numbers")])
@@ -103,13 +104,19 @@ def test_images_may_be_called_by_their_address(fitzpatrick_root: Path) -> None:
     assert len(describe_samples(config(), data_dir=fitzpatrick_root.parent)) == 4
 
 
-def test_the_archives_lists_are_kept_and_a_missing_one_is_asked_for(fitzpatrick_root: Path) -> None:
+@pytest.mark.parametrize("names", [("train.csv", "val.csv"), ("train_score.csv", "all_val.csv")])
+def test_the_archives_lists_are_kept_and_a_missing_one_is_asked_for(
+    fitzpatrick_root: Path, names: tuple[str, str]
+) -> None:
     official = config(official_splits=True)
     with pytest.raises(InputError, match=r"needs the list of the training images .* as train\.csv"):
         describe_samples(official, data_dir=fitzpatrick_root.parent)
     hashes = [f"{number:032x}" for number in range(5)]
-    pd.DataFrame({"md5hash": hashes[:2]}).to_csv(fitzpatrick_root / "train.csv", index=False)
-    pd.DataFrame({"md5hash": hashes[2:3]}).to_csv(fitzpatrick_root / "val.csv", index=False)
+    pd.DataFrame({"md5hash": hashes[:2]}).to_csv(fitzpatrick_root / "mine.csv", index=False)
+    with pytest.raises(InputError, match=r"other CSVs there: mine\.csv\); put it there"):
+        describe_samples(official, data_dir=fitzpatrick_root.parent)
+    (fitzpatrick_root / "mine.csv").rename(fitzpatrick_root / names[0])
+    pd.DataFrame({"md5hash": hashes[2:3]}).to_csv(fitzpatrick_root / names[1], index=False)
     samples = describe_samples(official, data_dir=fitzpatrick_root.parent)
     assert samples.official_n is not None
     assert samples.official_n.tolist() == ["train", "train", "validation"]

@@ -1,3 +1,4 @@
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,24 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     assert decoded[:, :22].mean() < 15
 
 
+@pytest.mark.parametrize("tag", [0x0100, 0x011A, 0x0128, 0x0213])
+def test_tags_of_a_wrong_type_beside_the_orientation_do_no_harm(tmp_path: Path, tag: int) -> None:
+    text_tag = struct.pack("<HHI4s", tag, 2, 2, b"x")  # numbers belong there
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 8, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(sorted([text_tag, turned])) + bytes(4)
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:8] = 255
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    assert decode_square(tmp_path / "turned.jpg", size=32)[:, :6].mean() > 240
+
+
 @pytest.mark.parametrize(
     ("mode", "value", "suffix", "expected"),
     [
         ("L", 90, "png", (90, 90, 90)),
         ("I;16", 0x5A5A, "png", (90, 90, 90)),
+        ("I;16", 4095, "png", (255, 255, 255)),
+        ("I;16", 2048, "png", (128, 128, 128)),
         ("CMYK", (255, 0, 0, 0), "jpg", (0, 255, 255)),
         ("RGBA", (0, 0, 0, 0), "png", (255, 255, 255)),
         ("RGBA", (10, 20, 30, 255), "png", (10, 20, 30)),
@@ -88,7 +102,24 @@ def test_a_missing_suffix_is_looked_up_and_subfolders_are_seen(tmp_path: Path) -
     folder = ImageFolder(tmp_path)
     assert folder.find("a/one") == "a/one.JPG"
     assert folder.find("./a/one.JPG") == "a/one.JPG"
-    assert folder.find("one") is None
+    assert folder.find("two") is None
+
+
+def test_a_name_without_its_folders_or_with_another_suffix_is_found_where_one_file_alone_ends_like_it(
+    tmp_path: Path,
+) -> None:
+    for name in ("part_1/one.jpg", "part_1/both.jpg", "part_2/both.jpg", "part_2/deep/two.PNG"):
+        write_photo(tmp_path / name)
+    folder = ImageFolder(tmp_path)
+    assert folder.find("one") == folder.find("one.png") == folder.find("part_1\\one.jpg") == "part_1/one.jpg"
+    assert folder.find(str(tmp_path / "part_2" / "both.jpg")) == "part_2/both.jpg"
+    assert folder.find("deep/two.jpg") == "part_2/deep/two.PNG"
+    assert folder.find("part_2/one.jpg") is None, "a folder that is named is meant"
+    assert folder.find("both") is None
+    with pytest.raises(
+        InputError, match=r"called so are part_1/both\.jpg, part_2/both\.jpg: name one in the table"
+    ):
+        folder.open(["one", "both"])
 
 
 def test_a_link_that_leads_nowhere_is_a_missing_image(tmp_path: Path) -> None:

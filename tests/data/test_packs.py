@@ -118,6 +118,18 @@ def test_a_pack_is_copied_to_the_machines_own_disk_once(tmp_path: Path) -> None:
     assert sorted(p.suffix for p in near.iterdir() if p.suffix != ".lock") == [".json", ".npy"]
 
 
+def test_a_copy_on_the_machines_own_disk_is_used_without_reading_the_far_pack(tmp_path: Path) -> None:
+    far, near = tmp_path / "far", tmp_path / "near"
+    before = np.array(open_pack(few(), size=16, pack_dir=far, local_dir=near))
+    path = pack_path(few(), size=16, pack_dir=far)
+    path.write_bytes(b"")  # read, it would be made again
+    assert np.array_equal(open_pack(few(), size=16, pack_dir=far, local_dir=near), before)
+    assert path.stat().st_size == 0
+    path.with_suffix(".json").write_text("{}")  # another pack than the copy's
+    assert np.array_equal(open_pack(few(), size=16, pack_dir=far, local_dir=near), before)
+    assert path.stat().st_size > 0
+
+
 @pytest.mark.parametrize("has_local_dir", [False, True])
 def test_a_pack_is_decoded_by_one_machine_and_fetched_by_the_others(
     tmp_path: Path, has_local_dir: bool

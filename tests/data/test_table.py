@@ -55,6 +55,23 @@ def test_group_maps_accept_numbers_and_leave_unlisted_values_out(folder: Path) -
     assert [age.names[code] for code in age.code_n] == ["old", "young", "old"]
     fewer = describe_samples(config(group_maps={"age": {"young": (30,)}}), data_dir=folder)
     assert "3 images of unknown age left out." in fewer.notes
+    assert "group_maps: age does not list, so that they are unknown: 55 (1), 71 (1)." in fewer.notes
+    typo = describe_samples(config(group_maps={"age": {"young": (30, 31), "old": (55, 71)}}), data_dir=folder)
+    assert "group_maps: age lists what never occurs: 31." in typo.notes
+
+
+def test_a_group_map_means_the_very_words_that_it_lists(folder: Path) -> None:
+    table = pd.read_csv(folder / "table.csv", dtype=str)
+    table["age"] = ["none", "light", "", "NA"]
+    table.to_csv(folder / "table.csv", index=False)
+    maps = {"age": {"non-smoker": ("none",), "smoker": ("light",)}}
+    samples = describe_samples(config(group_maps=maps), data_dir=folder)
+    assert samples.id_n.tolist() == ["a/1.png", "a/2"]
+    assert "group_maps: age does not list, so that they are unknown: NA (1)." in samples.notes
+    region = describe_samples(
+        config(group_maps={"age": {"america": ("NA",), "rest": ("light", "none")}}), data_dir=folder
+    )
+    assert sorted(region.groups["age"].names) == ["america", "rest"] and len(region) == 3
 
 
 def test_two_columns_of_one_name_are_refused_where_one_of_them_is_read(folder: Path) -> None:
@@ -220,6 +237,7 @@ def test_a_group_called_none_is_unknown_and_ranges_are_names(folder: Path) -> No
     path.write_text(path.read_text().replace(",71,", ",none,").replace(",30,", ",3_0,"))
     age = describe_samples(config(unknown_groups="keep"), data_dir=folder).groups["age"]
     assert age.names == ("3_0", "55", "unknown")
+    assert "age: read as unknown: none (1)." in describe_samples(config(), data_dir=folder).notes
 
 
 def test_classes_can_be_dropped_by_name(folder: Path) -> None:
@@ -251,5 +269,5 @@ def test_a_split_column_is_kept_and_strange_words_in_it_are_named(folder: Path) 
     assert named == {"a/1.png": "train", "a/2": "validation", "3.jpg": "test"}
     assert "1 image in none of the official lists left out." in samples.notes
     table.assign(part="fold1").to_csv(folder / "table.csv", index=False)
-    with pytest.raises(InputError, match="column 'part' must name splits .* but has fold1"):
+    with pytest.raises(InputError, match="column 'part' must name splits .* but has fold1; write these words"):
         describe_samples(config(split_column="part"), data_dir=folder)

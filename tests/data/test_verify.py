@@ -13,7 +13,9 @@ from fqsweep.data import open_dataset, plan_dataset
 from fqsweep.data.report import describe_warnings
 from fqsweep.data.verify import describe_findings, verify_dataset
 from fqsweep.errors import InputError
+from fqsweep.files import SweepPaths
 from fqsweep.main import main
+from fqsweep.sweep import later_warnings
 from tests.data.conftest import write_photo
 
 NUM_IMAGES = 60
@@ -111,12 +113,14 @@ def test_leaks_in_official_lists_are_found_by_patient_and_by_picture(clinic: Pat
     assert {"0.jpg", "1.jpg"} in [set(ids) for ids in sides]
     assert any("50.jpg" in ids or "51.jpg" in ids for ids in sides)
     assert all("test" in splits for splits in sides.values())
-    assert not found.is_sound and "leaks between splits" in describe_findings(found)
+    text = describe_findings(found)
+    assert not found.is_sound and "leaks between splits" in text
+    assert text.endswith("is not sound: correct the given split, or leave it out and have one made")
     assert verify_dataset(config(), data_dir=clinic).leaks == []
 
 
 def test_leaks_of_a_given_split_are_warned_of_before_and_when_images_are_opened(
-    clinic: Path, caplog: pytest.LogCaptureFixture
+    clinic: Path,
 ) -> None:
     table = pd.read_csv(clinic / "table.csv")
     table["part"] = np.array(["train", "calibration", "validation", "test"])[table.index // 4 % 4]
@@ -128,10 +132,14 @@ def test_leaks_of_a_given_split_are_warned_of_before_and_when_images_are_opened(
     samples, splits = plan_dataset(given, data_dir=clinic)
     (planned,) = [text for text in describe_warnings(given, samples, splits) if "several sides" in text]
     assert planned.startswith("warning: clinic: ") and "(train) and " in planned
-    with caplog.at_level("INFO"):
-        open_dataset(given, data_dir=clinic, pack_dir=clinic / "packs")
-    assert "2 images have near-duplicates, which the given split does not keep together." in caplog.text
-    assert "have images on several sides of the split" in caplog.text
+    opened = open_dataset(given, data_dir=clinic, pack_dir=clinic / "packs")
+    warnings = (clinic / "packs" / f"{opened.digest}_warnings.txt").read_text()
+    assert "2 images have near-duplicates, which the given split does not keep together." in warnings
+    assert "2 lesions, patients or near-duplicates have images on several sides of the split" in warnings
+    (later,) = [
+        line for line in later_warnings(SweepPaths(clinic), [planned]) if "near-duplicates have" in line
+    ]
+    assert later in warnings
     own = config(min_group_count=1)
     assert not [text for text in describe_warnings(own, *plan_dataset(own, data_dir=clinic)) if "sides" in text]
 

@@ -129,7 +129,7 @@ def _counted(dataset: DatasetConfig, data_dir: Path | None) -> int | None:
         return _rows(data_dir / dataset.folder / "ISIC_2019_Training_GroundTruth.csv")
     if dataset.kind == "fitzpatrick17k":
         return _rows(data_dir / dataset.folder / "fitzpatrick17k.csv")
-    return _rows(data_dir / dataset.csv)
+    return _rows(data_dir / dataset.csv) if dataset.kind == "table" else None
 
 
 def _images_text(dataset: DatasetConfig, data_dir: Path | None) -> str:

@@ -148,9 +148,22 @@ TAGS: dict[str, str] = {
     TAG_SWEEP: "name of the sweep, as in its search space",
     TAG_PRUNED: "the trial was stopped early; it has no test metrics",
     TAG_RETIRED: "no result of the search space as it is (its cell left it, or its search chose other weights)",
-    TAG_FRONT: "the trial is on the front: nothing has both fewer bits and a better validation metric",
+    TAG_FRONT: (
+        "the trial's row is on the front: of its mean over seeds, no row has both fewer bits and a better validation "
+        "metric"
+    ),
     TAG_RECOMMENDED: "the trial to take under some budget",
     TAG_REASON: "why it is recommended",
+}
+# Families of keys that are recorded beside the metrics above, and what they hold.
+MORE_KEYS: dict[str, str] = {
+    "val/acc_group/GROUP, test/acc_group/GROUP": "of a trial: accuracy of one group",
+    "val/count_group/GROUP, test/count_group/GROUP": "of a trial: images of one group",
+    "epoch/...": "of a trial, what each epoch of its training gave (`epoch/train/loss`, `epoch/val/...`)",
+    "cells/done, cells/...": "of the parent run: how many cells are done, failed, blocked",
+    "time/shared_s": "of the parent run: seconds that parents and cost tables took together",
+    "energy/counted_kwh": "of the parent run: kWh that the counters of the driver's machine added up to",
+    "system/...": "of the parent run: load of the driver's machine while trials run",
 }
 # Of the parent run: what the counters of the driver's machine added up to, GPUs and CPU packages together.
 ENERGY_KWH = "energy/counted_kwh"

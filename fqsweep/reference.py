@@ -35,7 +35,7 @@ from fqsweep.config import (
     UniformMethod,
     WeightRange,
 )
-from fqsweep.names import COST_METRICS, GROUP_METRICS, TAGS, Metric
+from fqsweep.names import COST_METRICS, GROUP_METRICS, MORE_KEYS, TAGS, Metric
 
 # Section -> the records that it shows.
 SECTIONS: dict[str, tuple[type[Record], ...]] = {
@@ -186,7 +186,20 @@ def _metrics_text() -> str:
         "Recorded twice, as `val/...` and `test/...`; `val/...` chooses, `test/...` is read once, at the end."
     )
     cost = "Recorded once a run."
-    return "\n".join([group, "", _metric_table(GROUP_METRICS), cost, "", _metric_table(COST_METRICS)])
+    families = ((f"`{keys.replace(', ', '`, `')}`", text) for keys, text in MORE_KEYS.items())
+    more = _table(("key", "what it is"), families)
+    return "\n".join(
+        [
+            group,
+            "",
+            _metric_table(GROUP_METRICS),
+            cost,
+            "",
+            _metric_table(COST_METRICS),
+            "Beside these:\n",
+            more,
+        ]
+    )
 
 
 def _metric_table(metrics: tuple[Metric, ...]) -> str:

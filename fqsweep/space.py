@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fqsweep.cells import MethodPoint, budgets_of, epochs_of, expand_cells, method_points, points_of
-from fqsweep.config import Allocating, SearchConfig, SearchSpace, UniformMethod
+from fqsweep.config import Allocating, BaqMethod, SearchConfig, SearchSpace, UniformMethod
 from fqsweep.errors import InputError
 from fqsweep.names import DEFAULT_SELECTION, selection_of
 
@@ -280,6 +280,9 @@ def _check_row(space: SearchSpace, point: MethodPoint, index: int) -> Iterator[t
     if isinstance(settings, UniformMethod) and settings.finetune[0] and not epochs_of(point, space.recipe):
         text = f"{point.variant} asks for fine-tuning, but finetune_epochs is 0"
         yield ("methods", index), f"{text}; raise it, or leave true out of finetune"
+    if isinstance(settings, BaqMethod) and not trains:
+        text = f"{point.variant} learns its bits in fine-tuning, but finetune_epochs is 0"
+        yield ("methods", index), f"{text}; raise it, or use method static"
     if not isinstance(settings, Allocating):
         return
     own: Location = ("methods", index)

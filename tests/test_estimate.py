@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import pytest
@@ -11,12 +12,19 @@ from small_spaces import small_space
 
 from fqsweep import estimate as estimate_module
 from fqsweep.cells import expand_cells
-from fqsweep.config import Isic2019Config, Resources, SynthdermConfig, TableConfig
+from fqsweep.config import FilesBase, Isic2019Config, Resources, SynthdermConfig, TableConfig
 from fqsweep.errors import InputError
 from fqsweep.estimate import CostModel, describe_plan, estimate, num_images
 from fqsweep.search import plan_sweep, shared_tasks
 from fqsweep.space import find_space, load_space
 from fqsweep.tasks import Task
+
+
+class Ward(FilesBase):
+    """A kind of data set that this module knows nothing of."""
+
+    kind: Literal["ward"]
+    name: str = "ward"
 
 
 def tasks_of(folder: Path, *changes: tuple[str, str]) -> dict[str, Task]:
@@ -73,6 +81,9 @@ def test_images_are_counted_where_the_data_is_and_taken_from_the_release_where_n
     assert num_images(config, tmp_path) == 3
     assert num_images(config.model_copy(update={"max_images": 2}), tmp_path) == 2
     assert num_images(SynthdermConfig(kind="synthderm", num_images=123), None) == 123
+    assert num_images(Ward(kind="ward", group_attributes=("sex",)), tmp_path) == 10_000, (
+        "a kind that was added elsewhere is no table"
+    )
     assert num_images(SynthdermConfig(kind="synthderm", num_images=123, max_images=60), None) == 60
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
-from fqsweep.config import Record
+from fqsweep.config import DatasetConfig, MethodConfig, Record
 from fqsweep.names import COST_METRICS, GROUP_METRICS
 from fqsweep.reference import SECTIONS, meanings_of, reference_page
 
@@ -32,3 +33,9 @@ def test_every_key_and_metric_has_a_row_with_its_meaning() -> None:
     in_files = {r for r in records_below(Record) if r.__module__.startswith("fqsweep.config")} - {Record}
     assert in_files == shown, "records that the page does not show"
     assert all(f"| `{metric.key}` |" in page for metric in (*GROUP_METRICS, *COST_METRICS))
+
+
+def test_every_kind_of_data_set_and_method_has_a_table() -> None:
+    shown = {record for records in SECTIONS.values() for record in records}
+    assert set(get_args(get_args(DatasetConfig)[0])) <= shown
+    assert set(get_args(get_args(MethodConfig)[0])) <= shown

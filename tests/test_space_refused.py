@@ -45,6 +45,16 @@ WRONG = [
     ),
     (
         "bitrate_weight: 0.01",
+        "regulariser: group_dro",
+        "regulariser group_dro has no effect at fairness_weight 0: give it a weight, or leave it out",
+    ),
+    (
+        "bitrate_weight: 0.01",
+        "finetune_epochs: 0",
+        "methods[3]: baq learns its bits in fine-tuning, but finetune_epochs is 0; raise it, or use method static",
+    ),
+    (
+        "bitrate_weight: 0.01",
         "fairness_weight: 0.5\n    finetune_epochs: 0",
         "methods[3]: baq is not fine-tuned, so that fairness_weight 0.5 would change nothing",
     ),

@@ -127,6 +127,10 @@ class Finetuning(Record):
             raise ValueError(
                 "fairness_weight weighs the regulariser: name one (gap, group_dro), or leave the weight out"
             )
+        if self.regulariser == "group_dro" and self.fairness_weight == 0:
+            raise ValueError(
+                "regulariser group_dro has no effect at fairness_weight 0: give it a weight, or leave it out"
+            )
         return self
 
 

@@ -273,7 +273,7 @@ def decode_square(path: Path, *, size: int) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     """The image as its EXIF orientation wants it; tags that cannot be read say nothing."""
     try:
-        turned = _TURNED_BACK.get(image.getexif().get(ORIENTATION_TAG))
+        turned = _TURNED_BACK.get(image.getexif().get(ORIENTATION_TAG, 1))
     except _UNREADABLE:
         return image
     return image if turned is None else image.transpose(turned)

@@ -142,7 +142,11 @@ def test_what_a_method_does_not_have_is_recorded_as_none(tmp_path: Path) -> None
     assert {plain[name] for name in ("budget_bits", "fairness_weight", "importance", "choices")} == {"none"}
     untuned = run_params(cell_of(space, "uniform"), weights={})
     no_epoch = small_space(
-        tmp_path, ("method: baq\n    bitrate_weight: 0.01", "method: hawq\n    finetune_epochs: 0")
+        tmp_path,
+        (
+            "method: baq\n    bitrate_weight: 0.01",
+            "method: hawq\n    budgets_bits: [3]\n    finetune_epochs: 0",
+        ),
     )
     assert run_params(cell_of(no_epoch, "hawq"), weights={})["fairness_weight"] == "none"
     assert (untuned["fairness_weight"], untuned["budget_bits"], untuned["finetune_epochs"]) == (

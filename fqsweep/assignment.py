@@ -176,6 +176,12 @@ def _smallest_bits(settings: Allocating, units: UnitTable) -> np.ndarray:
 
 def _layers_fitting(pattern: str, units: UnitTable, *, option: str) -> list[LayerUnits]:
     by_name = {layer.name: layer for layer in units.layers}
+    if ends := units.ends.get(pattern):
+        if not by_name.keys() & set(ends):
+            raise TrialError(
+                f"{option} {pattern!r} means {' and '.join(ends)}, exempt here: leave one of the two out"
+            )
+        return [by_name[name] for name in ends if name in by_name]
     try:
         return [by_name[name] for name in matching_names(pattern, list(by_name))]
     except ValueError as error:

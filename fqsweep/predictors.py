@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from fqsweep.models import output_change, quantisable_layers
 from fqsweep.quant.moments import Corrections, expected_corrections
@@ -245,8 +247,7 @@ def hawq_costs(
     weights = _watched_weights(model, units)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     trace_gu = torch.zeros(len(count_g), units.num_units)
-    # Fused attention has no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():  # fused attention has no second derivative
         for image, label, group in batches():
             for g, trace_u in enumerate(trace_gu):
                 chosen = group == g
@@ -264,6 +265,17 @@ def hawq_costs(
             diagonal[layer.name] = rows.view(-1, *[1] * (weight.ndim - 1))
         tables.append(_diagonal_cost(units, changes, diagonal))
     return np.stack(tables)
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Computes hard sigmoids, which have no second derivative in torch, by operations that have one."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
+        return func(*args, **(kwargs or {}))
 
 
 def _add_traces(

@@ -190,6 +190,19 @@ def train(
     return run.log
 
 
+def _average_numbers(decay: float) -> Callable[..., None]:
+    """A running mean of tensors, all of one type; those of whole numbers, such as tables of indices, are copied."""
+    move = get_ema_multi_avg_fn(decay)
+
+    def average(mean: list[torch.Tensor], now: list[torch.Tensor], num_averaged: Any) -> None:
+        if mean[0].is_floating_point():
+            move(mean, now, num_averaged)
+        else:
+            torch._foreach_copy_(mean, now)
+
+    return average
+
+
 @dataclass(kw_only=True)
 class _Run:
     """Everything that a step or an epoch changes; ``epoch`` counts those that are finished."""
@@ -216,7 +229,7 @@ class _Run:
         mean = None
         if plan.ema_decay is not None:
             assert plan.learned_bits is None, "learned bits change the model's parameters when they settle"
-            mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema_decay), use_buffers=True)
+            mean = AveragedModel(model, multi_avg_fn=_average_numbers(plan.ema_decay), use_buffers=True)
         return cls(
             model=model,
             loader=loader,

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from fqsweep.allocation import Allocation
-from fqsweep.assignment import Budget, assign_bits, assign_bits_in_file
+from fqsweep.assignment import Budget, allowed_choices, assign_bits, assign_bits_in_file
 from fqsweep.config import StaticMethod
 from fqsweep.cost_table import Importance
 from fqsweep.errors import TrialError
@@ -67,6 +67,13 @@ def fill_file(
 def size_of_file(allocation: Allocation, units: UnitTable) -> int:
     bits = {f"{layer}.weight": own_u for layer, own_u in units.split(allocation.bits_u).items()}
     return len(shrink(pack_weights(network(SMALL).state_dict(), bits, metadata=notes_of(SMALL, SIZE))))
+
+
+def test_an_end_that_is_exempt_is_not_pinned_in_its_neighbour() -> None:
+    settings = StaticMethod(method="static", exempt=("first",), pin={"first": 8})
+    units = list_units(network(SMALL), granularity="channel", exempt=settings.exempt)
+    with pytest.raises(TrialError, match=r"pin 'first' means conv1\.0, exempt here: leave one of the two out"):
+        allowed_choices(settings, units, settings.measured_choices)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,26 @@ def test_hawq_costs_approach_those_of_the_exact_hessian(monkeypatch: pytest.Monk
     assert (wanted > 0).any()
 
 
+def test_hawq_takes_hard_sigmoids() -> None:
+    torch.manual_seed(0)
+    costs = []
+    for gate in (nn.Hardsigmoid(), nn.Sequential(Shifted(), nn.ReLU6(), Scaled())):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 2, 3, stride=2), gate, nn.Flatten(), nn.Linear(8, 3))
+        costs.append(measure(model, "hawq", images(batch=9), choices=(2, 4))[0].cost_gub)
+    assert np.allclose(costs[0], costs[1], rtol=1e-4) and costs[0].any()
+
+
+class Shifted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 3
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 6
+
+
 def test_hawq_probes_are_the_same_for_the_same_seed(model: nn.Module) -> None:
     costs = [measure(model, "hawq", images(), seed=seed)[0].cost_gub for seed in (0, 0, 1)]
     assert np.array_equal(costs[0], costs[1])

@@ -254,6 +254,26 @@ def test_the_running_mean_of_the_weights_is_what_is_scored_and_kept() -> None:
     assert torch.equal(plains[0], third) and not torch.equal(means[0], plains[0])
 
 
+def test_tables_of_indices_are_no_part_of_the_running_mean() -> None:
+    class Indexed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+            self.register_buffer("index", torch.arange(169), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    scored: list[torch.Tensor] = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        scored.append(model.index.clone())
+        return loss_of(model)
+
+    train(Indexed(), loader(n=16), plan(epochs=3, ema_decay=0.9), evaluate=evaluate, recorder=Silent())
+    assert all(torch.equal(index, torch.arange(169)) for index in scored)
+
+
 def test_channels_last_changes_the_layout_and_not_the_model() -> None:
     weights = []
     for channels_last in (False, True):

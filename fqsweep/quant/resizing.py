@@ -46,7 +46,7 @@ def _resize_numbers(module: Any) -> None:
     if isinstance(module, nn.Conv2d):
         rows, columns = module.weight.shape[:2]
         # The only grouped convolutions that change size have one filter a channel.
-        is_depthwise = module.groups == module.in_channels and columns == 1 and module.groups > 1
+        is_depthwise = 1 < module.groups == module.in_channels == module.out_channels
         module.groups = rows if is_depthwise else module.groups
         module.in_channels, module.out_channels = columns * module.groups, rows
     elif isinstance(module, nn.Linear):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,9 +36,15 @@ class LayerUnits:
 
 @dataclass(frozen=True)
 class UnitTable:
-    """All units of a model, layer by layer in the model's order."""
+    """All units of a model, layer by layer in the model's order.
+
+    Attributes:
+        layers: those that have units.
+        ends: the layers of the model that ``first`` and ``last`` mean, exempt ones among them.
+    """
 
     layers: tuple[LayerUnits, ...]
+    ends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def num_units(self) -> int:
@@ -64,7 +70,8 @@ def list_units(model: nn.Module, *, granularity: Granularity, exempt: Sequence[s
     """The units of every Conv2d and Linear: output channels, or whole tensors.
 
     Args:
-        exempt: name patterns of layers that have none; ``first`` and ``last`` mean the ends of the model.
+        exempt: name patterns of layers that have none; ``first`` and ``last`` mean the ends of the model, ``last``
+            all its classifiers where it has several.
 
     Raises:
         ValueError: the model has no such layer.
@@ -72,8 +79,11 @@ def list_units(model: nn.Module, *, granularity: Granularity, exempt: Sequence[s
     """
     layers, start = [], 0
     every = quantisable_layers(model)
+    ends = _ends_of(model, list(every))
     try:
-        left_out = {name for pattern in exempt for name in matching_names(pattern, list(every))}
+        left_out = {
+            name for pattern in exempt for name in ends.get(pattern) or matching_names(pattern, list(every))
+        }
     except ValueError as error:
         raise TrialError(f"exempt: {error}") from error
     for name, module in every.items():
@@ -88,7 +98,18 @@ def list_units(model: nn.Module, *, granularity: Granularity, exempt: Sequence[s
         raise TrialError(f"exempt {list(exempt)}: no layer is left to quantise")
     if not layers:
         raise ValueError("the model has no Conv2d or Linear layer: there is nothing to quantise")
-    return UnitTable(tuple(layers))
+    return UnitTable(tuple(layers), ends)
+
+
+def _ends_of(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The layers that ``first`` and ``last`` mean; a distilled network has several classifiers."""
+    if not names:
+        return {}
+    notes = getattr(model, "pretrained_cfg", None)
+    known = notes.get("classifier") or () if isinstance(notes, Mapping) else ()
+    classifiers = (known,) if isinstance(known, str) else tuple(known)
+    has_several = len(classifiers) > 1 and set(classifiers) <= set(names)
+    return {"first": (names[0],), "last": classifiers if has_several else (names[-1],)}
 
 
 def matching_names(pattern: str, names: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from fqsweep.quant import fake_quantize
 from fqsweep.quant.packed_model import load_model, mean_bits, shrink
 from fqsweep.quant.packing import UnpackedWeights, pack_weights, read_metadata, unpack_weights
 from fqsweep.quant.removal import RemovalError, load_weights, remove_dropped_channels
+from fqsweep.quant.resizing import fit_layers
 from tests.quant.packed_networks import SIZE_BY_NAME, logits_of, packed_network, random_images
 
 WHOLE_LAYERS = {
@@ -242,6 +243,35 @@ def test_a_network_that_would_compute_something_else_is_never_returned() -> None
     state["layers.0.weight"][1] = 0
     with pytest.raises(RemovalError, match="without its dropped channels has other logits"):
         remove_dropped_channels(state, build, image_size=8)
+
+
+def test_a_network_whose_code_wants_all_its_channels_is_said() -> None:
+    class WantsAll(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second, third = self.layers
+            hidden = first(x)
+            if hidden.shape[1] != 6:
+                raise RuntimeError("six channels are wanted")
+            return third(second(hidden)).mean(dim=(2, 3))
+
+    build = seeded(lambda: WantsAll(conv(3, 6, 3), nn.GELU(), conv(6, 4, 1)))
+    state = plain_state(build())
+    state["layers.0.weight"][1] = 0
+    with pytest.raises(RemovalError, match="does not take fewer channels: six channels are wanted"):
+        remove_dropped_channels(state, build, image_size=8)
+
+
+def test_a_depthwise_layer_with_several_filters_a_channel_keeps_its_groups() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(
+            conv(3, 4, 3), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten()
+        )
+
+    source, model = build(), build()
+    fit_layers(model, source.state_dict(), heads={})
+    model.load_state_dict(source.state_dict())
+    images = torch.randn(2, 3, 12, 12)
+    assert torch.equal(model(images), source(images))
 
 
 def test_nothing_that_is_given_is_changed() -> None:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from fqsweep.config import ArchitectureConfig
+from fqsweep.models import build_model
 from fqsweep.quant.costs import effective_gbops, mean_weight_bits
 from fqsweep.quant.units import UnitTable, as_units, list_units
 
@@ -50,6 +52,14 @@ def test_weights_are_seen_as_rows_of_units() -> None:
     weight = torch.arange(24.0).reshape(4, 3, 2, 1)
     assert torch.equal(as_units(weight, 4)[1], torch.arange(6.0, 12.0))
     assert as_units(weight, 1).shape == (1, 24)
+
+
+def test_last_means_every_classifier_of_a_distilled_network() -> None:
+    architecture = ArchitectureConfig(name="deit_tiny_distilled_patch16_224")
+    model = build_model(architecture, num_classes=4, image_size=32, device="meta")
+    units = list_units(model, granularity="tensor", exempt=("last",))
+    assert units.ends["last"] == ("head", "head_dist")
+    assert not {"head", "head_dist"} & {layer.name for layer in units.layers}
 
 
 def test_a_model_without_such_layers_is_refused() -> None:

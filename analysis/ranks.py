@@ -1,10 +1,10 @@
-"""Which variant ranks first over many settings and budgets: Friedman's test, then Nemenyi's for pairs."""
+"""Which variant ranks first over many data sets: Friedman's test, then Nemenyi's for pairs."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,73 +14,79 @@ from scipy import stats
 from analysis.columns import PANEL, is_full_precision, is_maximized
 from analysis.stats import ALPHA
 
-MIN_BLOCKS = 5
-BLOCK = (*PANEL, "budget")  # one comparison on equal terms
+MIN_BLOCKS = 5  # data sets that a test needs
+MIN_COMPARISONS = 5  # fewer are read off the table
+COMPARISON = (*PANEL, "budget")  # variants on equal terms
+PAIR_COLUMNS = ("variant", "other", "p_value", "verdict")
+DECIMALS = 9  # mean ranks closer than this are ties
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Mean ranks (1 is best) of the variants that met in ``num_blocks`` comparisons, and what they prove.
+    """Mean ranks (1 is best) of the variants that met in ``num_comparisons`` comparisons, and what they prove.
 
     Attributes:
+        num_blocks: the data sets that these comparisons are of.
         mean_rank: by variant, best first; empty where too few comparisons are shared.
         p_value: Friedman's test that all rank alike (Wilcoxon's signed ranks for two); NaN where not tested.
         critical_difference: mean ranks further apart than this differ (Nemenyi); NaN where not tested.
-        pairs: ``variant, other, p_value, verdict`` of each pair, the better ranked first.
+        pairs: ``variant, other, p_value, verdict`` of each pair, the better ranked first; empty where not tested.
     """
 
+    num_comparisons: int
     num_blocks: int
     mean_rank: pd.Series
-    p_value: float
-    critical_difference: float
-    pairs: pd.DataFrame
+    p_value: float = math.nan
+    critical_difference: float = math.nan
+    pairs: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(PAIR_COLUMNS)))
 
 
 def rank_variants(cells: pd.DataFrame, *, metric: str) -> Ranking:
-    """Rank the variants within each (panel, budget) by their mean over seeds, and test the mean ranks.
+    """Rank the variants within each (panel, budget) by their mean over seeds, and test whether data sets agree.
 
-    A block is a panel at a budget, not a seed: seeds of one block share their data. Variants are taken by the
-    number of blocks that they were run in, as long as ``MIN_BLOCKS`` blocks, and half of all, hold all taken.
+    A block is a data set: its budgets, attributes and networks share test images, parents and seeds, so the ranks of
+    its comparisons are averaged first, and ranked once more for the test. With fewer than ``MIN_BLOCKS`` data sets
+    there is no test, and the averages (each data set counts alike) only describe. Variants are taken by the number of
+    comparisons that they were run in, as long as ``MIN_COMPARISONS``, and half of all, hold all taken.
     Source: J. Demsar, JMLR 7 (2006), sections 3.2.2 and 3.2.4.
 
     Args:
         cells: one row a cell (``pareto.select_cells``).
         metric: full key of the metric, for example ``test/acc_worst``.
     """
-    value_bv = _blocks(cells, metric)
-    shared = _largest_shared(value_bv)
+    shared = _largest_shared(_comparisons(cells, metric))
     if shared.shape[1] < 2:
-        return Ranking(
-            num_blocks=0,
-            mean_rank=pd.Series(dtype=float),
-            p_value=math.nan,
-            critical_difference=math.nan,
-            pairs=pd.DataFrame(columns=["variant", "other", "p_value", "verdict"]),
-        )
-    mean_rank = shared.rank(axis=1, ascending=not is_maximized(metric)).mean().sort_values(kind="stable")
-    p_value = friedman_p(shared.to_numpy())
+        return Ranking(num_comparisons=0, num_blocks=0, mean_rank=pd.Series(dtype=float))
+    rank_cv = shared.rank(axis=1, ascending=not is_maximized(metric))
+    rank_bv = rank_cv.groupby(level="dataset").mean().round(DECIMALS)
+    if len(rank_bv) < MIN_BLOCKS:
+        described = rank_bv.mean().sort_values(kind="stable")
+        return Ranking(num_comparisons=len(rank_cv), num_blocks=len(rank_bv), mean_rank=described)
+    mean_rank = rank_bv.rank(axis=1).mean().sort_values(kind="stable")
+    p_value = friedman_p(rank_bv.to_numpy())
     return Ranking(
-        num_blocks=len(shared),
+        num_comparisons=len(rank_cv),
+        num_blocks=len(rank_bv),
         mean_rank=mean_rank,
         p_value=p_value,
-        critical_difference=critical_difference(shared.shape[1], len(shared)),
-        pairs=_pairs(mean_rank, len(shared), overall_p=p_value),
+        critical_difference=critical_difference(rank_bv.shape[1], len(rank_bv)),
+        pairs=_pairs(mean_rank, len(rank_bv), overall_p=p_value),
     )
 
 
-def _blocks(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
+def _comparisons(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Mean over seeds, one row a (panel, budget), one column a variant."""
     known = cells[~is_full_precision(cells) & cells[metric].notna()]
-    return known.pivot_table(index=list(BLOCK), columns="variant", values=metric, aggfunc="mean")
+    return known.pivot_table(index=list(COMPARISON), columns="variant", values=metric, aggfunc="mean")
 
 
-def _largest_shared(value_bv: pd.DataFrame) -> pd.DataFrame:
+def _largest_shared(value_cv: pd.DataFrame) -> pd.DataFrame:
     taken: list[Any] = []
-    least = max(MIN_BLOCKS, len(value_bv) / 2)
-    for variant in value_bv.notna().sum().sort_values(ascending=False, kind="stable").index:
-        if len(value_bv[[*taken, variant]].dropna()) >= least:
+    least = max(MIN_COMPARISONS, len(value_cv) / 2)
+    for variant in value_cv.notna().sum().sort_values(ascending=False, kind="stable").index:
+        if len(value_cv[[*taken, variant]].dropna()) >= least:
             taken.append(variant)
-    return value_bv[taken].dropna()
+    return value_cv[taken].dropna()
 
 
 def friedman_p(value_bv: np.ndarray) -> float:
@@ -118,15 +124,22 @@ def _pairs(mean_rank: pd.Series, num_blocks: int, *, overall_p: float) -> pd.Dat
         is_better = overall_p < ALPHA and p < ALPHA
         word = "better" if is_better else "no evidence"
         rows.append({"variant": first, "other": second, "p_value": p, "verdict": word})
-    return pd.DataFrame(rows, columns=["variant", "other", "p_value", "verdict"])
+    return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
 
 
 def ranking_sentence(ranking: Ranking) -> str:
     """The ranking in words."""
     if ranking.mean_rank.empty:
-        return f"No ranking: two variants must share {MIN_BLOCKS} settings or budgets."
+        return f"No ranking: two variants must share {MIN_COMPARISONS} settings or budgets."
     named = ", ".join(f"{variant} {rank:.2f}" for variant, rank in ranking.mean_rank.items())
-    start = f"Mean ranks over {ranking.num_blocks} settings and budgets (1 is best): {named}."
+    if ranking.num_blocks < MIN_BLOCKS:
+        sets = f"{ranking.num_blocks} data set{'' if ranking.num_blocks == 1 else 's'}"
+        return (
+            f"Mean ranks over {ranking.num_comparisons} settings and budgets of {sets} (1 is best): {named}. They "
+            "describe these runs and have no p-value: the settings and budgets of one data set share its images, "
+            f"parents and seeds, so a test counts data sets and needs {MIN_BLOCKS}."
+        )
+    start = f"Mean ranks over {ranking.num_blocks} data sets (1 is best): {named}."
     name = "Wilcoxon" if len(ranking.mean_rank) == 2 else "Friedman"
     if ranking.p_value >= ALPHA:
         return f"{start} No evidence that they differ ({name}, p = {ranking.p_value:.2g})."
@@ -142,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     from analysis.columns import on_test
     from analysis.pareto import select_cells
 
-    parser = cli.source_parser("analysis.ranks", "Rank variants over settings and budgets, on test data.")
+    parser = cli.source_parser("analysis.ranks", "Rank variants over data sets, on test data.")
     cli.add_metric(parser)
 
     def act(arguments: Any) -> None:

@@ -16,13 +16,18 @@ METRIC = "val/acc_worst"
 BUDGETS = (0.25, 0.5, 1, 2, 3, 4, 6, 8)
 
 
-def cells_of(scores: dict[str, float], *, num_budgets: int = 8, noise: float = 0.0) -> pd.DataFrame:
-    rng = np.random.default_rng(0)
+SETS = tuple("klmnopqr")
+
+
+def cells_of(scores: dict[str, float], *, num_budgets: int = 2, num_sets: int = 8) -> pd.DataFrame:
     rows = [
-        run_row(variant, budget, seed, score + 0.01 * budget + noise * rng.normal())
+        run_row(
+            variant, budget, seed, score + 0.01 * budget, dataset=name, run_id=f"{variant}{budget}{seed}{name}"
+        )
         for variant, score in scores.items()
         for budget in BUDGETS[:num_budgets]
         for seed in (0, 1)
+        for name in SETS[:num_sets]
     ]
     return select_cells(runs_of(*rows), metric=METRIC)
 
@@ -61,15 +66,57 @@ def test_equal_variants_share_their_rank_and_nothing_is_claimed():
     assert "No evidence" in ranking_sentence(ranking)
 
 
+def test_the_budgets_of_a_data_set_are_one_block_and_few_data_sets_are_only_described():
+    cells = cells_of({"a": 0.6, "b": 0.5, "c": 0.4}, num_budgets=8, num_sets=4)
+    ranking = rank_variants(cells, metric="test/acc_worst")
+    assert (ranking.num_comparisons, ranking.num_blocks) == (32, 4)
+    assert ranking.mean_rank.to_dict() == {"a": 1.0, "b": 2.0, "c": 3.0}
+    assert math.isnan(ranking.p_value)
+    assert math.isnan(ranking.critical_difference)
+    assert ranking.pairs.empty
+    said = ranking_sentence(ranking)
+    assert said.startswith("Mean ranks over 32 settings and budgets of 4 data sets (1 is best): a 1.00,")
+    assert "no p-value" in said
+    assert "needs 5" in said
+
+
+def test_ranks_are_averaged_within_a_data_set_before_data_sets_are_compared():
+    cells = cells_of({"a": 0.6, "b": 0.5, "c": 0.4}, num_budgets=3, num_sets=5)
+    at_first = cells["budget"].eq("0.25") & cells["variant"].eq("c")
+    cells.loc[at_first, "test/acc_worst"] = 0.9  # ranks of c: 1, 3, 3; of a: 2, 1, 1; of b: 3, 2, 2
+    assert rank_variants(cells, metric="test/acc_worst").mean_rank.to_dict() == {"a": 1.0, "b": 2.5, "c": 2.5}
+    few = rank_variants(cells[cells["dataset"] == "k"], metric="test/acc_worst")
+    assert few.mean_rank.empty
+    four = rank_variants(cells[cells["dataset"] != "k"], metric="test/acc_worst")
+    assert four.mean_rank.to_dict() == pytest.approx({"a": 4 / 3, "b": 7 / 3, "c": 7 / 3})
+
+
+def test_without_any_difference_a_sweep_seldom_finds_one():
+    """What a variant does on a data set by chance is much the same at all budgets and in all networks of it."""
+    rng = np.random.default_rng(0)
+    place = pd.MultiIndex.from_product(
+        [SETS, ["sex", "age"], ["net", "other"], ["1", "2", "4"], list("abcd")],
+        names=["dataset", "group_attribute", "architecture", "budget", "variant"],
+    ).to_frame(index=False)
+    place = place.assign(seed=0, method="static")
+    num_found = 0
+    for _ in range(40):
+        chance = {key: rng.normal() for key in place[["dataset", "variant"]].itertuples(index=False, name=None)}
+        own = [chance[key] for key in zip(place["dataset"], place["variant"], strict=True)]
+        cells = place.assign(**{"test/acc_worst": np.array(own) + 0.1 * rng.normal(size=len(place))})
+        num_found += "better" in set(rank_variants(cells, metric="test/acc_worst").pairs["verdict"])
+    assert num_found <= 4
+
+
 @pytest.mark.parametrize(("scores", "num"), [({"a": 0.6, "b": 0.5}, 4), ({"a": 0.5}, 8)])
 def test_too_few_comparisons_or_variants_give_no_ranking(scores, num):
-    ranking = rank_variants(cells_of(scores, num_budgets=num), metric="test/acc_worst")
+    ranking = rank_variants(cells_of(scores, num_budgets=num, num_sets=1), metric="test/acc_worst")
     assert math.isnan(ranking.p_value)
     assert ranking_sentence(ranking).startswith("No ranking")
 
 
 def test_a_variant_of_one_budget_does_not_shrink_the_comparison():
-    alone = run_row("uniform-4", 4, 0, 0.9)
+    alone = run_row("uniform-4", 4, 0, 0.9, dataset="k")
     cells = pd.concat([cells_of({"a": 0.6, "b": 0.5, "c": 0.4}), select_cells(runs_of(alone), metric=METRIC)])
     assert rank_variants(cells, metric="test/acc_worst").num_blocks == 8
 

@@ -56,9 +56,9 @@ def against_reference(
     Raises:
         InputError: no run has the reference variant, or none has its budget.
     """
-    if reference not in set(cells["variant"]):
-        known = ", ".join(sorted(set(cells["variant"].astype(str))))
-        raise InputError(f"There is no run of the reference {reference!r}: use one of {known}.")
+    known = sorted(set(cells["variant"].astype(str)))
+    if reference not in known:
+        raise InputError(_no_such_reference(reference, known))
     rows = []
     for panel, part in panels(cells):
         own = part[part["variant"] == reference]
@@ -92,6 +92,14 @@ def against_reference(
     if not rows:
         raise InputError(f"No other run has a budget of the reference {reference!r}.")
     return pd.DataFrame(rows)
+
+
+def _no_such_reference(reference: str, known: list[str]) -> str:
+    start = f"There is no run of the reference {reference!r}"
+    of_sweeps = [variant for variant in known if variant.startswith(f"{reference} (")]
+    if of_sweeps:
+        return f"{start}: each of the joined sweeps has its own, use {' or '.join(map(repr, of_sweeps))}."
+    return f"{start}: use one of {', '.join(known)}."
 
 
 def verdict(result: PairedTest, *, margin_frac: float, maximize: bool) -> str:

@@ -122,9 +122,9 @@ def _figure(point: pd.Series, key: str) -> str:
 
 
 def _against_reference(part: pd.DataFrame, leader: pd.Series, key: str) -> str:
-    """How far from full precision; nothing where that is not over the same seeds."""
+    """How far from full precision; nothing where that is not over the same seeds, or sweeps have each their own."""
     reference = part[is_full_precision(part) & (part["seeds"] == leader["seeds"])]
-    if reference.empty or not math.isfinite(reference.iloc[0][key] - leader[key]):
+    if reference[key].nunique() != 1 or not math.isfinite(reference.iloc[0][key] - leader[key]):
         return ""
     points = 100 * float(leader[key] - reference.iloc[0][key])
     side = "above" if points >= 0 else "below"

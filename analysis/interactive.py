@@ -54,11 +54,19 @@ def panel_figure(
         rows = quantised[quantised["variant"] == variant].sort_values(BITS)
         size = 1.6 * marker_size(place, len(shown))
         figure.add_trace(_variant_trace(rows, look[variant], size=size, metric=metric, run_link=run_link or {}))
-    reference = part[is_full_precision(part)]
-    if not reference.empty and not quantised.empty:
-        figure.add_trace(_reference_trace(reference.iloc[0], quantised, metric=metric, run_link=run_link or {}))
+    for name, row in _references(part):
+        figure.add_trace(_reference_trace(name, row, quantised, metric=metric, run_link=run_link or {}))
     _lay_out(figure, quantised, metric=metric)
     return figure
+
+
+def _references(part: pd.DataFrame) -> list[tuple[str, pd.Series]]:
+    """The full-precision points with their names, which are the variants' where there are several."""
+    full = part[is_full_precision(part)]
+    if len(full) == len(part):
+        return []
+    rows = [row for _, row in full.iterrows()]
+    return [("full precision" if len(rows) == 1 else str(row["variant"]), row) for row in rows]
 
 
 def _series(rows: pd.DataFrame, *, metric: str) -> dict[str, dict[str, list[float | None]]]:
@@ -132,7 +140,7 @@ def _run_lines(row: pd.Series) -> str:
 
 
 def _reference_trace(
-    row: pd.Series, quantised: pd.DataFrame, *, metric: str, run_link: Mapping[str, str]
+    name: str, row: pd.Series, quantised: pd.DataFrame, *, metric: str, run_link: Mapping[str, str]
 ) -> go.Scatter:
     ends = [float(quantised[BITS].min()) / 1.3, float(quantised[BITS].max()) * 1.3]
     series = _series(pd.DataFrame([row, row]), metric=metric)
@@ -142,7 +150,7 @@ def _reference_trace(
         y=series["test"]["y"],
         meta=series,
         mode="lines",
-        name="full precision",
+        name=html.escape(name),
         line={"color": REFERENCE_COLOR, "width": 1.5, "dash": "dash"},
         customdata=[_hover(row, metric=metric, run_link=run_link)] * 2,
         hovertemplate=HOVER,
@@ -181,8 +189,8 @@ def legend(figure: go.Figure, part: pd.DataFrame, *, all_variants: list[str]) ->
     ]
     shown = variants(part[~is_full_precision(part)])
     keys += [{"name": name, "color": look[name].color, "path": look[name].path} for name in shown]
-    if len(figure.data) > len(keys):
-        keys.append({"name": "full precision", "color": REFERENCE_COLOR, "dash": "6 4", "width": 2})
+    dashed = {"color": REFERENCE_COLOR, "dash": "6 4", "width": 2}
+    keys += [{"name": name} | dashed for name, _ in _references(part)]
     return [key | {"trace": i} for i, key in enumerate(keys)]
 
 

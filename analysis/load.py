@@ -29,6 +29,7 @@ from analysis.columns import (
     GROUP_ACCURACY,
     GROUP_COUNT,
     PANEL,
+    REFERENCE_VARIANT,
     is_full_precision,
     with_budget,
 )
@@ -36,11 +37,13 @@ from fqsweep.errors import InputError
 from fqsweep.names import (
     DEFAULT_SELECTION,
     ENERGY_KWH,
+    GROUP_METRICS,
     KIND_SWEEP,
     KIND_TRIAL,
     NO_VALUE,
     RUN_PARAMS,
     SHARED_S,
+    SPLIT_PREFIXES,
     TAG_KEY,
     TAG_KIND,
     TAG_PARENT,
@@ -208,7 +211,10 @@ def load_selection(tracking_uri: str, runs: pd.DataFrame) -> str:
 
 
 def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Runs of several sweeps as one: each variant gets its sweep's name; full precision stays one reference.
+    """Runs of several sweeps as one: each variant gets its sweep's name.
+
+    Full precision stays one reference where all sweeps have the same; else a sweep would be compared with the better
+    of its own parent and another's.
 
     Args:
         frames: by name of the sweep, from ``load_runs`` or ``load_csv``.
@@ -216,9 +222,16 @@ def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     if len(frames) == 1:
         return next(iter(frames.values()))
     parts, notes = [], []
+    is_shared = _share_full_precision(frames.values())
+    if not is_shared:
+        notes.append(
+            "The sweeps' full-precision networks differ (recipe, images or data set): each has its sweep's name."
+        )
     for name, frame in frames.items():
-        named = frame["variant"].where(is_full_precision(frame), frame["variant"] + f" ({name})")
-        parts.append(frame.assign(variant=named))
+        is_full = is_full_precision(frame)
+        variant = frame["variant"].where(is_full & is_shared, frame["variant"] + f" ({name})")
+        method = frame["method"].mask(is_full, REFERENCE_VARIANT)  # old records know it by the variant alone
+        parts.append(frame.assign(variant=variant, method=method))
         parts[-1].attrs = {}
         notes += [f"{name}: {note}" for note in frame.attrs.get("notes", [])]
     joined = pd.concat(parts, ignore_index=True)
@@ -231,6 +244,17 @@ def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for what in ("energy_kwh", "shared_s"):
         joined.attrs[what] = sum(f.attrs.get(what, math.nan) for f in frames.values())
     return joined
+
+
+def _share_full_precision(frames: Iterable[pd.DataFrame]) -> bool:
+    """Whether full precision of one place and seed is one network in all: one trial key, or the same figures."""
+    full = pd.concat([frame[is_full_precision(frame)] for frame in frames])
+    figures = [f"{split}/{metric.key}" for split in SPLIT_PREFIXES for metric in GROUP_METRICS]
+    key = full["key"] if "key" in full else pd.Series(pd.NA, index=full.index)
+    grouped = full.assign(key=key, has_key=key.notna()).groupby([*PANEL, "variant", "seed"])
+    same_key = grouped["has_key"].all() & (grouped["key"].nunique() == 1)
+    same_figures = (grouped[figures].nunique(dropna=False) == 1).all(axis=1)
+    return bool((same_key | same_figures).all())
 
 
 # --- MLflow --------------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ class Look:
 
 
 def looks(variants: Iterable[str]) -> dict[str, Look]:
-    """A look for each variant; those listed last in tables (ours) get the first, strongest ones."""
-    ordered = sorted((v for v in variants if v != REFERENCE_VARIANT), key=variant_rank, reverse=True)
+    """A look for each quantised variant; those listed last in tables (ours) get the first, strongest ones."""
+    quantised = (v for v in variants if v.split(" (")[0] != REFERENCE_VARIANT)  # joined sweeps: "fp32 (name)"
+    ordered = sorted(quantised, key=variant_rank, reverse=True)
     found = {}
     for i, variant in enumerate(ordered):
         marker, symbol, path = SHAPES[i % len(SHAPES)]

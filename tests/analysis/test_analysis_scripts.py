@@ -70,6 +70,48 @@ def test_two_sweeps_are_compared_under_their_own_names(tmp_path):
     assert "baq (new) serves the worst group best" in (tmp_path / "out" / "report.html").read_text()
 
 
+def two_sweeps(full: tuple[float, float], **columns: tuple[str, str]) -> dict[str, pd.DataFrame]:
+    """Sweeps ``old`` and ``new`` of five seeds, whose full precision has these figures."""
+    frames = {}
+    for i, name in enumerate(("old", "new")):
+        more = {column: values[i] for column, values in columns.items()}
+        rows = [run_row("fp32", float("nan"), s, full[i] + 0.001 * s**2, **more) for s in range(5)]
+        rows += [run_row("baq", 1, s, 0.7 + 0.1 * i + 0.01 * s) for s in range(5)]
+        frames[name] = load_frame(rows)
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("full", "columns", "is_shared"),
+    [
+        ((0.9, 0.9), {}, True),
+        ((0.9, 0.8), {}, False),
+        ((0.9, 0.899), {"key": ("same", "same")}, True),
+        ((0.9, 0.8), {"key": ("one", "other")}, False),
+    ],
+)
+def test_full_precision_of_joined_sweeps_is_one_only_where_it_is_the_same_network(full, columns, is_shared):
+    joined = join_sweeps(two_sweeps(full, **columns))
+    names = {"fp32"} if is_shared else {"fp32 (old)", "fp32 (new)"}
+    assert set(joined["variant"]) == names | {"baq (old)", "baq (new)"}
+    assert any("full-precision networks differ" in note for note in joined.attrs["notes"]) != is_shared
+
+
+def test_no_sweep_is_compared_with_the_full_precision_of_another(tmp_path, capsys):
+    arguments = []
+    for name, frame in two_sweeps((0.9, 0.8)).items():
+        frame.assign(method="none").to_csv(tmp_path / f"{name}.csv", index=False)
+        arguments += ["--csv", str(tmp_path / f"{name}.csv")]
+    assert against.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "each of the joined sweeps has its own, use 'fp32 (new)' or 'fp32 (old)'." in said
+    assert against.main([*arguments, "--reference", "fp32 (new)", "--show", "acc_worst"]) == 0
+    assert report.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "fp32 (old)" in page
+    assert "full precision." not in (tmp_path / "out" / "answer.md").read_text()
+
+
 def test_effects_are_those_within_cells():
     rows = [
         run_row("baq", budget, 0, level + 0.1 * weight, run_id=f"{budget}-{weight}", fairness_weight=weight)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.columns import BITS, PANEL, is_full_precision, is_maximized, on_test
 from analysis.pareto import REFERENCE_BITS, REFERENCE_VALUE, hypervolume, pareto_front
-from analysis.stats import bootstrap_interval, summarize
+from analysis.stats import summarize
 from fqsweep.errors import InputError
 from fqsweep.names import COST_METRICS, GROUP_METRICS, Direction, metric_of
 
@@ -97,7 +97,7 @@ def seed_hypervolumes(cells: pd.DataFrame, *, keys: Sequence[str]) -> pd.DataFra
 
     Returns:
         One row a (panel, variant): ``num_seeds``, ``mean``, ``std``, ``low``, ``high``: the mean over seeds and
-        its bootstrap interval (``stats.bootstrap_interval``; NaN with too few seeds).
+        Student's t interval of it (``stats.summarize``).
     """
     chosen = objectives(keys)
     quantised = cells[~is_full_precision(cells)]
@@ -106,9 +106,9 @@ def seed_hypervolumes(cells: pd.DataFrame, *, keys: Sequence[str]) -> pd.DataFra
         reference = reference_point(part, chosen, column="reports")
         for variant, own in part.groupby("variant", sort=True):
             shares = [_share(s, chosen, reference) for _, s in own.groupby("seed")]
-            summary, (low, high) = summarize(shares), bootstrap_interval(shares)
+            summary = summarize(shares)
             place = dict(zip(PANEL, panel, strict=True)) | {"variant": variant, "num_seeds": summary.num}
-            rows.append(place | {"mean": summary.mean, "std": summary.std, "low": low, "high": high})
+            rows.append(place | {key: getattr(summary, key) for key in ("mean", "std", "low", "high")})
     return pd.DataFrame(rows, columns=[*PANEL, "variant", "num_seeds", "mean", "std", "low", "high"])
 
 

@@ -83,24 +83,6 @@ def student_half_width(std: Any, num: Any) -> Any:
     return np.where(np.asarray(std) > 0, quantile, np.nan) * std / np.sqrt(np.maximum(num, 1))
 
 
-def bootstrap_interval(values: Any) -> tuple[float, float]:
-    """Bias-corrected and accelerated bootstrap interval of a mean over seeds, the same at every call.
-
-    Resampling a handful of values gives intervals that are too short, so below ``MIN_SEEDS`` values, or where
-    all agree, there is none (NaN). Source: B. Efron, JASA 1987 (SciPy's ``bootstrap``).
-
-    >>> bootstrap_interval([0.1, 0.2, 0.3])
-    (nan, nan)
-    """
-    x = np.asarray(values, dtype=float)
-    x = x[np.isfinite(x)]
-    if len(x) < MIN_SEEDS or np.ptp(x) == 0:
-        return math.nan, math.nan
-    rng = np.random.default_rng(DRAWS_SEED)
-    found = stats.bootstrap((x,), np.mean, n_resamples=NUM_DRAWS, confidence_level=CONFIDENCE, rng=rng)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
 def stratified_bootstrap(accuracy_rg: Any, count_rg: Any) -> dict[str, np.ndarray]:
     """Percentile intervals of runs' worst, mean and gap of group accuracies over test images, drawn within groups.
 

@@ -109,6 +109,8 @@ def verdict(result: PairedTest, *, margin_frac: float, maximize: bool) -> str:
     >>> verdict(as_good, margin_frac=0.01, maximize=True)
     'as good'
     """
+    if result.num_pairs >= MIN_SEEDS and _all_equal(result.mean, result.low):
+        return "as good"
     if result.num_pairs < MIN_SEEDS or not math.isfinite(result.low):
         return "cannot be told"
     low, high = (result.low, result.high) if maximize else (-result.high, -result.low)
@@ -119,6 +121,11 @@ def verdict(result: PairedTest, *, margin_frac: float, maximize: bool) -> str:
     if low >= -margin_frac:
         return "as good" if high >= 0 else "worse, within the margin"
     return "worse" if high < 0 else "cannot be told"
+
+
+def _all_equal(mean: float, low: float) -> bool:
+    """Whether every paired difference is 0: there is no spread, so no interval, and nothing to be unsure of."""
+    return mean == 0 and math.isnan(low)
 
 
 def as_markdown(compared: dict[str, pd.DataFrame], *, reference: str, margin_points: float) -> str:
@@ -147,9 +154,17 @@ def as_markdown(compared: dict[str, pd.DataFrame], *, reference: str, margin_poi
 
 
 def _texts(row: pd.Series) -> list[str]:
+    return [f"{100 * row['value']:.1f}", _difference_text(row), row["verdict"]]
+
+
+def _difference_text(row: pd.Series) -> str:
+    num = row["num_pairs"]
+    if num == 0:
+        return ABSENT
+    if _all_equal(row["difference"], row["low"]):
+        return f"+0.00 (no difference in {num} seed{'' if num == 1 else 's'})"
     interval = f" ({100 * row['low']:+.2f} to {100 * row['high']:+.2f})" if math.isfinite(row["low"]) else ""
-    difference = f"{100 * row['difference']:+.2f}{interval}" if row["num_pairs"] else ABSENT
-    return [f"{100 * row['value']:.1f}", difference, row["verdict"]]
+    return f"{100 * row['difference']:+.2f}{interval}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -84,6 +84,25 @@ def test_few_seeds_say_nothing() -> None:
     assert verdict(paired_test([-0.5, -0.4, -0.45]), margin_frac=0.01, maximize=True) == "cannot be told"
 
 
+@pytest.mark.parametrize(
+    ("differences", "said", "shown"),
+    [
+        ([0.0] * 5, "as good", "+0.00 (no difference in 5 seeds)"),
+        ([0.0], "cannot be told", "+0.00 (no difference in 1 seed)"),
+        ([0.01] * 5, "cannot be told", "+1.00"),
+    ],
+)
+def test_points_that_agree_in_every_seed_are_as_good(differences: list[float], said: str, shown: str) -> None:
+    rows = [run_row("fp32", np.nan, s, FULL[s], method="fp32") for s in SEEDS]
+    rows = [row | {METRIC: 0.5} for row in rows]
+    rows += [run_row("static", 1, s, 0.5, **{METRIC: 0.5 + by}) for s, by in enumerate(differences)]
+    options = {"metric": METRIC, "reference": "fp32", "margin_frac": 0.01}
+    found = against_reference(select_cells(runs_of(*rows), metric="val/acc_worst"), **options)
+    assert found["verdict"].tolist() == [said]
+    page = against.as_markdown({METRIC: found}, reference="fp32", margin_points=1)
+    assert f"| {shown} | {said} |" in page
+
+
 def test_the_page_has_each_metric_beside_each_point(small_csv, capsys) -> None:
     options = ["--csv", str(small_csv), "--reference", "static", "--show", "acc_worst", "--show", "eodd"]
     assert against.main(options) == 0

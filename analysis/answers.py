@@ -18,6 +18,7 @@ from analysis.columns import (
     group_names,
     is_full_precision,
     is_maximized,
+    listing,
     of_panel,
     on_test,
     panel_title,
@@ -25,7 +26,7 @@ from analysis.columns import (
     percent,
     tie_column,
 )
-from analysis.pareto import leaders, select_cells, under_budget
+from analysis.pareto import leaders, more_runs_sentence, select_cells, under_budget
 from analysis.rules import Choice, rules_record
 from analysis.stats import MIN_SEEDS, share_interval
 from analysis.tables import markdown_safe
@@ -134,6 +135,7 @@ def _against_reference(part: pd.DataFrame, leader: pd.Series, key: str) -> str:
 def _evidence(part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, metric: str) -> tuple[str, ...]:
     said = [_verdict_sentence(pairs, word) for word in ("better", "worse", "no evidence", "cannot be told")]
     said += [_test_order(part, leader, pairs, metric=metric), _image_noise(leader), _fewer_seeds(part, leader)]
+    said.append(more_runs_sentence(_beside(part, leader), metric=metric))
     return tuple(s for s in said if s)
 
 
@@ -147,7 +149,7 @@ def _verdict_sentence(pairs: pd.DataFrame, word: str) -> str:
     if those.empty:
         return ""
     differences = zip(those["other"], those["difference"], strict=True)
-    others = _listing([f"{other} ({_signed(by)})" for other, by in differences])
+    others = listing([f"{other} ({_signed(by)})" for other, by in differences])
     num = int(those["num_pairs"].min())
     if word == "cannot be told":
         return (
@@ -164,10 +166,6 @@ def _signed(difference_frac: float) -> str:
     return f"{100 * difference_frac:+.1f} points" if math.isfinite(difference_frac) else "no common seed"
 
 
-def _listing(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-
-
 def _test_order(part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, metric: str) -> str:
     """Say it where validation and test do not agree on who leads."""
     key, sign = on_test(metric), 1 if is_maximized(metric) else -1
@@ -175,7 +173,7 @@ def _test_order(part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, m
     ahead = at_budget[sign * at_budget[key] > sign * leader[key]]
     if ahead.empty or pairs.empty:
         return ""
-    names = _listing([f"{v} ({percent(x)} %)" for v, x in zip(ahead["variant"], ahead[key], strict=True)])
+    names = listing([f"{v} ({percent(x)} %)" for v, x in zip(ahead["variant"], ahead[key], strict=True)])
     return f"Chosen on validation; on test data {names} came out ahead, so the order is not settled."
 
 
@@ -202,19 +200,24 @@ def _fewer_seeds(part: pd.DataFrame, leader: pd.Series) -> str:
     at_budget = pd.concat([part[is_full_precision(part)], _beside(part, leader)])
     if at_budget["seeds"].nunique() <= 1:
         return ""
-    counts = _listing([f"{v} {n}" for v, n in zip(at_budget["variant"], at_budget["num_seeds"], strict=True)])
+    counts = listing([f"{v} {n}" for v, n in zip(at_budget["variant"], at_budget["num_seeds"], strict=True)])
     return f"Not all variants finished the same seeds ({counts}): their means are not over the same trials."
 
 
 def lead_counts(points: pd.DataFrame, *, metric: str) -> str:
-    """Who leads how often, over all panels and budgets with a choice; empty where there is nothing to count."""
+    """Who leads how often, over all panels and budgets with a choice; empty where there is nothing to count.
+
+    Whoever was chosen from more runs than what it is compared with is named: some of its lead is chance.
+    """
     contested = points[~is_full_precision(points)].groupby([*PANEL, "budget"])["variant"].transform("size")
-    lead = leaders(points.loc[contested.index[contested > 1]], metric=metric)
+    compared = points.loc[contested.index[contested > 1]]
+    lead = leaders(compared, metric=metric)
     if len(lead) < 2:
         return ""
     counts = lead["variant"].value_counts()
-    named = _listing([f"{variant} in {count}" for variant, count in counts.items()])
-    return f"Of {len(lead)} comparisons at equal budget, the best validation mean belongs to {named}."
+    named = listing([f"{variant} in {count}" for variant, count in counts.items()])
+    counted = f"Of {len(lead)} comparisons at equal budget, the best validation mean belongs to {named}."
+    return f"{counted} {more_runs_sentence(compared, metric=metric)}".rstrip()
 
 
 def recommend(cells: pd.DataFrame, *, metric: str) -> list[Recommendation]:

@@ -143,6 +143,15 @@ def budget_phrase(label: str) -> str:
     return f"{label} on disk" if kind == 2 else "no budget"
 
 
+def listing(items: list[str]) -> str:
+    """Names in a sentence.
+
+    >>> listing(["a", "b", "c"])
+    'a, b and c'
+    """
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
 def percent(value: float, *, digits: int = 1) -> str:
     """A fraction in percent without the sign; a dash where it is unknown.
 

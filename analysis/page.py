@@ -44,7 +44,7 @@ from analysis.ranks import Ranking, ranking_sentence
 from analysis.rules import Choice
 from analysis.stats import share_interval
 from analysis.style import heat_color
-from analysis.tables import COLUMNS, as_csv, as_latex, as_markdown, cell_texts
+from analysis.tables import as_csv, as_latex, as_markdown, cell_texts, columns_of
 from fqsweep.names import COST_METRICS, GROUP_METRICS, NO_VALUE, metric_of
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -122,7 +122,7 @@ def _render(template: str, findings: Findings, **values: Any) -> str:
     return environment.get_template(template).render(
         findings=findings,
         metric=metric_of(findings.metric),
-        columns=COLUMNS,
+        columns=columns_of(findings.points),
         panel_title=panel_title,
         percent=percent,
         bytes_text=bytes_text,
@@ -158,7 +158,9 @@ def _panel_view(index: int, panel: tuple[str, ...], part: pd.DataFrame, findings
     answer = next((a for a in findings.answers if a.panel == panel), None)
     return _front_view(index, panel, part, findings) | {
         "answer": answer,
-        "rows": list(zip(cell_texts(part), part["on_front"].tolist(), strict=True)),
+        "rows": list(
+            zip(cell_texts(part, columns_of(findings.points)), part["on_front"].tolist(), strict=True)
+        ),
         "heat": _heat_map(part, key=on_test(findings.metric)),
         "groups": _group_view(part),
         "volumes": _volumes(of_panel(findings.volumes, panel), findings.metric),

@@ -22,7 +22,7 @@ from analysis.columns import (
     percent,
 )
 from analysis.figures import FORMATS, figure_bytes, front_figure
-from analysis.pareto import leaders
+from analysis.pareto import leaders, more_runs_sentence
 from analysis.tables import latex_safe, markdown_safe
 from fqsweep.files import write_bytes
 from fqsweep.names import metric_of
@@ -68,14 +68,14 @@ def as_latex(points: pd.DataFrame, *, metric: str) -> str:
             cells[0] = rf"\textbf{{{cells[0]}}}" if leads else cells[0]
             lines.append(" & ".join(cells) + r" \\")
     spec = "l" + "r" * (len(HEADINGS) - 1)
-    head = [r"\begin{table*}", r"\centering", rf"\caption{{{latex_safe(caption(metric))}}}"]
+    head = [r"\begin{table*}", r"\centering", rf"\caption{{{latex_safe(caption(points, metric=metric))}}}"]
     head += [rf"\begin{{tabular}}{{{spec}}}", r"\toprule", " & ".join(map(latex_safe, HEADINGS)) + r" \\"]
     return "\n".join([*head, *lines, r"\bottomrule", r"\end{tabular}", r"\end{table*}"]) + "\n"
 
 
 def as_markdown(points: pd.DataFrame, *, metric: str) -> str:
     """The same as pipe tables, one a panel."""
-    parts = [caption(metric)]
+    parts = [caption(points, metric=metric)]
     rule = "|:--" + "|--:" * (len(HEADINGS) - 1) + "|"
     for panel, part in panels(points):
         lines = [f"### {markdown_safe(panel_title(panel))}", "", f"| {' | '.join(HEADINGS)} |", rule]
@@ -93,13 +93,14 @@ def as_csv(points: pd.DataFrame) -> str:
     return points[[*PANEL, "variant", "budget", BITS, BYTES, *keys, "num_seeds"]].to_csv(index=False)
 
 
-def caption(metric: str) -> str:
+def caption(points: pd.DataFrame, *, metric: str) -> str:
     """What the table shows, for below or above it."""
+    unequal = more_runs_sentence(points, metric=metric)
     word = "highest" if is_maximized(metric) else "lowest"
     return (
         f"Test data in %, mean over seeds ± one standard deviation. Runs were chosen by {metric}; bold has the "
         f"{word} mean of it at its budget. EOpp0, EOpp1 and EOdd: less is better ({metric_of('eodd').meaning})."
-    )
+    ) + (f" {unequal}" if unequal else "")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from analysis.columns import (
     check_selection_metric,
     is_full_precision,
     is_maximized,
+    listing,
     tie_column,
     variants,
     with_budget,
@@ -89,7 +90,8 @@ def select_cells(runs: pd.DataFrame, *, metric: str) -> pd.DataFrame:
         metric: a validation metric, such as ``val/acc_worst``.
 
     Returns:
-        One row a cell: the chosen run, and ``num_runs``, how many it was chosen from.
+        One row a cell: the chosen run, and ``num_runs``, how many it was chosen from, those that were stopped early
+        (``attrs["pruned"]``) among them.
 
     Raises:
         InputError: the metric is unknown or reads test data, or no run has it.
@@ -102,8 +104,18 @@ def select_cells(runs: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     ordered = usable.sort_values([metric, BITS, tie_column(usable)], ascending=ascending)
     grouped = ordered.groupby(list(CELL), dropna=False, sort=True)
     chosen = grouped.head(1).copy()
-    chosen["num_runs"] = grouped["run_id"].transform("size").loc[chosen.index]
+    stopped = _num_stopped(runs).reindex(pd.MultiIndex.from_frame(chosen[list(CELL)]), fill_value=0)
+    chosen["num_runs"] = grouped["run_id"].transform("size").loc[chosen.index] + stopped.to_numpy()
     return _in_order(chosen)
+
+
+def _num_stopped(runs: pd.DataFrame) -> pd.Series:
+    """How many trials of each cell were stopped early: validation data chose against them too."""
+    rows = runs.attrs.get("pruned", [])
+    if not rows:
+        return pd.Series(dtype=int)
+    stopped = with_budget(pd.DataFrame(rows))
+    return stopped.assign(seed=pd.to_numeric(stopped["seed"], errors="coerce")).groupby(list(CELL)).size()
 
 
 def aggregate(cells: pd.DataFrame) -> pd.DataFrame:
@@ -111,12 +123,13 @@ def aggregate(cells: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         For every number its mean under the same name; for the group metrics also ``<key>:std``,
-        ``<key>:low`` and ``<key>:high`` (see ``stats.summarize``); ``num_seeds``, ``seeds`` and ``run_ids``
-        (both joined by spaces, in the same order).
+        ``<key>:low`` and ``<key>:high`` (see ``stats.summarize``); ``num_runs``, the most that a cell was chosen
+        from; ``num_seeds``, ``seeds`` and ``run_ids`` (both joined by spaces, in the same order).
     """
     assert not cells.duplicated(list(CELL)).any(), "one row a cell: call select_cells first"
     grouped = cells.sort_values("seed").groupby(list(POINT), dropna=False, sort=True)
     points = grouped[["method", "budget_bits", "budget_bytes"]].first()
+    points["num_runs"] = grouped["num_runs"].max()
     points["num_seeds"] = grouped.size()
     points = points.join(grouped[["seed", "run_id"]].agg(_joined).set_axis(["seeds", "run_ids"], axis=1))
     numbers = [c for c in cells.select_dtypes("number").columns if "/" in c]
@@ -186,6 +199,29 @@ def leaders(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     return _in_order(ordered.drop_duplicates([*PANEL, "budget"]))
 
 
+def more_runs_sentence(points: pd.DataFrame, *, metric: str) -> str:
+    """Name the leaders that were chosen from more runs a cell than others at their budget; empty where none was.
+
+    The best of several validation values is too high by chance, and the more so the more there are.
+    """
+    quantised = points[~is_full_precision(points)]
+    fewest = quantised.groupby([*PANEL, "budget"])["num_runs"].transform("min")
+    lead = leaders(quantised.assign(fewest=fewest), metric=metric)
+    lead = lead[lead["num_runs"] > lead["fewest"]]
+    if lead.empty:
+        return ""
+    most, few = lead.groupby("variant", sort=False)["num_runs"].max(), int(lead["fewest"].min())
+    if len(most) == 1:
+        named, its = (
+            f"{most.index[0]} was chosen from up to {most.iloc[0]} runs a cell",
+            "its validation mean is",
+        )
+    else:
+        those = listing([f"{variant} (up to {num})" for variant, num in most.items()])
+        named, its = f"{those} were chosen from several runs a cell", "their validation means are"
+    return f"{named} where others have {few}: {its} too high by that."
+
+
 def under_budget(frame: pd.DataFrame, budget: str) -> pd.DataFrame:
     """The rows that fit a budget: by their true mean bits, or by the size of their file."""
     kind, limit = budget_order(budget)
@@ -206,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = cli.read_source(arguments)
         metric = arguments.metric
         points = mark_front(aggregate(select_cells(runs, metric=metric)), metric=metric)
-        columns = [*POINT, BITS, metric, on_test(metric), "num_seeds"]
+        columns = [*POINT, BITS, metric, on_test(metric), "num_runs", "num_seeds"]
         print(points.loc[points["on_front"], columns].to_string(index=False))
         print(f"\nHypervolume up to {REFERENCE_BITS:g} bits and {REFERENCE_VALUE[is_maximized(metric)]:g}:")
         print(variant_hypervolumes(points, metric=metric).to_string(index=False))

@@ -48,6 +48,12 @@ def _share(key: str, heading: str) -> Column:
     )
 
 
+RUNS = Column(
+    heading="runs",
+    right=True,
+    text=lambda row: str(row["num_runs"]),
+    meaning="runs that each seed's was chosen from on validation; the most of any seed",
+)
 COLUMNS: tuple[Column, ...] = (
     Column(heading="variant", right=False, text=lambda row: str(row["variant"])),
     Column(
@@ -74,6 +80,7 @@ COLUMNS: tuple[Column, ...] = (
     _share("test/acc_avg", "average %"),
     _share("test/acc_gap", "gap %"),
     _share("test/balanced_acc_worst", "worst bal. %"),
+    RUNS,
     Column(heading="seeds", right=True, text=lambda row: str(row["num_seeds"]), meaning="seeds averaged over"),
     Column(
         heading="front",
@@ -84,27 +91,32 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-def cell_texts(points: pd.DataFrame) -> list[list[str]]:
+def columns_of(points: pd.DataFrame) -> tuple[Column, ...]:
+    """The columns that say something: that of runs only where rows were chosen from unequal numbers of them."""
+    return tuple(c for c in COLUMNS if c is not RUNS or points["num_runs"].nunique() > 1)
+
+
+def cell_texts(points: pd.DataFrame, columns: tuple[Column, ...]) -> list[list[str]]:
     """The table's cells as text, one list a row."""
-    return [[column.text(row) for column in COLUMNS] for _, row in points.iterrows()]
+    return [[column.text(row) for column in columns] for _, row in points.iterrows()]
 
 
 def as_text(points: pd.DataFrame) -> str:
     """Aligned lines of at most ``MAX_WIDTH`` characters; long variant names are cut."""
-    parts = []
+    parts, columns = [], columns_of(points)
     for panel, part in panels(points):
-        rows = [[c.heading for c in COLUMNS], *cell_texts(part)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        rows = [[c.heading for c in columns], *cell_texts(part, columns)]
+        widths = [max(map(len, texts)) for texts in zip(*rows, strict=True)]
         widths[0] -= max(0, sum(widths) + 2 * (len(widths) - 1) - MAX_WIDTH)
-        lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+        lines = ["  ".join(_aligned(row, widths, columns)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
         parts.append("\n".join([f"{panel_title(panel)} (test data)"[:MAX_WIDTH], *lines]))
     return "\n\n".join(parts)
 
 
-def _aligned(row: list[str], widths: list[int]) -> list[str]:
+def _aligned(row: list[str], widths: list[int], columns: tuple[Column, ...]) -> list[str]:
     out = []
-    for text, width, column in zip(row, widths, COLUMNS, strict=True):
+    for text, width, column in zip(row, widths, columns, strict=True):
         fitted = text if len(text) <= width else text[: width - 1] + "…"
         out.append(fitted.rjust(width) if column.right else fitted.ljust(width))
     return out
@@ -112,10 +124,11 @@ def _aligned(row: list[str], widths: list[int]) -> list[str]:
 
 def as_markdown(points: pd.DataFrame) -> str:
     """A heading and a pipe table for each panel."""
-    rule = "|" + "|".join("--:" if c.right else ":--" for c in COLUMNS) + "|"
+    columns = columns_of(points)
+    rule = "|" + "|".join("--:" if c.right else ":--" for c in columns) + "|"
     parts = []
     for panel, part in panels(points):
-        rows = [[c.heading for c in COLUMNS], *cell_texts(part)]
+        rows = [[c.heading for c in columns], *cell_texts(part, columns)]
         lines = ["| " + " | ".join(map(markdown_safe, row)) + " |" for row in rows]
         parts.append("\n".join([f"### {markdown_safe(panel_title(panel))}", "", lines[0], rule, *lines[1:]]))
     return "\n\n".join(parts) + "\n"
@@ -138,6 +151,7 @@ def as_csv(points: pd.DataFrame) -> str:
         BYTES,
         *keys,
         *spread,
+        "num_runs",
         "num_seeds",
         "on_front",
         "seeds",
@@ -148,10 +162,11 @@ def as_csv(points: pd.DataFrame) -> str:
 
 def as_latex(points: pd.DataFrame) -> str:
     """A booktabs table for each panel; needs ``\\usepackage{booktabs}``."""
-    spec = "".join("r" if c.right else "l" for c in COLUMNS)
+    columns = columns_of(points)
+    spec = "".join("r" if c.right else "l" for c in columns)
     parts = []
     for panel, part in panels(points):
-        rows = [[c.heading for c in COLUMNS], *cell_texts(part)]
+        rows = [[c.heading for c in columns], *cell_texts(part, columns)]
         lines = [" & ".join(map(latex_safe, row)) + r" \\" for row in rows]
         body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
         caption = rf"\caption{{{latex_safe(panel_title(panel))}; test data.}}"

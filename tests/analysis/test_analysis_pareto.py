@@ -3,22 +3,26 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_table import run_row, runs_of
 
-from analysis.answers import recommend
+from analysis.answers import lead_counts, recommend
+from analysis.paper import caption
 from analysis.pareto import (
     aggregate,
     hypervolume,
     leaders,
     mark_front,
+    more_runs_sentence,
     pareto_front,
     select_cells,
     variant_hypervolumes,
 )
 from analysis.rules import choose_by_rules
+from analysis.tables import as_text
 from fqsweep.errors import InputError
 
 METRIC = "val/acc_worst"
@@ -143,3 +147,54 @@ def test_leaders_are_the_best_validation_means():
     runs = runs_of(run_row("a", 1, 0, 0.7), run_row("b", 1, 0, 0.8), run_row("a", 2, 0, 0.9))
     lead = leaders(aggregate(select_cells(runs, metric=METRIC)), metric=METRIC)
     assert list(zip(lead["budget"], lead["variant"], strict=True)) == [("1", "b"), ("2", "a")]
+
+
+def searched(*, num_baq: int) -> pd.DataFrame:
+    """``baq`` with several runs a cell beside variants with one; three budgets."""
+    rows = [run_row(v, b, 0, 0.7 + up) for b in (1, 2, 4) for v, up in (("hawq", 0.02), ("static", 0.03))]
+    rows += [
+        run_row("baq", b, 0, 0.7 + 0.1 * i, run_id=f"baq-{b}-{i}") for b in (1, 2, 4) for i in range(num_baq)
+    ]
+    return runs_of(*rows)
+
+
+def test_a_leader_chosen_from_more_runs_than_others_is_named():
+    points = aggregate(select_cells(searched(num_baq=3), metric=METRIC))
+    assert dict(zip(points["variant"], points["num_runs"], strict=True)) == {"hawq": 1, "static": 1, "baq": 3}
+    said = (
+        "baq was chosen from up to 3 runs a cell where others have 1: its validation mean is too high by that."
+    )
+    assert more_runs_sentence(points, metric=METRIC) == said
+    assert lead_counts(points, metric=METRIC) == (
+        f"Of 3 comparisons at equal budget, the best validation mean belongs to baq in 3. {said}"
+    )
+    assert said in caption(points, metric=METRIC)
+    assert "  runs  " in as_text(mark_front(points, metric=METRIC))
+
+
+def test_equal_numbers_of_runs_and_leaders_of_one_run_are_not_spoken_of():
+    equal = aggregate(select_cells(searched(num_baq=1), metric=METRIC))
+    assert more_runs_sentence(equal, metric=METRIC) == ""
+    assert lead_counts(equal, metric=METRIC).endswith("belongs to static in 3.")
+    assert "runs" not in as_text(mark_front(equal, metric=METRIC))
+    behind = searched(num_baq=3)
+    behind.loc[behind["variant"] == "baq", METRIC] = 0.1
+    assert more_runs_sentence(aggregate(select_cells(behind, metric=METRIC)), metric=METRIC) == ""
+
+
+def test_several_leaders_are_named_with_their_numbers():
+    runs = searched(num_baq=2)
+    more = runs_of(*[run_row("static", 4, 0, 0.9 - 0.01 * i, run_id=f"s{i}") for i in range(3)])
+    points = aggregate(select_cells(pd.concat([runs, more], ignore_index=True), metric=METRIC))
+    assert more_runs_sentence(points, metric=METRIC) == (
+        "baq (up to 2) and static (up to 4) were chosen from several runs a cell where others have 1: "
+        "their validation means are too high by that."
+    )
+
+
+def test_trials_that_were_stopped_early_count_among_those_that_a_run_was_chosen_from():
+    runs = searched(num_baq=1)
+    stopped = {**runs[runs["variant"] == "baq"].iloc[0].to_dict(), "seed": "0"}
+    runs.attrs["pruned"] = [stopped, stopped]
+    cells = select_cells(runs, metric=METRIC)
+    assert cells.loc[cells["variant"] == "baq", "num_runs"].tolist() == [3, 1, 1]

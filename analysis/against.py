@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def act(arguments: Any) -> None:
         cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
+        print(arguments.chosen_by, end="\n\n")
         assert not cells.duplicated(list(CELL)).any()
         compared = {
             name: against_reference(

@@ -306,6 +306,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def act(arguments: Any) -> None:
         cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
+        print(arguments.chosen_by, end="\n\n")
         points = aggregate(cells)
         lead = leaders(points, metric=arguments.metric)
         pairs = compare_variants(cells, metric=on_test(arguments.metric), leaders=lead)

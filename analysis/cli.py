@@ -45,15 +45,32 @@ def add_metric(parser: argparse.ArgumentParser) -> None:
 def read_source(arguments: argparse.Namespace) -> pd.DataFrame:
     """The runs that the options name; a ``metric`` that was not given becomes the one that their sweeps choose by.
 
+    Where the options have a metric, ``chosen_by`` becomes the line that names it, with what is not certain about it.
+
     Raises:
         InputError: the options are incomplete, or the runs cannot be read.
     """
     if getattr(arguments, "metric", None) is not None:
         check_selection_metric(arguments.metric)
     runs = _runs_of(arguments)
-    if "metric" in arguments and arguments.metric is None:
-        arguments.metric = DEFAULT_SELECTION if arguments.csv else load_selection(arguments.tracking_uri, runs)
+    if "metric" in arguments:
+        unsure = [] if arguments.metric else _settle_metric(arguments, runs)
+        arguments.chosen_by = "\n".join(
+            [f"Chosen by {arguments.metric}.", *(f"Note: {note}" for note in unsure)]
+        )
+        runs.attrs["notes"] = [*runs.attrs.get("notes", []), *unsure]
     return runs
+
+
+def _settle_metric(arguments: argparse.Namespace, runs: pd.DataFrame) -> list[str]:
+    """Set the metric that was left open; returns what is not certain about it."""
+    if not arguments.csv:
+        arguments.metric, unsure = load_selection(arguments.tracking_uri, runs)
+        return unsure
+    arguments.metric = DEFAULT_SELECTION
+    return [
+        f"A CSV does not tell what its search chose by: {DEFAULT_SELECTION} chooses here, --metric names another."
+    ]
 
 
 def _runs_of(arguments: argparse.Namespace) -> pd.DataFrame:

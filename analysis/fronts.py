@@ -180,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         keys = [key.strip() for key in arguments.objectives.split(",") if key.strip()]
         chosen = objectives(keys)
         cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
+        print(arguments.chosen_by, end="\n\n")
         points = aggregate(cells)
         front = points[mark_front_of(points, chosen)]
         columns = dict.fromkeys([*POINT, *(c for o in chosen for c in (o.chooses, o.reports)), "num_seeds"])

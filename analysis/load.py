@@ -31,6 +31,7 @@ from analysis.columns import (
     PANEL,
     REFERENCE_VARIANT,
     is_full_precision,
+    listing,
     with_budget,
 )
 from fqsweep.errors import InputError
@@ -197,17 +198,34 @@ def load_layers(tracking_uri: str, run_ids: Iterable[str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["run_id", "layer"])
 
 
-def load_selection(tracking_uri: str, runs: pd.DataFrame) -> str:
+def load_selection(tracking_uri: str, runs: pd.DataFrame) -> tuple[str, list[str]]:
     """The metric that chose while ``runs`` were searched, by the search space stored with each parent run.
 
-    ``val/acc_worst`` where no space can be read, or where the spaces of several sweeps do not agree.
+    Returns:
+        The metric, ``val/acc_worst`` where no space can be read or those of several sweeps do not agree, and a
+        sentence on each of these.
     """
-    client, found = _connect(tracking_uri), set()
-    for parent_id in runs["parent_run_id"].unique():
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # what the backend raises
-            text = fetch_space_file(client, tracking_uri, parent_id, folder).read_text(encoding="utf-8")
-            found.add(selection_of(yaml.safe_load(text).get("search", {}).get("objectives", ())))
-    return found.pop() if len(found) == 1 else DEFAULT_SELECTION
+    client, parents = _connect(tracking_uri), [str(run) for run in runs["parent_run_id"].unique()]
+    said = {run: _selection_of_sweep(client, tracking_uri, run) for run in parents}
+    known, unread = sorted({s for s in said.values() if s}), [run for run, s in said.items() if not s]
+    metric, notes = known[0] if len(known) == 1 else DEFAULT_SELECTION, []
+    if unread:
+        notes.append(
+            f"The search space of parent run {', '.join(unread)} cannot be read, so what its search chose by is not "
+            f"known: {metric} chooses here, --metric names another."
+        )
+    if len(known) > 1:
+        notes.append(
+            f"The sweeps were searched by {listing(known)}: {metric} chooses here, --metric names another."
+        )
+    return metric, notes
+
+
+def _selection_of_sweep(client: MlflowClient, tracking_uri: str, parent_id: str) -> str | None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # what the backend raises
+        text = fetch_space_file(client, tracking_uri, parent_id, folder).read_text(encoding="utf-8")
+        return selection_of(yaml.safe_load(text).get("search", {}).get("objectives", ()))
+    return None
 
 
 def join_sweeps(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -241,6 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     def act(arguments: Any) -> None:
         runs = cli.read_source(arguments)
         metric = arguments.metric
+        print(arguments.chosen_by, end="\n\n")
         points = mark_front(aggregate(select_cells(runs, metric=metric)), metric=metric)
         columns = [*POINT, BITS, metric, on_test(metric), "num_runs", "num_seeds"]
         print(points.loc[points["on_front"], columns].to_string(index=False))

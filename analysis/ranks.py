@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def act(arguments: Any) -> None:
         cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
+        print(arguments.chosen_by, end="\n\n")
         ranking = rank_variants(cells, metric=on_test(arguments.metric))
         print(ranking_sentence(ranking))
         if len(ranking.pairs):

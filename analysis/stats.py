@@ -261,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def act(arguments: Any) -> None:
         cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
+        print(arguments.chosen_by, end="\n\n")
         lead = leaders(aggregate(cells), metric=arguments.metric)
         result = compare_variants(cells, metric=on_test(arguments.metric), leaders=lead, test=arguments.test)
         if result.empty:

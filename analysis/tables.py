@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -212,6 +213,10 @@ def main(argv: list[str] | None = None) -> int:
     def act(arguments: Any) -> None:
         cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
         points = mark_front(aggregate(cells), metric=arguments.metric)
+        beside = (
+            sys.stderr if arguments.format in ("csv", "latex") else sys.stdout
+        )  # those are read by programs
+        print(arguments.chosen_by, end="\n\n", file=beside)
         print(FORMATS[arguments.format](points).rstrip())
 
     return cli.run(parser, act, argv)

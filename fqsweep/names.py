@@ -133,6 +133,7 @@ KIND_TRIAL = "trial"
 TAG_KEY = "fqsweep.key"
 TAG_SWEEP = "fqsweep.sweep"
 TAG_KIND = "fqsweep.kind"
+TAG_SPACE = "fqsweep.space"
 TAG_PRUNED = "pruned"
 TAG_RETIRED = "retired"  # no result of the search space as it is
 TAG_FRONT = "front"
@@ -146,6 +147,7 @@ TAGS: dict[str, str] = {
     TAG_KEY: "of a trial: its key, the hash of what determines its result and the name of its folder",
     TAG_KIND: f"`{KIND_SWEEP}` for the parent run of a sweep, `{KIND_TRIAL}` for a trial",
     TAG_SWEEP: "name of the sweep, as in its search space",
+    TAG_SPACE: "of the parent run: file name of the search space, as it was last started",
     TAG_PRUNED: "the trial was stopped early; it has no test metrics",
     TAG_RETIRED: "no result of the search space as it is (its cell left it, or its search chose other weights)",
     TAG_FRONT: (

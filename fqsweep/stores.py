@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fqsweep.errors import InputError
+from fqsweep.names import TAG_SPACE
 
 CONNECT_S = 10
 PAGE = 1000
@@ -143,16 +144,27 @@ def fetch_artifact(client: Any, uri: str, run_id: str, name: str, folder: str) -
 def fetch_space_file(client: Any, uri: str, parent_id: str, folder: str) -> Path:
     """The search space that a sweep's parent run holds, downloaded to ``folder`` or where it lies.
 
+    Of several, which a sweep has whose file was renamed, the one that its last start tagged (``TAG_SPACE``), else the
+    newest file.
+
     Raises:
-        LookupError: the run holds none.
+        LookupError: the run holds none, or several of which the newest cannot be told.
     """
     beside = _artifacts_beside(uri, parent_id)
     if beside is not None:
-        names = sorted(path.name for path in beside.iterdir() if path.is_file())
+        files = sorted(
+            (path for path in beside.iterdir() if path.is_file()), key=lambda p: p.stat().st_mtime_ns
+        )
+        names = [path.name for path in files]
     else:
         names = [item.path for item in client.list_artifacts(parent_id)]
     spaces = [name for name in names if name.endswith((".yaml", ".yml"))]
-    return fetch_artifact(client, uri, parent_id, spaces[0], folder)
+    tagged = client.get_run(parent_id).data.tags.get(TAG_SPACE)
+    if tagged in spaces:
+        return fetch_artifact(client, uri, parent_id, tagged, folder)
+    if not spaces or (len(spaces) > 1 and beside is None):
+        raise LookupError(f"its parent run must hold one search space, but holds {', '.join(spaces) or 'none'}")
+    return fetch_artifact(client, uri, parent_id, spaces[-1], folder)
 
 
 def _artifacts_beside(uri: str, run_id: str) -> Path | None:

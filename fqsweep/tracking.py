@@ -45,6 +45,7 @@ from fqsweep.names import (
     TAG_PARENT,
     TAG_PRUNED,
     TAG_RETIRED,
+    TAG_SPACE,
     TAG_SWEEP,
 )
 from fqsweep.results import TrialResult
@@ -247,6 +248,7 @@ def open_tracker(
             experiment_id = _experiment(client, uri, paths)
             parent_id = _parent(client, experiment_id, sweep, paths)
         client.log_artifact(parent_id, str(space_file))
+        client.set_tag(parent_id, TAG_SPACE, space_file.name)
         _log_facts(client, parent_id, {**facts, **_code_facts(client, parent_id)})
         _log_data(client, parent_id, facts)
         return Tracker(client, experiment_id, parent_id, sweep)

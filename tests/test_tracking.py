@@ -34,6 +34,7 @@ from fqsweep.names import (
     TAG_REASON,
     TAG_RECOMMENDED,
     TAG_RETIRED,
+    TAG_SPACE,
 )
 from fqsweep.publishing import publish_report
 from fqsweep.results import TrialResult
@@ -276,6 +277,25 @@ def test_an_output_folder_that_was_moved_still_has_its_files(paths: SweepPaths, 
         assert file.is_relative_to(moved.out), "where it lies now"
     finally:
         moved.out.rename(paths.out)
+
+
+def test_of_several_search_spaces_the_one_that_was_started_last_is_read(
+    paths: SweepPaths, tmp_path: Path
+) -> None:
+    book, uri = tracker(paths), default_uri(paths)
+    run_id = book.log_trial(result("ten"), [])
+    assert run_id is not None
+    files = paths.out / "mlartifacts" / book.parent_id / "artifacts"
+    now_s = (files / "space.yaml").stat().st_mtime
+    for name, age_s in (("a_newer.yaml", 60), ("z_older.yaml", 120)):
+        (files / name).write_text(f"name: {name}")
+        os.utime(files / name, (now_s - age_s, now_s - age_s))
+    os.utime(files / "space.yaml", (0, 0))
+    assert fetch_space(uri, run_id, tmp_path)[0].name == "space.yaml", "by its tag, whatever the files' times"
+    book.client.delete_tag(book.parent_id, TAG_SPACE)
+    assert fetch_space(uri, run_id, tmp_path)[0].name == "a_newer.yaml", "without a tag the newest"
+    for name in ("a_newer.yaml", "z_older.yaml"):
+        (files / name).unlink()
 
 
 def test_a_trial_that_was_stopped_early_has_its_curve_and_a_tag_and_no_test_metric(paths: SweepPaths) -> None:

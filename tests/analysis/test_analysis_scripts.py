@@ -15,12 +15,27 @@ from mlflow import MlflowClient
 from runs_table import run_row, runs_of
 from synthetic_store import Spec, write_sweep
 
-from analysis import against, effects, fronts, load, paper, ranks, report, rules, show, stats
+from analysis import (
+    against,
+    answers,
+    effects,
+    fronts,
+    load,
+    paper,
+    pareto,
+    ranks,
+    report,
+    rules,
+    show,
+    stats,
+    tables,
+)
 from analysis.effects import weight_effects
 from analysis.load import join_sweeps, load_csv, load_layers, load_run, load_runs, load_selection
 from analysis.show import run_text
 from fqsweep.errors import InputError
 from fqsweep.main import main as fqsweep_main
+from fqsweep.names import TAG_SPACE
 
 METRIC = "val/acc_worst"
 
@@ -52,7 +67,7 @@ def test_what_cannot_be_compared_is_said_and_no_share_lies_outside_0_and_100_per
     file = tmp_path / "far_apart.csv"
     runs_of(*runs).to_csv(file, index=False)
     assert stats.main(["--csv", str(file)]) == 0
-    assert capsys.readouterr().out == "No comparison: two variants must share a budget and a seed.\n"
+    assert capsys.readouterr().out.endswith("\n\nNo comparison: two variants must share a budget and a seed.\n")
     assert report.main(["--csv", str(file), "--out", str(tmp_path / "out")]) == 0
     assert "(95 % interval 0.0 to 100.0, 2 seeds)" in (tmp_path / "out" / "answer.md").read_text()
 
@@ -224,15 +239,54 @@ def test_analyze_chooses_by_what_the_search_space_chose_by(own_store, tmp_path, 
 def test_without_a_space_that_says_so_the_worst_groups_accuracy_chooses(own_store, tmp_path, space):
     name = f"says {space}"
     stored_sweep(own_store, tmp_path, name, space)
-    assert load_selection(own_store.uri, load_runs(own_store.uri, name)) == METRIC
+    runs = load_runs(own_store.uri, name)
+    metric, notes = load_selection(own_store.uri, runs)
+    assert metric == METRIC
+    parent = runs["parent_run_id"].iloc[0]
+    unread = f"The search space of parent run {parent} cannot be read, so what its search chose by is not known"
+    assert [note.startswith(unread) for note in notes] == ([] if space == "name: x" else [True])
 
 
-def test_sweeps_that_chose_differently_are_compared_by_the_default(own_store, tmp_path):
+def test_of_two_spaces_on_a_server_the_tagged_one_counts_and_without_a_tag_none(own_store, tmp_path):
+    stored_sweep(own_store, tmp_path, "renamed", "search: {objectives: [val/acc_avg]}")
+    runs = load_runs(own_store.uri, "renamed")
+    parent = runs["parent_run_id"].iloc[0]
+    (tmp_path / "a.yaml").write_text(BY_AUC)
+    own_store.client.log_artifact(parent, str(tmp_path / "a.yaml"))
+    metric, notes = load_selection(own_store.uri, runs)
+    assert (metric, len(notes)) == (METRIC, 1)
+    own_store.client.set_tag(parent, TAG_SPACE, "space.yaml")
+    assert load_selection(own_store.uri, runs) == ("val/acc_avg", [])
+
+
+def test_sweeps_that_chose_differently_are_compared_by_the_default_with_a_note(own_store, tmp_path, capsys):
     stored_sweep(own_store, tmp_path, "one", BY_AUC)
     stored_sweep(own_store, tmp_path, "other", "search: {objectives: [val/acc_avg]}")
-    one, other = (load_runs(own_store.uri, name) for name in ("one", "other"))
-    assert load_selection(own_store.uri, one) == "val/auc_worst"
-    assert load_selection(own_store.uri, join_sweeps({"one": one, "other": other})) == METRIC
+    one = load_runs(own_store.uri, "one")
+    assert load_selection(own_store.uri, one) == ("val/auc_worst", [])
+    both = ["--tracking-uri", own_store.uri, "--sweep", "one", "--sweep", "other"]
+    said = "The sweeps were searched by val/acc_avg and val/auc_worst: val/acc_worst chooses here"
+    assert tables.main(both) == 0
+    assert capsys.readouterr().out.startswith(f"Chosen by val/acc_worst.\nNote: {said}")
+    assert report.main([*both, "--out", str(tmp_path / "out")]) == 0
+    assert said in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("module", [against, answers, fronts, pareto, ranks, stats, tables])
+def test_what_chose_is_printed(module, small_csv, capsys):
+    assert module.main(["--csv", str(small_csv)]) == 0
+    assert capsys.readouterr().out.startswith(
+        "Chosen by val/acc_worst.\nNote: A CSV does not tell what its search chose by: val/acc_worst chooses here"
+    )
+    assert module.main(["--csv", str(small_csv), "--metric", "val/acc_avg"]) == 0
+    assert capsys.readouterr().out.startswith("Chosen by val/acc_avg.\n\n")
+
+
+def test_a_table_for_programs_is_nothing_but_the_table(small_csv, capsys):
+    assert tables.main(["--csv", str(small_csv), "--format", "csv"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("dataset,")
+    assert "Chosen by val/acc_worst." in printed.err
 
 
 # --- servers that do not serve -------------------------------------------------------------------

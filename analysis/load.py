@@ -90,13 +90,14 @@ def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) ->
     Args:
         tracking_uri: an MLflow tracking URI, for example ``sqlite:////data/out/mlflow.db``.
         sweep: the sweep's name, as in its search space.
-        parent_id: the parent run of the sweep that is meant, where several are called so.
+        parent_id: the parent run of the sweep that is meant, or its first letters, where several are called so.
 
     Returns:
         One row a run, see the top of this file.
 
     Raises:
-        InputError: the tracking URI cannot be read, has no such sweep, or the sweep has no finished run.
+        InputError: the tracking URI cannot be read, has no such sweep, the parent run is not of that sweep, or it has
+            no finished run.
     """
     client = _connect(tracking_uri)
     try:
@@ -297,7 +298,7 @@ def _latest_parent(
 ) -> tuple[Run, list[str]]:
     """The parent run asked for, or the newest of that name; the name is compared here, never put into a query."""
     if parent_id is not None:
-        return client.get_run(parent_id), []
+        return _named_parent(client, sweep, tracking_uri=tracking_uri, parent_id=parent_id), []
     parents = list(search_runs(client, f"tags.`{TAG_KIND}` = '{KIND_SWEEP}'"))
     named = [run for run in parents if run.data.tags.get(TAG_SWEEP) == sweep]
     if not named:
@@ -310,9 +311,23 @@ def _latest_parent(
         older = ", ".join(run.info.run_id for run in named[:-1])
         notes.append(
             f"{len(named)} sweeps are called {sweep!r}: this is the latest, parent run "
-            f"{named[-1].info.run_id}; not read: {older}."
+            f"{named[-1].info.run_id}; not read: {older} (--parent RUN reads another)."
         )
     return named[-1], notes
+
+
+def _named_parent(client: MlflowClient, sweep: str, *, tracking_uri: str, parent_id: str) -> Run:
+    """The run asked for, which must be the parent run of a sweep of that name."""
+    run = find_run(client, parent_id, uri=tracking_uri)
+    tags = run.data.tags
+    if tags.get(TAG_KIND) != KIND_SWEEP or tags.get(TAG_SWEEP) != sweep:
+        what = (
+            f"the parent run of {tags.get(TAG_SWEEP)!r}"
+            if tags.get(TAG_KIND) == KIND_SWEEP
+            else "no parent run"
+        )
+        raise InputError(f"--parent must name a parent run of the sweep {sweep!r}, but {parent_id} is {what}.")
+    return run
 
 
 def _no_such_sweep(sweep: str, known: set[str], tracking_uri: str) -> str:

@@ -151,6 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     analyze = commands.add_parser("analyze", help="fronts, tables and the report of a sweep")
     analyze.add_argument("--tracking-uri", required=True)
     analyze.add_argument("--sweep", required=True)
+    analyze.add_argument(
+        "--parent",
+        metavar="RUN",
+        help="id of the sweep's parent run, or its first letters, where several sweeps have one name (default: the "
+        "latest)",
+    )
     analyze.add_argument("--out", type=Path, required=True)
     analyze.add_argument(
         "--metric",
@@ -241,6 +247,7 @@ def _run(options: argparse.Namespace) -> int:
                 SweepPaths(out).report,
                 metric=metric,
                 parent_id=summary.parent_id,
+                publish=True,
             )
         except InputError as error:
             print(f"fqsweep: the sweep is done, but its report could not be made: {error}", file=sys.stderr)
@@ -282,18 +289,22 @@ def _own_arguments() -> list[str]:
     return [without_password(word) for word in sys.argv[1:]]
 
 
-def _report(uri: str, sweep: str, out: Path, *, metric: str | None, parent_id: str | None) -> None:
+def _report(
+    uri: str, sweep: str, out: Path, *, metric: str | None, parent_id: str | None, publish: bool = False
+) -> None:
     """Analyse in a process of its own: it needs neither torch nor Ray, and nothing here imports it.
 
     Args:
         metric: the validation metric that chooses between runs, None for that of the stored search space.
-        parent_id: the parent run that gets the files, None for none.
+        parent_id: the parent run of the sweep, None for the latest of that name.
+        publish: whether that run gets the files.
     """
     options = ["--tracking-uri", uri, "--sweep", sweep, "--out", str(out)]
     options += ["--metric", metric] if metric else []
     options += ["--parent", parent_id] if parent_id else []
     print(_run_analysis("report", options), end="")
-    if parent_id is not None:
+    if publish:
+        assert parent_id is not None
         from fqsweep.publishing import publish_report
 
         publish_report(uri, parent_id, out)
@@ -380,7 +391,7 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    _report(options.tracking_uri, options.sweep, options.out, metric=options.metric, parent_id=None)
+    _report(options.tracking_uri, options.sweep, options.out, metric=options.metric, parent_id=options.parent)
     print(f"\nreport:   {(options.out / 'report.html').resolve()}")
     return EXIT_OK
 

@@ -235,6 +235,32 @@ def test_analyze_chooses_by_what_the_search_space_chose_by(own_store, tmp_path, 
         assert json.loads((tmp_path / "out" / "recommended.json").read_text())["metric"] == metric
 
 
+def test_analyze_reads_the_sweep_that_its_parent_run_names_and_publishes_nothing(own_store, tmp_path, capsys):
+    analyze = ["analyze", "--tracking-uri", own_store.uri, "--sweep", "small", "--out", str(tmp_path / "out")]
+    assert fqsweep_main(analyze) == 0
+    said = capsys.readouterr().out
+    assert f"not read: {own_store.older_parent} (--parent RUN reads another)." in said
+    assert fqsweep_main([*analyze, "--parent", own_store.older_parent[:16]]) == 0
+    said = capsys.readouterr().out
+    assert "only static was run" in said
+    assert "not read" not in said
+    for parent in (own_store.parent, own_store.older_parent):
+        assert not own_store.client.list_artifacts(parent)
+        assert "mlflow.note.content" not in own_store.client.get_run(parent).data.tags
+
+
+def test_a_parent_run_of_another_sweep_is_refused(own_store, small, tmp_path, capsys):
+    analyze = ["analyze", "--tracking-uri", own_store.uri, "--sweep", "single", "--out", str(tmp_path / "out")]
+    assert fqsweep_main([*analyze, "--parent", own_store.parent]) == 2
+    assert f"parent run of the sweep 'single', but {own_store.parent} is the parent run of 'small'" in (
+        capsys.readouterr().err
+    )
+    assert fqsweep_main([*analyze, "--parent", small["run_id"].iloc[0]]) == 2
+    assert "is no parent run" in capsys.readouterr().err
+    assert fqsweep_main([*analyze, "--parent", "nothing"]) == 2
+    assert "there is none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("space", ["", "no: [yaml", "name: x", "search: {objectives: [val/none]}", "- a list"])
 def test_without_a_space_that_says_so_the_worst_groups_accuracy_chooses(own_store, tmp_path, space):
     name = f"says {space}"

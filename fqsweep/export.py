@@ -86,7 +86,7 @@ def check_onnx_packages() -> None:
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"--format onnx needs {', '.join(missing)}, not installed here: pip install {' '.join(ONNX_PACKAGES)} "
+            f"an ONNX file needs {', '.join(missing)}, not installed here: pip install {' '.join(ONNX_PACKAGES)} "
             "(or fqsweep's extra 'export')"
         )
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 if __name__ == "__main__":
     # Run as a script, Python puts this folder first, where modules are called `data` and `search`.
@@ -167,7 +168,9 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="the model of a run, for use elsewhere")
     export.add_argument("run_id", help="id of the run, or its first letters")
-    export.add_argument("--format", choices=("packed", "onnx"), default="packed")
+    export.add_argument(
+        "--format", choices=("packed", "onnx"), help="default: onnx where --out ends with .onnx, else packed"
+    )
     export.add_argument("--out", type=Path, required=True, help="file to write")
     export.add_argument(
         "--sweep-out", type=Path, help="the sweep's output folder (default: the newest below out/)"
@@ -403,16 +406,31 @@ def _export(options: argparse.Namespace) -> int:
         raise InputError(
             f"--out {options.out} is a folder: give the file to write, such as {options.out}/model.fqs"
         )
+    kind = _export_kind(options.format, options.out)
     uri = options.tracking_uri or _uri_of(options.sweep_out or _newest_out("--sweep-out"))
     for line in export_run(
         uri,
         options.run_id,
         options.out,
-        kind=options.format,
+        kind=kind,
         data_dir=options.data_dir,
     ):
         print(line, flush=True)
     return EXIT_OK
+
+
+def _export_kind(given: Literal["packed", "onnx"] | None, out: Path) -> Literal["packed", "onnx"]:
+    """What to write: what was asked for, which the file's name must not contradict, else what its name says."""
+    suffix = out.suffix.lower()
+    if given is None:
+        return "onnx" if suffix == ".onnx" else "packed"
+    if (given, suffix) in (("packed", ".onnx"), ("onnx", ".fqs")):
+        fitting = {"packed": ".fqs", "onnx": ".onnx"}[given]
+        raise InputError(
+            f"--format {given} and --out {out} contradict each other: leave --format out, or give a file that ends "
+            f"with {fitting}"
+        )
+    return given
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -124,7 +124,10 @@ def find_run(client: Any, run_id: str, *, uri: str) -> Any:
             return client.get_run(run_id)
     runs = [run for run in search_runs(client, "") if run.info.run_id.startswith(run_id)]
     if len(runs) != 1:
-        what = "there is none" if not runs else f"{len(runs)} begin so: give more letters"
+        elsewhere = (
+            "name its sweep's output folder (export --sweep-out, show --out) or its store (--tracking-uri)"
+        )
+        what = f"there is none: {elsewhere}" if not runs else f"{len(runs)} begin so: give more letters"
         raise InputError(f"A run called {run_id!r} must exist at {without_password(uri)!r}, but {what}.")
     return runs[0]
 

@@ -443,3 +443,45 @@ def test_every_data_set_has_its_turn(photos: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr()
     assert "fqsweep: " in shown.err and "must be the folder of ISIC 2019" in shown.err
     assert "photos is sound" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("given", "file", "kind"),
+    [
+        (None, "model.onnx", "onnx"),
+        (None, "MODEL.ONNX", "onnx"),
+        (None, "model.fqs", "packed"),
+        (None, "model", "packed"),
+        ("onnx", "model.bin", "onnx"),
+        ("packed", "model.fqs", "packed"),
+    ],
+)
+def test_an_export_is_of_the_kind_that_its_name_says(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, file: str, kind: str
+) -> None:
+    asked: list[str] = []
+
+    def export_run(*_: object, kind: str, data_dir: Path | None) -> list[str]:
+        asked.append(kind)
+        return []
+
+    monkeypatch.setattr("fqsweep.export.export_run", export_run)
+    options = ["--format", given] if given else []
+    assert main(["export", "abc", "--tracking-uri", "http://nowhere", "--out", file, *options]) == 0
+    assert asked == [kind]
+
+
+@pytest.mark.parametrize(
+    ("given", "file", "fitting"), [("packed", "x.onnx", ".fqs"), ("onnx", "x.fqs", ".onnx")]
+)
+def test_an_export_whose_name_contradicts_its_format_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, file: str, fitting: str
+) -> None:
+    out = tmp_path / file
+    assert (
+        main(["export", "abc", "--tracking-uri", "http://nowhere", "--out", str(out), "--format", given]) == 2
+    )
+    said = capsys.readouterr().err
+    assert f"--format {given} and --out {out} contradict each other" in said
+    assert f"a file that ends with {fitting}" in said
+    assert not out.exists()

@@ -184,7 +184,7 @@ def test_a_run_without_layers_says_so(store, small):
 
 
 def test_a_run_that_does_not_exist_is_refused(store):
-    with pytest.raises(InputError, match="there is none"):
+    with pytest.raises(InputError, match=r"there is none: name its sweep's output folder .* or its store"):
         load_run(store.uri, "nothing")
     with pytest.raises(InputError, match="begin so: give more letters"):
         load_run(store.uri, "")

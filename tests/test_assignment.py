@@ -76,6 +76,14 @@ def test_an_end_that_is_exempt_is_not_pinned_in_its_neighbour() -> None:
         allowed_choices(settings, units, settings.measured_choices)
 
 
+def test_of_a_layer_that_is_limited_and_pinned_the_pin_counts() -> None:
+    units = list_units(network(SMALL), granularity="tensor")
+    settings = StaticMethod(method="static", pin={"first": 8}, limits={"*": {"min": 1, "max": 4}})
+    allowed_ub = allowed_choices(settings, units, settings.measured_choices)
+    assert np.flatnonzero(allowed_ub[0]).tolist() == [8]
+    assert (np.array([np.flatnonzero(own_b) for own_b in allowed_ub[1:]]) == [1, 2, 3, 4]).all()
+
+
 @pytest.mark.parametrize(
     "options",
     [

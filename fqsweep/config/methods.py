@@ -202,7 +202,8 @@ class Allocating(Finetuning):
         choices: bit-widths a unit may have; 0 drops it.
         scale: how the range of a unit's levels is chosen before fine-tuning.
         pin: layer-name pattern -> fixed bits, for example ``{first: 8, last: 8}`` or ``{"layer1.*": 4}``.
-        limits: layer-name pattern -> smallest and largest bits, for example ``{"layer4.*": {min: 1, max: 4}}``.
+        limits: layer-name pattern -> smallest and largest bits, for example ``{"layer4.*": {min: 1, max: 4}}``; of
+            layers that are pinned, too, the pin counts.
     """
 
     importance: Predictor = Field(

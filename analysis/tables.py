@@ -213,9 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     def act(arguments: Any) -> None:
         cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
         points = mark_front(aggregate(cells), metric=arguments.metric)
-        beside = (
-            sys.stderr if arguments.format in ("csv", "latex") else sys.stdout
-        )  # those are read by programs
+        # What programs read has nothing else in it.
+        beside = sys.stderr if arguments.format in ("csv", "latex") else sys.stdout
         print(arguments.chosen_by, end="\n\n", file=beside)
         print(FORMATS[arguments.format](points).rstrip())
 

@@ -15,7 +15,7 @@ from fqsweep.data.meter import Meter
 from fqsweep.data.report import describe_kinds, describe_risks, describe_set, describe_warnings
 from fqsweep.data.verify import describe_findings, verify_dataset
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_FAILED_CELLS, EXIT_OK, InputError
-from fqsweep.files import SweepPaths
+from fqsweep.files import SPLITS_ENDING, SweepPaths
 from fqsweep.space import find_space, load_space
 
 WHOLE_SETS: dict[str, DatasetConfig] = {
@@ -79,7 +79,7 @@ def pack(options: argparse.Namespace) -> int:
         print(describe_set(dataset, packed.samples, packed.splits))
         for line in describe_risks(dataset, packed.samples, packed.splits):
             print(line)
-        print(f"packed: {packed.image_nhwc.shape} in {packs}, split: {packed.digest}_splits.csv")
+        print(f"packed: {packed.image_nhwc.shape} in {packs}, split: {packed.digest}{SPLITS_ENDING}")
         return EXIT_OK
 
     return _each(options, pack_one)

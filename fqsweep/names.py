@@ -157,19 +157,19 @@ TAGS: dict[str, str] = {
     TAG_RECOMMENDED: "the trial to take under some budget",
     TAG_REASON: "why it is recommended",
 }
+# Of the parent run: what the counters of the driver's machine added up to, GPUs and CPU packages together.
+ENERGY_KWH = "energy/counted_kwh"
+SHARED_S = "time/shared_s"  # of the parent run: what parents and cost tables took together
 # Families of keys that are recorded beside the metrics above, and what they hold.
 MORE_KEYS: dict[str, str] = {
     "val/acc_group/GROUP, test/acc_group/GROUP": "of a trial: accuracy of one group",
     "val/count_group/GROUP, test/count_group/GROUP": "of a trial: images of one group",
     "epoch/...": "of a trial, what each epoch of its training gave (`epoch/train/loss`, `epoch/val/...`)",
     "cells/done, cells/...": "of the parent run: how many cells are done, failed, blocked",
-    "time/shared_s": "of the parent run: seconds that parents and cost tables took together",
-    "energy/counted_kwh": "of the parent run: kWh that the counters of the driver's machine added up to",
+    SHARED_S: "of the parent run: seconds that parents and cost tables took together",
+    ENERGY_KWH: "of the parent run: kWh that the counters of the driver's machine added up to",
     "system/...": "of the parent run: load of the driver's machine while trials run",
 }
-# Of the parent run: what the counters of the driver's machine added up to, GPUs and CPU packages together.
-ENERGY_KWH = "energy/counted_kwh"
-SHARED_S = "time/shared_s"  # of the parent run: what parents and cost tables took together
 BITS = "bits/mean_weight"
 LEARNED_BITS = "bits/learned_mean"  # of an epoch, while bits are learned
 DEFAULT_EXPERIMENT = "fqsweep"

@@ -134,7 +134,7 @@ def _map_labels(
     unlabelled, dropped = int((rows.label_n == "").sum()), int((label_n != rows.label_n).sum())
     notes = [f"{images_text(unlabelled)} without a label left out."] if unlabelled else []
     if dropped:
-        notes.append(f"{images_text(dropped)} of dropped classes left out: {_listed(drop_classes)}.")
+        notes.append(f"{images_text(dropped)} of dropped classes left out: {listed(drop_classes)}.")
     names = tuple(name for name in rows.class_names if name not in drop_classes)
     if label_map is None:
         return label_n, names, notes
@@ -143,7 +143,7 @@ def _map_labels(
     left_out = sorted(set(label_n[mapped_n == ""]) - {""})
     if left_out:
         count = int((mapped_n == "").sum()) - unlabelled - dropped
-        notes.append(f"{images_text(count)} of classes outside label_map left out: {_listed(left_out)}.")
+        notes.append(f"{images_text(count)} of classes outside label_map left out: {listed(left_out)}.")
     return mapped_n, tuple(label_map), notes
 
 
@@ -177,7 +177,7 @@ def _classes_with_images(
 ) -> tuple[tuple[str, ...], list[str]]:
     present = set(label_n.tolist())
     empty = [name for name in class_names if name not in present]
-    notes = [f"Classes without any image are left out: {_listed(empty)}."] if empty else []
+    notes = [f"Classes without any image are left out: {listed(empty)}."] if empty else []
     return tuple(name for name in class_names if name in present), notes
 
 
@@ -232,5 +232,6 @@ def _codes(value_n: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
     return np.array([position[value] for value in value_n.tolist()], dtype=np.int64)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first eight of a list in words, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

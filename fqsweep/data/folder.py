@@ -93,7 +93,7 @@ class ImageFolder:
         by_rank = sorted(
             self.size_of, key=lambda name: (SUFFIXES.index(Path(name).suffix.lower()), name), reverse=True
         )
-        return {name[: -len(Path(name).suffix)]: name for name in by_rank}
+        return {_without_suffix(name): name for name in by_rank}
 
     @cached_property
     def _composed(self) -> dict[str, str]:
@@ -108,7 +108,7 @@ class ImageFolder:
         """Names without folders and suffixes, in lower case -> the files called so."""
         files: dict[str, list[str]] = {}
         for file in self.size_of:
-            files.setdefault(_last_name(file), []).append(file)
+            files.setdefault(_ending(file).rpartition("/")[2], []).append(file)
         return files
 
     def find(self, name: str) -> str | None:
@@ -126,16 +126,16 @@ class ImageFolder:
 
     def ending_like(self, name: str) -> list[str]:
         """All files whose path ends like ``name``, whatever their suffix."""
-        ending = "/" + _without_suffix(self._below_root(name)).lower()
-        return sorted(
-            file
-            for file in self._by_last_name.get(_last_name(name), [])
-            if f"/{_without_suffix(file)}".lower().endswith(ending)
-        )
+        ending = _ending(self._below_root(name))
+        called_so = self._by_last_name.get(ending.rpartition("/")[2], [])
+        return sorted(file for file in called_so if f"/{_ending(file)}".endswith(f"/{ending}"))
+
+    @cached_property
+    def _absolute(self) -> str:
+        return f"{self.root.absolute().as_posix()}/"
 
     def _below_root(self, name: str) -> str:
-        name = name.replace("\\", "/").removeprefix("./")
-        return name.removeprefix(f"{self.root.absolute().as_posix()}/")
+        return name.replace("\\", "/").removeprefix("./").removeprefix(self._absolute)
 
     def open(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> tuple[FolderSource, str]:
         """A source for the images called ``names``, and a hash of their names and sizes.
@@ -183,8 +183,9 @@ def _without_suffix(name: str) -> str:
     return name[: -len(Path(name).suffix)] if name.lower().endswith(SUFFIXES) else name
 
 
-def _last_name(name: str) -> str:
-    return _without_suffix(name.replace("\\", "/")).rpartition("/")[2].lower()
+def _ending(name: str) -> str:
+    """What names that may mean one file have in common: the path without suffix and capitals."""
+    return _without_suffix(name).lower()
 
 
 @dataclass(frozen=True)

@@ -67,17 +67,18 @@ def open_pack(
     """
     folder = local_dir if store and local_dir else pack_dir
     path = pack_path(samples, size=size, pack_dir=folder)
-    if local_dir is not None and local_dir != folder and _is_copy(local_dir / path.name, path):
-        return _opened(local_dir / path.name)
+    near = local_dir / path.name if local_dir is not None and local_dir != folder else None
+    if near is not None and _is_copy(near, path):
+        return _opened(near)
     if not _is_sound(path):
         with locked(path):
             if not _is_sound(path) and not (store and fetch_pack(store, path) and _is_sound(path)):
                 _write_pack(path, samples, size=size, num_threads=num_threads, on_progress=on_progress)
                 if store:
                     put_pack(store, path)
-    if local_dir is not None and local_dir != folder:
-        path = _copy_to(local_dir, path)
-    return _opened(path)
+    if near is not None:
+        _copy_to(near, path)
+    return _opened(near or path)
 
 
 def _opened(path: Path) -> np.ndarray:
@@ -97,18 +98,16 @@ def _is_copy(local: Path, path: Path) -> bool:
     return bool(record) and record == _read_record(local) and _is_sound(local)
 
 
-def _copy_to(local_dir: Path, path: Path) -> Path:
-    """The pack's copy in ``local_dir``, made now if it is not there; of several processes one copies."""
-    local = local_dir / path.name
+def _copy_to(local: Path, path: Path) -> None:
+    """Copy the pack to ``local`` if it is not there; of several processes one copies."""
     if not _is_sound(local):
         with locked(local):
             if not _is_sound(local):
-                _require_room(local_dir, needed_bytes=path.stat().st_size)
+                _require_room(local.parent, needed_bytes=path.stat().st_size)
                 _copy_whole(local, path)
                 _copy_whole(local.with_suffix(".json"), path.with_suffix(".json"))
     if not _is_sound(local):
         raise InputError(f"{local} is not the same as {path}; delete both, the next run makes them again")
-    return local
 
 
 def _is_sound(path: Path) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fqsweep.config import TableConfig, plain_attributes
-from fqsweep.data.assembly import Rows, assemble
+from fqsweep.data.assembly import Rows, assemble, listed
 from fqsweep.data.folder import TableImages, require_folder
 from fqsweep.data.records import Samples
 from fqsweep.data.splits import SPLIT_SPELLINGS
@@ -125,8 +125,7 @@ def _counted(text_n: np.ndarray) -> str:
     """The words that occur and how often, the most frequent first."""
     words, counts = np.unique(text_n, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    listed = [f"{words[index]} ({counts[index]})" for index in order[:8]]
-    return ", ".join(listed) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
+    return listed([f"{words[index]} ({counts[index]})" for index in order])
 
 
 def _spellings(value: str | bool | int | float, occurring: set[str]) -> list[str]:

@@ -134,7 +134,7 @@ def allowed_choices(settings: Allocating, units: UnitTable, choices: tuple[int, 
     """Which widths each unit may have, bool (u, b): the method's, within the limits of its layer, or the pinned one.
 
     Raises:
-        TrialError: a pattern that fits no layer, or limits that leave a layer no choice.
+        TrialError: a pattern that fits no layer, limits that leave a layer no choice, or two widths for one layer.
     """
     choice_b = np.array(choices)
     allowed_ub = np.tile(np.isin(choice_b, settings.choices), (units.num_units, 1))
@@ -147,8 +147,15 @@ def allowed_choices(settings: Allocating, units: UnitTable, choices: tuple[int, 
                     f"limits {pattern!r} ({limits.min} to {limits.max} bits) leave layer {layer.name} none of the "
                     f"choices {list(settings.choices)}"
                 )
+    pinned: dict[str, str] = {}
     for pattern, bits in settings.pin.items():
         for layer in _layers_fitting(pattern, units, option="pin"):
+            other = pinned.setdefault(layer.name, pattern)
+            if settings.pin[other] != bits:
+                raise TrialError(
+                    f"pin {other!r} and pin {pattern!r} give layer {layer.name} two widths "
+                    f"({settings.pin[other]} and {bits} bits); let one of them leave it out"
+                )
             allowed_ub[layer.start : layer.stop] = choice_b == bits
     return allowed_ub
 
@@ -160,6 +167,17 @@ def smallest_mean_bits(settings: Allocating, units: UnitTable) -> float:
         TrialError: as ``allowed_choices``.
     """
     return mean_weight_bits(units, _smallest_bits(settings, units))
+
+
+def smallest_file_bytes(
+    settings: Allocating, units: UnitTable, remainder_of: Callable[[np.ndarray], Remainder]
+) -> int:
+    """What the packed file of that allocation takes at most, in bytes.
+
+    Raises:
+        TrialError: as ``allowed_choices``.
+    """
+    return remainder_of(_smallest_bits(settings, units)).most_bytes
 
 
 def _smallest_code_bytes(settings: Allocating, units: UnitTable) -> int:

@@ -20,6 +20,7 @@ from fqsweep.cost_table import Importance, load_importance, save_importance
 from fqsweep.files import SweepPaths, locked, write_bytes, write_json
 from fqsweep.importance import measure_importance
 from fqsweep.models import build_model
+from fqsweep.names import is_of_groups
 from fqsweep.quant.units import list_units
 from fqsweep.setting import Setting, seed_everything
 from fqsweep.training import Recorder, TrainingPlan, train
@@ -59,7 +60,7 @@ def _train_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
         model,
         setting.training_batches(seed=cell.seed),
         plan,
-        evaluate=lambda trained: setting.score(trained, "val")[0],
+        evaluate=lambda trained: setting.score(trained, "val", autocast=True)[0],
         recorder=recorder,
         checkpoint=checkpoint,
     )
@@ -70,7 +71,9 @@ def _train_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
         "dataset": cell.dataset.name,
         "data_digest": setting.dataset.digest,
         "seed": cell.seed,
+        "group_attribute": cell.group_attribute,
         "train_s": log.train_s,
+        "total_s": checkpoint.spent_s,
         "epochs": log.epochs,
         "best_epoch": log.best_epoch,
     }
@@ -78,10 +81,17 @@ def _train_baseline(setting: Setting, paths: SweepPaths, recorder: Recorder) -> 
     checkpoint.remove()
 
 
-def baseline_log(setting: Setting, paths: SweepPaths) -> dict[str, object]:
-    """What was noted of the parent's training."""
-    meta: dict[str, object] = json.loads(paths.baseline_meta(setting.cell.baseline_key).read_text())
-    return meta
+def baseline_curve(setting: Setting, paths: SweepPaths) -> list[dict[str, float]]:
+    """The metrics of each epoch of the parent's training.
+
+    Those that depend on groups are of the group attribute under which it was trained: a cell of another attribute
+    goes without them.
+    """
+    noted = json.loads(paths.baseline_meta(setting.cell.baseline_key).read_text(encoding="utf-8"))
+    epochs: list[dict[str, float]] = noted["epochs"]
+    if noted.get("group_attribute", setting.cell.group_attribute) == setting.cell.group_attribute:
+        return epochs
+    return [{key: value for key, value in epoch.items() if not is_of_groups(key)} for epoch in epochs]
 
 
 def ensure_importance(setting: Setting, parent: nn.Module, paths: SweepPaths, recorder: Recorder) -> Importance:

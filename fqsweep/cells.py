@@ -30,6 +30,7 @@ from fqsweep.names import NO_VALUE, PARAMS_OF_ALLOCATION, PARAMS_OF_FINETUNING, 
 # Raised when a change of the code changes results, so that finished trials of older code are not reused.
 RESULT_VERSION = 4
 BYTES_VERSION = 2  # the same, of cells whose budget is in bytes
+GAP_VERSION = 2  # of cells whose allocator is ``gap``
 # Settings that came later, with what all did before there were any: only another value stands in a key.
 ADDED_SETTINGS = {"bit_warmup_frac": 0.0, "mix_temperature": 1.0}
 # Of a method's settings: names, budgets (a cell has its own), and what is hashed by what it comes to.
@@ -123,6 +124,7 @@ class Cell(Record):
                 self.recipe,
                 *(["match_moments"] if matches_moments(self) else []),
                 *(["reconstruct"] if reconstructs(self) else []),
+                *([["gap", GAP_VERSION]] if getattr(settings, "allocator", None) == "gap" else []),
                 *((name, value) for name, value in added if value != ADDED_SETTINGS[name]),
             ]
         )

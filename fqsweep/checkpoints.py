@@ -33,11 +33,15 @@ class Checkpoint:
         path: the file; it belongs to this very run, as its folder's key says.
         stop_request: a file that is there once the sweep was asked to stop; None where nobody asks.
         max_time_frac: largest share of the time that is spent on saving; 1 saves after every epoch.
+        earlier_s: once loaded, the seconds of earlier attempts until they saved it, each from when its ``Checkpoint``
+            was made.
     """
 
     path: Path
     stop_request: Path | None = None
     max_time_frac: float = MAX_TIME_FRAC
+    earlier_s: float = 0.0
+    _begin: float = field(default_factory=time.perf_counter)
     _last_save_s: float | None = None
     _last_end: float = field(default_factory=time.perf_counter)
 
@@ -53,12 +57,17 @@ class Checkpoint:
         if not stops and self.max_time_frac * (start - self._last_end + save_s) < save_s:
             return
         # Not synced: after a loss of power a damaged file is as good as none, training starts anew.
-        versioned = {"version": CHECKPOINT_VERSION, **state}
+        versioned = {"version": CHECKPOINT_VERSION, "spent_s": self.spent_s, **state}
         write_whole(self.path, lambda stream: torch.save(versioned, stream), sync=False)
         self._last_end = time.perf_counter()
         self._last_save_s = self._last_end - start
         if stops:
             raise TrainingStopped
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds so far, those of earlier attempts among them."""
+        return self.earlier_s + time.perf_counter() - self._begin
 
     def load(self) -> dict[str, Any] | None:
         """The stored state on the CPU; None where there is none, or none that can be used.
@@ -71,7 +80,10 @@ class Checkpoint:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception:  # whatever a damaged file makes the reader raise: training starts anew
             return None
-        return state if state.get("version") == CHECKPOINT_VERSION else None
+        if state.get("version") != CHECKPOINT_VERSION:
+            return None
+        self.earlier_s = float(state.get("spent_s", 0.0))
+        return state
 
     def remove(self) -> None:
         """Delete the file; its run has a result."""

@@ -12,22 +12,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fqsweep.cells import budgets_of, method_points
-from fqsweep.config import Allocating, SearchSpace, content_hash
+from fqsweep.config import Allocating, ArchitectureConfig, SearchSpace, content_hash
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_OK, InputError, TrialError
 from fqsweep.faults import is_no_space, no_space
 from fqsweep.files import SweepPaths, write_bytes, write_json
 from fqsweep.import_path import python_path
-from fqsweep.names import part_of_key
+from fqsweep.names import group_metric_key, part_of_key
 from fqsweep.space import load_space
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from fqsweep.data.records import Groups
 
 PATTERN_OPTIONS = ("exempt", "pin", "limits")
 
@@ -92,6 +95,7 @@ def check_inputs(
         samples, splits = plan_dataset(dataset, data_dir=data_dir)
         warnings += describe_warnings(dataset, samples, splits)
         # Another configuration is another data set with cells of its own: only the same one must not change.
+        _check_group_keys(dataset.name, samples.groups)
         same = content_hash(dataset.model_dump(mode="json", exclude={"name"}))
         digests[f"data/{part_of_key(dataset.name)}/{same}"] = dataset_digest(
             samples, splits, dataset.image_size
@@ -109,6 +113,7 @@ def check_inputs(
             )
             _check_patterns(space, architecture.name, list(quantisable_layers(model)))
             _check_budgets(space, architecture.name, model)
+            _check_file_sizes(space, architecture, samples.class_names, dataset.image_size)
     _check_unchanged(paths, digests)
     return digests, warnings
 
@@ -168,6 +173,52 @@ def _check_budgets(space: SearchSpace, architecture: str, model: nn.Module) -> N
                 raise InputError(
                     f"{point.variant}: a budget of {budget_bits:g} bits is below what pin and limits take of "
                     f"{architecture} ({smallest:.4g}); raise the budget, or pin and limit less"
+                )
+
+
+def _check_file_sizes(
+    space: SearchSpace, architecture: ArchitectureConfig, class_names: Sequence[str], image_size: int
+) -> None:
+    """Every budget in bytes holds the smallest file there is: a trial would find out after its parent was trained."""
+    from fqsweep.assignment import smallest_file_bytes
+    from fqsweep.models import build_untrained, file_notes
+    from fqsweep.quant.remainder import bound_remainder
+    from fqsweep.quant.units import list_units
+
+    budgets = {
+        point.variant: (point.settings, [size for _, size in budgets_of(space, point) if size is not None])
+        for point in method_points(space)
+        if isinstance(point.settings, Allocating)
+    }
+    if not any(sizes for _, sizes in budgets.values()):
+        return
+    model = build_untrained(architecture.name, num_classes=len(class_names), image_size=image_size)
+    name, notes = architecture.name, file_notes(architecture, image_size=image_size, class_names=class_names)
+    for variant, (settings, sizes) in budgets.items():
+        if not sizes:
+            continue
+        units = list_units(model, granularity=settings.granularity, exempt=settings.exempt)
+        smallest = smallest_file_bytes(
+            settings, units, partial(bound_remainder, model.state_dict(), units, metadata=notes)
+        )
+        if min(sizes) < smallest:
+            raise InputError(
+                f"{variant}: a budget of {min(sizes):,} bytes does not hold the smallest file of {name}, "
+                f"which takes up to {smallest:,} bytes with biases, norms, exempt layers and the index of bits; "
+                "raise it, or allow smaller choices"
+            )
+
+
+def _check_group_keys(dataset: str, groups: Mapping[str, Groups]) -> None:
+    """Every group has keys of its own: of two with one, MLflow would keep the figures of the last."""
+    for attribute, group in groups.items():
+        first: dict[str, str] = {}
+        for name in group.names:
+            other = first.setdefault(group_metric_key("val", "acc_group", name), name)
+            if other != name:
+                raise InputError(
+                    f"{dataset}: groups {other!r} and {name!r} of {attribute} would both be recorded as "
+                    f"{group_metric_key('val', 'acc_group', name)!r}; give one of them another name (group_maps)"
                 )
 
 

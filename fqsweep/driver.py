@@ -7,8 +7,11 @@ thread. Each step can be found done or not done at the next start.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +33,9 @@ from fqsweep.tasks import Outcome, Task
 
 # Written by Python's faulthandler when it ends a process that hangs.
 TIMEOUT_MARK = "Timeout ("
+# A shared disk may take that long to show one machine what another one wrote: NFS keeps for up to a minute that a
+# file was not there.
+SEEN_WITHIN_S = 90.0
 # Of a trial's folder, those that its MLflow run gets.
 RECORDED_FILES = ("model.fqs", "bits.csv", "bits.png", "confusion.csv", "confusion.png")
 
@@ -92,7 +98,11 @@ class SweepDriver:
                 # Nobody's fault, and the next start hands it out again. The worker may have seen the wish first.
                 self.stop_for(KeyboardInterrupt())
                 return
-            if outcome.done:
+            if outcome.done and task.kind == "trial" and not self._sees_result(task, within_s=SEEN_WITHIN_S):
+                # Not known to be lost: the next attempt, or the next start, may find it.
+                file = self.paths.result(task.key)
+                self._lose(task, f"its worker is done, but {file} cannot be seen from here")
+            elif outcome.done:
                 self._book(task, outcome.seconds)
             elif outcome.ending == "no_space":
                 # Every other trial would meet the same: nothing is a failure of a cell.
@@ -100,7 +110,7 @@ class SweepDriver:
             elif outcome.ending == "broken":
                 self._lose(task, outcome.reason)
             elif outcome.ending == "out_of_memory" and self.shares.enlarge(task):
-                self._lose(task, "out of GPU memory; it comes again with twice its share of a GPU")
+                self._lose(task, f"out of GPU memory; it comes again with {self.shares.of(task):.2g} of a GPU")
             else:
                 self._fail(task, outcome.reason)
 
@@ -109,7 +119,7 @@ class SweepDriver:
         self.shares.end(task)
         with self._kept():
             words = self._last_words(task)
-            if task.kind == "trial" and self.paths.result(task.key).exists():
+            if task.kind == "trial" and self._sees_result(task):
                 self._book(task, 0.0)
             elif words is not None:
                 self.ended(task, words)
@@ -117,6 +127,17 @@ class SweepDriver:
                 self.stop_for(no_space(self.paths.out))
             else:
                 self._lose(task, f"its worker process died (log: {self.paths.log(task.key)})")
+
+    def _sees_result(self, task: Task, *, within_s: float = 0.0) -> bool:
+        """Whether a trial's result is there, or is seen within some seconds."""
+        file, end = self.paths.result(task.key), time.monotonic() + within_s
+        while not file.exists():
+            with contextlib.suppress(OSError):
+                os.listdir(self.paths.trials)  # an NFS client that opens a folder forgets what it knew of it
+            if file.exists() or time.monotonic() >= end:
+                break
+            time.sleep(0.2)
+        return file.exists()
 
     def _last_words(self, task: Task) -> Outcome | None:
         """What a worker that had to end with its task left, or why it was killed."""
@@ -240,6 +261,22 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
         for task in open_tasks if cell.open and cell.repeats is None else ():
             if task.weights and studies.try_again(cell.cell, task.number):
                 driver.paths.checkpoint(task.key).unlink(missing_ok=True)  # the next try has another key
+
+
+def shared_seconds(paths: SweepPaths, shared: Mapping[str, Task]) -> float:
+    """Seconds that the sweep's full-precision parents and cost tables took together.
+
+    A parent that was trained in several attempts has its own note of them all.
+    """
+    done = read_ledger(paths).done
+    booked = {key: float(done[key].get("seconds", 0.0)) for key in shared if key in done}
+    return sum(max(seconds, _noted_seconds(paths, shared[key])) for key, seconds in booked.items())
+
+
+def _noted_seconds(paths: SweepPaths, task: Task) -> float:
+    if task.kind != "baseline":
+        return 0.0
+    return float(json.loads(_whole(paths, task).read_text(encoding="utf-8")).get("total_s", 0.0))
 
 
 def _whole(paths: SweepPaths, task: Task) -> Path:

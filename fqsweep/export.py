@@ -18,6 +18,7 @@ import torch
 from fqsweep.data import open_dataset
 from fqsweep.data.loading import BatchLoader
 from fqsweep.errors import InputError
+from fqsweep.faults import is_no_space
 from fqsweep.files import SweepPaths, write_bytes
 from fqsweep.quant.packed_model import ModelNotes, load_model, mean_bits, read_notes
 from fqsweep.quant.packing import REMOVED, PackedFileError, read_metadata, unpack_weights
@@ -46,7 +47,8 @@ def export_run(
         data_dir: where data sets lie, for the comparison.
 
     Raises:
-        InputError: no such run, a packed file that cannot be used, or packages that are missing.
+        InputError: no such run, a packed file that cannot be used, packages that are missing, or a target that cannot
+            be written.
         OnnxMismatch: what would be written does not compute what the run's model does.
     """
     if kind == "onnx":
@@ -59,7 +61,7 @@ def export_run(
         raise InputError(f"run {run_id}: {error}") from error
     yield described
     if kind == "packed":
-        write_bytes(target, blob)
+        _write(target, blob)
     else:
         # Only here: the packages are an extra.
         from fqsweep.quant.onnx_export import compare_with_torch, export_onnx
@@ -67,7 +69,7 @@ def export_run(
         content = export_onnx(blob)
         with comparison_images(uri, run_id, notes, data_dir) as (batches, source):
             found = compare_with_torch(content, model, batches)
-        write_bytes(target, content)
+        _write(target, content)
         yield (
             f"onnxruntime agrees with the run's model on {found.num_images:,} {source}: largest difference of a "
             f"logit {found.max_error:.1e}, another first class on {found.num_differing}"
@@ -75,6 +77,15 @@ def export_run(
         size = notes.image_size
         yield f"input image: float32 (batch, 3, {size}, {size}), normalised as the file's metadata says"
     yield f"{target}: {target.stat().st_size:,} bytes"
+
+
+def _write(target: Path, content: bytes) -> None:
+    try:
+        write_bytes(target, content)
+    except OSError as error:
+        if is_no_space(error):
+            raise
+        raise InputError(f"--out {target} cannot be written: {error.strerror}; give another file") from error
 
 
 def check_onnx_packages() -> None:

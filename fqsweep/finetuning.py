@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from fqsweep.assignment import MOST_ROUNDS, Budget, allowed_choices, assign_bits, assign_bits_in_file
-from fqsweep.baseline import baseline_log, ensure_importance
+from fqsweep.baseline import baseline_curve, ensure_importance
 from fqsweep.cells import Cell, finetune_epochs, matches_moments, reconstructs
 from fqsweep.checkpoints import Checkpoint
 from fqsweep.config import Allocating, BaqMethod, Finetuning, Fp32Method, UniformMethod
@@ -89,8 +88,8 @@ def quantise(
     cell = setting.cell
     settings = cell.point.settings
     if isinstance(settings, Fp32Method):
-        noted: Any = baseline_log(setting, paths)
-        log = TrainingLog(epochs=noted["epochs"])  # the parent's curve; its training time is not this trial's
+        # The parent's curve; its training time is not this trial's.
+        log = TrainingLog(epochs=baseline_curve(setting, paths))
         tensors = {name: tensor.cpu() for name, tensor in parent.state_dict().items()}
         state = QuantisedState(tensors=tensors, bits={}, steps={})
         return state, np.full(units.num_units, FULL_PRECISION_BITS), log
@@ -166,7 +165,7 @@ def _finetune(
             parent,
             loader,
             plan,
-            evaluate=lambda model: setting.score(model, "val")[0],
+            evaluate=lambda model: setting.score(model, "val", autocast=True)[0],
             recorder=recorder,
             checkpoint=checkpoint,
         )

@@ -18,7 +18,8 @@ class GpuShares:
     """How many GPUs a task takes, and whether there is room for it now.
 
     With ``auto`` a task of a shape of which nothing is known has a GPU to itself; the largest peak of the ended
-    tasks of its shape says how many of the next share one. A task that ran out of memory gets twice its share once.
+    tasks of its shape says how many of the next share one. A task that ran out of memory gets twice its share; where
+    the share was measured, the others of its shape do so too, and if that is not enough, a GPU to itself.
     """
 
     def __init__(self, given: float | Literal["auto"], *, total: float) -> None:
@@ -52,15 +53,22 @@ class GpuShares:
         self.peak_frac[task.shape] = max(self.peak_frac[task.shape], peak_frac)
 
     def enlarge(self, task: Task) -> bool:
-        """Give a task that ran out of memory half the company: twice its share, once, at most a whole GPU.
+        """Give a task that ran out of memory half the company: twice its share, at most a whole GPU.
+
+        A share that was given is doubled once. One that was measured was our own guess: its shape has learnt from it,
+        and a whole GPU is what the task gets last.
 
         Returns:
             whether it can have more than it had.
         """
-        now = self.of(task)
-        if task.key in self.enlarged or not 0 < now < 1:
+        now, measured = self.of(task), self.given == "auto"
+        again = task.key in self.enlarged
+        if not 0 < now < 1 or (again and not measured):
             return False
-        self.enlarged[task.key] = min(1.0, 2 * now)
+        self.enlarged[task.key] = 1.0 if again else min(1.0, 2 * now)
+        if measured:
+            filled = (self.enlarged[task.key] - CONTEXT_FRAC) / HEADROOM
+            self.peak_frac[task.shape] = max(self.peak_frac[task.shape], filled)
         return True
 
 

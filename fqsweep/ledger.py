@@ -84,9 +84,3 @@ def replay(lines: Iterable[Line]) -> Ledger:
 def read_ledger(paths: SweepPaths) -> Ledger:
     """The ledger of a sweep; empty where it has not begun."""
     return replay(iterate_lines(paths.ledger))
-
-
-def read_shared_s(paths: SweepPaths) -> float:
-    """Seconds that full-precision parents and cost tables took together."""
-    book = replay(line for line in iterate_lines(paths.ledger) if line.get("kind") != "trial")
-    return float(sum(line.get("seconds", 0.0) for line in book.done.values()))

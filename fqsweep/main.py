@@ -45,7 +45,7 @@ from fqsweep.handover import hand_over, is_submitted_copy
 from fqsweep.import_path import python_path
 from fqsweep.names import DEFAULT_SELECTION, selection_of
 from fqsweep.space import find_space, load_space
-from fqsweep.stores import is_server, without_password
+from fqsweep.stores import is_server, sqlite_uri, without_password
 
 DATA_DIR_VARIABLE = "FQSWEEP_DATA_DIR"
 LAST_PORT = 65535
@@ -480,7 +480,7 @@ def _uri_of(out: Path) -> str:
         raise InputError(
             f"{out} holds no MLflow database ({database.name}): give the output folder of a sweep, or --tracking-uri"
         )
-    return f"sqlite:///{database}"
+    return sqlite_uri(database)
 
 
 if __name__ == "__main__":

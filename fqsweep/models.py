@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -271,3 +272,16 @@ class _WeightUses(TorchFunctionMode):
             if id(weight) in self.names:
                 self.macs[self.names[id(weight)]] += _macs_of(output, weight)
         return output
+
+
+def file_notes(
+    architecture: ArchitectureConfig, *, image_size: int, class_names: Sequence[str]
+) -> dict[str, str]:
+    """What a packed file says of itself, so that it can be used without the sweep."""
+    normalisation = normalisation_of(architecture)
+    return {
+        "architecture": architecture.name,
+        "image_size": str(image_size),
+        "classes": json.dumps(class_names),
+        "normalisation": json.dumps({"mean": normalisation.mean, "std": normalisation.std}),
+    }

@@ -6,6 +6,7 @@ Reports, tables, searches and the reference take units, directions and meanings 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -52,6 +53,8 @@ GROUP_METRICS: tuple[Metric, ...] = (
     Metric(key="auc_worst", unit="frac", direction="maximize", meaning="lowest macro AUC of any group"),
     Metric(key="ece", unit="frac", direction="minimize", meaning="expected calibration error, 15 bins"),
 )
+# Of those, what says nothing of groups.
+GROUP_FREE = ("acc_overall", "balanced_acc", "auc_macro", "ece")
 # Recorded once a run.
 COST_METRICS: tuple[Metric, ...] = (
     Metric(
@@ -162,10 +165,11 @@ ENERGY_KWH = "energy/counted_kwh"
 SHARED_S = "time/shared_s"  # of the parent run: what parents and cost tables took together
 # Families of keys that are recorded beside the metrics above, and what they hold.
 MORE_KEYS: dict[str, str] = {
+    "val/loss, test/loss": "of a trial: mean cross-entropy of its images",
     "val/acc_group/GROUP, test/acc_group/GROUP": "of a trial: accuracy of one group",
     "val/count_group/GROUP, test/count_group/GROUP": "of a trial: images of one group",
     "epoch/...": "of a trial, what each epoch of its training gave (`epoch/train/loss`, `epoch/val/...`)",
-    "cells/done, cells/...": "of the parent run: how many cells are done, failed, blocked",
+    "cells/done, cells/...": "of the parent run: how many cells are done, failed, running, waiting",
     SHARED_S: "of the parent run: seconds that parents and cost tables took together",
     ENERGY_KWH: "of the parent run: kWh that the counters of the driver's machine added up to",
     "system/...": "of the parent run: load of the driver's machine while trials run",
@@ -176,13 +180,23 @@ DEFAULT_EXPERIMENT = "fqsweep"
 DEFAULT_SELECTION = "val/acc_worst"
 
 
+def is_of_groups(key: str) -> bool:
+    """Whether a metric depends on how the samples are grouped: ``val/acc_worst`` does, ``val/acc_overall`` not."""
+    name = key.rpartition("/")[2]
+    return name not in GROUP_FREE and any(metric.key == name for metric in GROUP_METRICS)
+
+
 def group_metric_key(split: str, what: str, group: str) -> str:
     """Key of a metric of one group, ``what`` being ``acc_group`` or ``count_group``.
 
-    MLflow takes letters, digits, blanks and ``_-.:/`` in a key, so "<40" becomes "under 40" and "60+"
-    "60 and over".
+    MLflow takes letters, digits, blanks and ``_-.:/`` in a key. Two groups may come to one key:
+    ``fqsweep.checks`` refuses those.
+
+    >>> [group_metric_key("val", "acc_group", name) for name in ("male x <40", "60+", "ER+")]
+    ['val/acc_group/male x under 40', 'val/acc_group/60 and over', 'val/acc_group/ER plus']
     """
-    text = group.replace("<", "under ").replace("+", " and over")
+    text = re.sub(r"(?<=\d)\+(?=$| x )", " and over", group)
+    text = re.sub(r"\s*\+\s*", " plus ", text).strip().replace("<", "under ").replace(">", "over ")
     return f"{split}/{what}/{part_of_key(text)}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from fqsweep.data.records import Dataset, Groups
 from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport, score_probabilities
 from fqsweep.files import SweepPaths
-from fqsweep.models import Normalisation, build_untrained, normalisation_of
+from fqsweep.models import Normalisation, build_untrained, file_notes, normalisation_of
 from fqsweep.training import predict
 
 EVALUATION_BATCH = 128
@@ -51,13 +50,12 @@ class Setting:
 
     @property
     def file_notes(self) -> dict[str, str]:
-        """What a packed file says of itself, so that it can be used without the sweep."""
-        return {
-            "architecture": self.cell.architecture.name,
-            "image_size": str(self.cell.dataset.image_size),
-            "classes": json.dumps(self.dataset.samples.class_names),
-            "normalisation": json.dumps({"mean": self.normalisation.mean, "std": self.normalisation.std}),
-        }
+        """What a packed file of the cell says of itself."""
+        return file_notes(
+            self.cell.architecture,
+            image_size=self.cell.dataset.image_size,
+            class_names=self.dataset.samples.class_names,
+        )
 
     def model_with(self, state: Mapping[str, torch.Tensor]) -> nn.Module:
         """The cell's network with these weights, on the setting's device in eval mode."""
@@ -126,11 +124,18 @@ class Setting:
             seed=seed,
         )
 
-    def score(self, model: nn.Module, split: str) -> tuple[dict[str, float], FairnessReport]:
-        """The split's metrics with its prefix (``val/`` or ``test/``), the loss among them."""
+    def score(
+        self, model: nn.Module, split: str, *, autocast: bool = False
+    ) -> tuple[dict[str, float], FairnessReport]:
+        """The split's metrics with its prefix (``val/`` or ``test/``), the loss among them.
+
+        Args:
+            autocast: compute as training does, in bf16 where the recipe asks for it. In float32 as who uses the file
+                does, otherwise: bf16 rounds weights of 8 bits once more and makes classes tie.
+        """
         full_name = {"val": "validation", "test": "test"}[split]
         probability_nc, label_n, group_n, loss = predict(
-            model, self.plain_batches(full_name).epoch(0), autocast=self.autocast
+            model, self.plain_batches(full_name).epoch(0), autocast=autocast and self.autocast
         )
         metrics, report = score_probabilities(
             probability_nc,

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fqsweep.cells import MethodPoint, budgets_of, epochs_of, expand_cells, method_points, points_of
-from fqsweep.config import Allocating, BaqMethod, SearchConfig, SearchSpace, UniformMethod
+from fqsweep.config import Allocating, BaqMethod, SearchConfig, SearchSpace, UniformMethod, content_hash
 from fqsweep.errors import InputError
 from fqsweep.names import DEFAULT_SELECTION, selection_of
 
@@ -46,7 +46,9 @@ def find_space(name: str) -> Path:
     given = Path(name).expanduser()
     candidates = [given]
     for folder in SHIPPED_SPACES:
-        candidates += [folder.parent / given, folder / given.name, folder / f"{name}.yaml"]
+        candidates.append(folder.parent / given)
+        if len(given.parts) == 1:  # a path that is not there must not stand for a shipped space of that name
+            candidates += [folder / given, folder / f"{name}.yaml"]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -243,7 +245,7 @@ def _has_tag(model: type[BaseModel], tag: str) -> bool:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated, list):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated, list, dict):
         return [m for inner in typing.get_args(annotation) for m in _models_in(inner)]
     return []
 
@@ -253,6 +255,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _check_whole(space: SearchSpace) -> Iterator[tuple[Location, str]]:
     yield from _check_unique(("datasets",), [d.name for d in space.datasets])
+    yield from _check_distinct_datasets(space)
     yield from _check_unique(("architectures",), [a.name for a in space.architectures])
     yield from _check_unique(("seeds",), [str(s) for s in space.seeds])
     yield from _check_repeat_seeds(space)
@@ -311,6 +314,15 @@ def _check_repeat_seeds(space: SearchSpace) -> Iterator[tuple[Location, str]]:
     for index, seed in enumerate(repeated):
         if seed in space.seeds:
             yield (*loc, index), f"{seed} stands in seeds too, where weights are searched; leave it out of one"
+
+
+def _check_distinct_datasets(space: SearchSpace) -> Iterator[tuple[Location, str]]:
+    """Data sets that differ in their name alone would be the same cells under two names."""
+    first: dict[str, str] = {}
+    for index, dataset in enumerate(space.datasets):
+        other = first.setdefault(content_hash(dataset.model_dump(mode="json", exclude={"name"})), dataset.name)
+        if other != dataset.name:
+            yield ("datasets", index), f"{dataset.name} is {other} under another name; leave one of them out"
 
 
 def _check_distinct_rows(space: SearchSpace) -> Iterator[tuple[Location, str]]:

@@ -82,11 +82,40 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(parts.path.removeprefix("/"))
 
 
+def sqlite_uri(file: Path) -> str:
+    """The URI of a sqlite database.
+
+    Raises:
+        InputError: its path holds what a URI means otherwise, so that another file would be opened.
+
+    >>> sqlite_uri(Path("/data/my sweep/mlflow.db"))
+    'sqlite:////data/my sweep/mlflow.db'
+    """
+    if wrong := re.search(r"[#?]|%[0-9a-fA-F]{2}", str(file)):
+        raise InputError(
+            f"a database in {str(file.parent)!r} has no address with {wrong[0]!r} in it: rename the folder"
+        )
+    return f"sqlite:///{file}"
+
+
+def check_is_address(uri: str) -> None:
+    """A tracking URI says what it is: MLflow would take a plain path for a folder of text files.
+
+    Raises:
+        InputError: it is a path.
+    """
+    if "://" in uri or uri.startswith("databricks"):
+        return
+    database = Path(uri) / "mlflow.db" if Path(uri).is_dir() else Path(uri)
+    what = "folder: give its database," if Path(uri).is_dir() else "path: give the address of a database,"
+    raise InputError(f"The tracking URI {uri!r} is a {what} sqlite:///{database}, or of a server.")
+
+
 def check_exists(uri: str) -> None:
     """A store that is only read must be there: MLflow writes a new database at an unknown path.
 
     Raises:
-        InputError: there is no database, or the URI is a folder.
+        InputError: there is no database, or the URI is a path.
     """
     database = sqlite_file(uri)
     if database is not None and not database.is_file():
@@ -94,8 +123,7 @@ def check_exists(uri: str) -> None:
             f"The tracking URI must name an existing store, but there is no database {str(database)!r}: "
             "use the URI that `fqsweep run` printed."
         )
-    if "://" not in uri and Path(uri).is_dir():
-        raise InputError(f"The tracking URI {uri!r} is a folder: give its database, sqlite:///{uri}/mlflow.db.")
+    check_is_address(uri)
 
 
 def search_runs(client: Any, filter_string: str, *, experiment_id: str | None = None) -> Iterator[Any]:

@@ -41,7 +41,7 @@ from fqsweep.cells import expand_cells
 from fqsweep.checks import check_in_own_process
 from fqsweep.config import SearchSpace, content_hash
 from fqsweep.control import is_asked_to_stop, only_driver, write_plan
-from fqsweep.driver import SweepDriver, adopt_finished
+from fqsweep.driver import SweepDriver, adopt_finished, shared_seconds
 from fqsweep.errors import ClusterError, InputError
 from fqsweep.estimate import CostModel
 from fqsweep.faults import is_no_space, no_space
@@ -49,7 +49,7 @@ from fqsweep.files import SPLITS_ENDING, WARNINGS_ENDING, SweepPaths
 from fqsweep.forgetting import ForgetfulProgress, ForgetfulScheduler, give_back_memory
 from fqsweep.gpus import MOST_TASKS_A_GPU, GpuShares
 from fqsweep.import_path import python_path
-from fqsweep.ledger import note_driver, read_shared_s
+from fqsweep.ledger import note_driver
 from fqsweep.machine import MachineWatch
 from fqsweep.names import SHARED_S
 from fqsweep.progress import Display
@@ -214,7 +214,7 @@ def _run(options: SweepOptions) -> SweepSummary:
         failures += [f"{title}: its prerequisite failed" for f in state.failures for title in f.blocked]
         with reaching(uri):
             tracker.log_numbers({f"cells/{name}": float(number) for name, number in state.counts().items()})
-            tracker.log_numbers({SHARED_S: read_shared_s(paths)})
+            tracker.log_numbers({SHARED_S: shared_seconds(paths, state.shared)})
             for ending in (SPLITS_ENDING, WARNINGS_ENDING):
                 tracker.log_splits(paths.packs.glob(f"*{ending}"))
             tracker.end(done=not failures)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fqsweep.cells import Cell
+from fqsweep.cells import Cell, finetune_epochs
 from fqsweep.config import Allocating, Record
 
 TaskKind = Literal["baseline", "importance", "trial"]
@@ -60,8 +60,10 @@ class Task(Record):
 
     @property
     def shape(self) -> tuple[str, ...]:
-        """Tasks of one shape need about the same memory."""
-        return (self.kind, self.cell.dataset.name, self.cell.architecture.name)
+        """Tasks of one shape need about the same memory: training takes several times what scoring alone takes."""
+        trains = self.kind == "baseline" or (self.kind == "trial" and finetune_epochs(self.cell) > 0)
+        what = f"{self.kind} with training" if trains else self.kind
+        return (what, self.cell.dataset.name, self.cell.architecture.name)
 
 
 class Outcome(Record):

@@ -52,6 +52,7 @@ from fqsweep.results import TrialResult
 from fqsweep.stores import (
     ARTIFACTS,
     check_exists,
+    check_is_address,
     drop_tag,
     fetch_artifact,
     fetch_space_file,
@@ -60,6 +61,7 @@ from fqsweep.stores import (
     is_server,
     search_runs,
     sqlite_file,
+    sqlite_uri,
     try_database,
     without_password,
 )
@@ -225,7 +227,7 @@ def _with_bits(metrics: Mapping[str, float], result: TrialResult) -> dict[str, f
 
 def default_uri(paths: SweepPaths) -> str:
     """The sweep's own database."""
-    return f"sqlite:///{paths.tracking_db.resolve()}"
+    return sqlite_uri(paths.tracking_db.resolve())
 
 
 def open_tracker(
@@ -241,6 +243,7 @@ def open_tracker(
     """
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
+    check_is_address(uri)
     try:
         try_database(uri)
         with _quiet_database(uri):
@@ -405,7 +408,13 @@ def _reading(uri: str) -> Iterator[MlflowClient]:
     """A client of a store that must be there; what goes wrong at the store is said in one line."""
     check_exists(uri)
     try:
-        yield MlflowClient(tracking_uri=uri)
+        try_database(uri)
+        client = MlflowClient(tracking_uri=uri)
+        client.get_experiment_by_name(DEFAULT_EXPERIMENT)
+    except Exception as error:  # what the store raises: MLflow, SQLAlchemy, requests
+        raise InputError(f"{without_password(uri)} cannot be read: {first_line(error)}") from error
+    try:
+        yield client
     except MlflowException as error:
         raise InputError(f"{without_password(uri)} cannot be read: {first_line(error)}") from error
 

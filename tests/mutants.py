@@ -58,7 +58,7 @@ MUTANTS = (
     Mutant(HULL, "falls = steepest < 0", "falls = steepest < 1", ALLOCATION),
     Mutant(HULL, "fits = np.flatnonzero(sizes[position:] <= left)", "fits = np.arange(1)", ALLOCATION),
     Mutant(HULL, "if unit not in blocked:", "if True:", ALLOCATION),
-    Mutant(MINIMAX, "relaxed.value + float(weight_g @ offset_g)", "relaxed.value", ALLOCATION),
+    Mutant(MINIMAX, "own_bound = relaxed.value + float(weight_g @ offset_g)", "own_bound = relaxed.value", ALLOCATION),
     Mutant(MINIMAX, "range(len(queue) + MAX_CUTS)", "range(60)", ALLOCATION),
     Mutant(MINIMAX, "cost_g + share * (", "cost_g - share * (", ALLOCATION),
     # The file: codes, their order, steps and widths.

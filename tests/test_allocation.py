@@ -323,7 +323,7 @@ def test_large_instances_lie_near_a_bound_that_highs_confirms(objective: Any, bu
     relaxed = by_highs(**instance, relaxed=True)
     assert allocation.lower_bound <= relaxed * (1 + 1e-6)
     assert allocation.lower_bound >= relaxed * (1 - 1e-3)
-    assert 0 <= allocation.gap_frac < {"mean": 1e-3, "minimax": 2e-2, "gap": 5e-2}[objective]
+    assert 0 <= allocation.gap_frac < {"mean": 1e-3, "minimax": 6e-3, "gap": 6e-3}[objective]
     assert weights @ allocation.bits_u <= budget_bits * weights.sum()
 
 
@@ -377,6 +377,39 @@ def test_the_scale_of_the_costs_does_not_change_the_bits(objective: Any, factor:
     plain = allocate_bits(cost, weights, budget_bits=1.3, choices=range(9), objective=objective)
     scaled = allocate_bits(cost * factor, weights, budget_bits=1.3, choices=range(9), objective=objective)
     assert scaled.objective / factor == pytest.approx(plain.objective, rel=1e-6)
+
+
+def test_small_costs_are_solved_to_the_optimum_too() -> None:
+    generator = np.random.default_rng(0)
+    cost = generator.random((1, 190, 5)) * 4.0 ** -np.arange(5.0)
+    weights = generator.integers(1, 50, 190)
+    plain = allocate_bits(cost, weights, budget_bits=1.7, choices=range(5))
+    small = allocate_bits(cost * 1e-13, weights, budget_bits=1.7, choices=range(5))
+    assert plain.gap_frac == small.gap_frac == 0
+    assert small.objective / 1e-13 == pytest.approx(plain.objective, rel=1e-9)
+
+
+@pytest.mark.parametrize("objective", ["minimax", "gap"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_does_not_undo_what_the_bound_proves(objective: Any, seed: int) -> None:
+    """Groups whose losses differ, as cost tables of networks have them: rounding alone ended up to 9 % above it."""
+    generator = np.random.default_rng(seed)
+    weights = generator.choice([27, 576, 1152, 2304, 4608], 250)
+    rate = (
+        generator.lognormal(0, 1.5, (1, 250, 1))
+        * weights[None, :, None]
+        * generator.lognormal(0, 0.5, (2, 250, 1))
+    )
+    allocation = allocate_bits(
+        1e-5 * rate * 4.0 ** -np.arange(9.0),
+        weights,
+        budget_bits=2.0,
+        choices=range(9),
+        objective=objective,
+        group_offset=[0.4, 0.5],
+    )
+    assert weights @ allocation.bits_u <= 2 * weights.sum()
+    assert 0 <= allocation.gap_frac < 1e-2
 
 
 def test_a_group_without_costs_does_not_change_minimax() -> None:

@@ -84,6 +84,17 @@ def test_of_a_layer_that_is_limited_and_pinned_the_pin_counts() -> None:
     assert (np.array([np.flatnonzero(own_b) for own_b in allowed_ub[1:]]) == [1, 2, 3, 4]).all()
 
 
+def test_two_pins_of_one_layer_agree_or_are_refused() -> None:
+    units = list_units(network(SMALL), granularity="tensor")
+    settings = StaticMethod(method="static", pin={"first": 8, "*": 8})
+    assert allowed_choices(settings, units, settings.measured_choices)[:, -1].all()
+    settings = StaticMethod(method="static", pin={"first": 8, "*": 2})
+    with pytest.raises(
+        TrialError, match=r"'first' and pin '\*' give layer conv1\.0 two widths \(8 and 2 bits\)"
+    ):
+        allowed_choices(settings, units, settings.measured_choices)
+
+
 @pytest.mark.parametrize(
     "options",
     [

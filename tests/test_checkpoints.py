@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,15 @@ def test_saving_takes_a_small_share_of_the_time(tmp_path: Path) -> None:
     assert state is not None and state["epoch"] == 0
     checkpoint.remove()
     assert checkpoint.load() is None
+
+
+def test_what_goes_on_counts_the_time_of_the_attempts_before(tmp_path: Path) -> None:
+    first = Checkpoint(tmp_path / "c.pt", max_time_frac=1)
+    time.sleep(0.2)
+    first.save({"epoch": 0})
+    again = Checkpoint(tmp_path / "c.pt")
+    assert again.spent_s < 0.15 and again.load() is not None
+    assert 0.2 <= again.earlier_s <= again.spent_s
 
 
 def test_the_generators_go_back_to_where_they_were() -> None:

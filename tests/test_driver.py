@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from optuna.trial import TrialState
 from small_spaces import small_space
 
 from benchmarks.noop import leave_result
+from fqsweep import driver
 from fqsweep.driver import SweepDriver, adopt_finished
 from fqsweep.files import SweepPaths, write_json
 from fqsweep.gpus import GpuShares
@@ -125,6 +128,41 @@ def test_who_stopped_because_it_was_told_to_has_neither_failed_nor_lost_an_attem
     assert task.key not in book.done and not book.failed and book.num_lost == 0
     again = Books(tmp_path).next()
     assert again is not None and (again.key, again.attempt) == (task.key, 1)
+
+
+def test_a_result_that_is_seen_late_counts_and_one_that_is_never_seen_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a shared disk one machine may see for a while that a file of another one is not there."""
+    books = Books(tmp_path)
+    while (task := books.next()) is not None and task.kind != "trial":
+        books.do(task)
+    assert task is not None
+    late = threading.Timer(0.5, leave_result, (task, books.paths))
+    late.start()
+    books.driver.ended(task, Outcome(ending="done", seconds=1.0))
+    assert not books.driver.stopped and task.key in read_ledger(books.paths).done
+    monkeypatch.setattr(driver, "SEEN_WITHIN_S", 0.1)
+    unseen = books.next()
+    while unseen is not None and unseen.kind != "trial":
+        books.do(unseen)
+        unseen = books.next()
+    assert unseen is not None
+    books.driver.ended(unseen, Outcome(ending="done", seconds=1.0))
+    assert not books.driver.stopped and read_ledger(books.paths).num_lost == 1
+    assert unseen.key in {again.key for again in books.do_all()}
+
+
+def test_a_parent_made_in_two_attempts_counts_with_the_time_of_both(tmp_path: Path) -> None:
+    books = Books(tmp_path)
+    books.do_all()
+    shared = books.driver.state.shared
+    assert driver.shared_seconds(books.paths, shared) == len(shared), "a second each"
+    parent = next(task for task in shared.values() if task.kind == "baseline")
+    write_json(books.paths.baseline_meta(parent.key), {"total_s": 5.0})
+    assert driver.shared_seconds(books.paths, shared) == len(shared) + 4
+    only = {parent.key: parent}
+    assert driver.shared_seconds(books.paths, only) == 5, "what the sweep no longer needs does not count"
 
 
 def test_what_failed_before_and_was_replaced_since_is_left_alone(tmp_path: Path) -> None:

@@ -67,6 +67,16 @@ def test_the_packed_export_is_without_dropped_channels_and_used_alone(
         assert torch.isfinite(load_model(file.read_bytes())(images)).all()
 
 
+def test_a_target_that_cannot_be_written_is_said(
+    sweep: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri, run = sweep
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "file" / "small.fqs"
+    assert main(["export", run, "--tracking-uri", uri, "--out", str(target)]) == 2
+    assert f"--out {target} cannot be written: " in capsys.readouterr().err
+
+
 def test_the_onnx_export_runs_and_agrees_on_the_test_split(
     sweep: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

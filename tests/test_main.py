@@ -17,6 +17,7 @@ from PIL import Image
 from fqsweep.cells import expand_cells
 from fqsweep.checks import Checked, check_inputs
 from fqsweep.control import look, only_driver
+from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths, append_line, write_json
 from fqsweep.main import _own_command, main
 from fqsweep.space import load_space
@@ -252,6 +253,56 @@ def test_a_budget_that_layers_cannot_keep_is_refused_before_anything_is_trained(
     assert run(photos) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (photos / "out" / "ledger.jsonl").exists()
+
+
+@pytest.mark.usefixtures("checks_here")
+@pytest.mark.parametrize(
+    ("budget", "option", "held"),
+    [(350, "", False), (600_000, "", True), (300_000, ', exempt: ["layer4*"]', False)],
+)
+def test_a_budget_in_bytes_that_holds_no_file_is_refused_before_anything_is_trained(
+    photos: Path, budget: int, option: str, held: bool
+) -> None:
+    """350 where kB were meant; and layers that stay in float32 alone are larger."""
+    edit(photos, "budgets_bits: [2]", f"budgets_bytes: [{budget}]")
+    edit(photos, "{method: static}", f"{{method: static{option}}}")
+    paths, space = SweepPaths(photos / "out"), load_space(photos / "bad.yaml")
+    if held:
+        check_inputs(space, paths, photos)
+        return
+    with pytest.raises(
+        InputError, match=f"static: a budget of {budget:,} bytes does not hold the smallest file"
+    ):
+        check_inputs(space, paths, photos)
+
+
+@pytest.mark.usefixtures("checks_here")
+def test_groups_that_would_be_recorded_under_one_name_are_refused(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(photos, "group_attributes:", "group_maps: {sex: {A/B: [f], A_B: [m]}}, group_attributes:")
+    assert run(photos) == 2
+    assert "groups 'A/B' and 'A_B' of sex would both be recorded as" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("checks_here")
+def test_an_output_folder_that_no_address_can_name_is_refused(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("run#1", "what?", "c%20d"):
+        assert (
+            main(["run", str(photos / "bad.yaml"), "--out", str(photos / name), "--data-dir", str(photos)]) == 2
+        )
+        assert "has no address with" in capsys.readouterr().err
+    assert not list(photos.rglob("mlflow.db"))
+
+
+@pytest.mark.usefixtures("checks_here")
+def test_a_tracking_uri_that_is_a_path_is_refused_with_its_address(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(photos, "--tracking-uri", "runs/mlflow.db") == 2
+    assert "give the address of a database, sqlite:///runs/mlflow.db" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("checks_here")

@@ -100,6 +100,10 @@ def test_the_groups_metrics_are_those_of_the_report() -> None:
     [
         ("<40", "val/acc_group/under 40"),
         ("60+", "val/acc_group/60 and over"),
+        ("male x 60+ x I-III", "val/acc_group/male x 60 and over x I-III"),
+        ("HIV+", "val/acc_group/HIV plus"),
+        ("ER+ x <40", "val/acc_group/ER plus x under 40"),
+        (">60", "val/acc_group/over 60"),
         ("40-59", "val/acc_group/40-59"),
         ("a/b%c", "val/acc_group/a_b_c"),
     ],

@@ -77,6 +77,8 @@ def test_a_shipped_space_is_found_by_name_and_by_path() -> None:
         InputError, match=r"search space 'dem': no such file; did you mean 'demo'\? .with fqsweep come: .*demo"
     ):
         find_space("dem")
+    with pytest.raises(InputError, match="'mine/demo.yaml': no such file; did you mean 'demo'"):
+        find_space("mine/demo.yaml")
 
 
 # --- cells ---------------------------------------------------------------------------------------

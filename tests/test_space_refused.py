@@ -22,6 +22,23 @@ WRONG = [
     ("  epochs: 2", "  epoch: 2", "19: recipe.epoch: unknown key; did you mean 'epochs'?"),
     ("  epochs: 2", "  epochs: 0", "recipe.epochs: Input should be greater than or equal to 1 (given: 0)"),
     ("  epochs: 2", "  epochs: two", "(given: 'two')"),
+    (
+        "  epochs: 2",
+        "  epochs: yes",
+        "18: recipe: epochs must be a number, but YAML reads yes, no, on, off as true and false",
+    ),
+    ("seeds: [0, 1]", "seeds: [0, true]", "seeds must be a number, but YAML reads"),
+    (
+        "bitrate_weight: 0.01",
+        "limits: {first: {mini: 1}}",
+        "limits.first.mini: unknown key; did you mean 'min'?",
+    ),
+    (
+        "architectures:",
+        "  - {kind: synthderm, name: b, group_attributes: [skin_tone], image_size: 32, num_images: 500}\n"
+        "architectures:",
+        "datasets[1]: b is synthderm under another name; leave one of them out",
+    ),
     ("seeds: [0, 1]\n", "", "seeds: is required"),
     ("seeds: [0, 1]\n", "seed: [0, 1]\n", "seed: unknown key; did you mean 'seeds'?"),
     ("seeds: [0, 1]", "seeds: [0, 1, 0]", "9: seeds[2]: '0' stands here twice"),

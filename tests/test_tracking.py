@@ -254,6 +254,9 @@ def test_a_run_that_is_not_there_has_no_model_or_is_the_sweeps_is_said(
     assert not (tmp_path / "nosuch").exists()
     with pytest.raises(InputError, match=f"is a folder: give its database, sqlite:///{paths.out}/mlflow.db"):
         fetch_model(str(paths.out), empty)
+    (tmp_path / "text.db").write_text("no database " * 99)
+    with pytest.raises(InputError, match=r"text.db cannot be read: "):
+        fetch_model(f"sqlite:///{tmp_path}/text.db", empty)
 
 
 def test_the_first_letters_of_a_run_name_it(paths: SweepPaths) -> None:

@@ -43,6 +43,7 @@ DATA = SynthdermConfig(
     kind="synthderm", num_images=240, image_size=32, min_group_count=4, group_attributes=("skin_tone",)
 )
 RECIPE = TrainingRecipe(epochs=1, batch_size=32, finetune_epochs=1, calibration_images=20)
+OF_GROUPS = "acc_avg acc_worst acc_gap balanced_acc_worst eopp0 eopp1 eodd dp_gap auc_worst".split()
 METHODS = {
     "fp32": (Fp32Method(method="fp32"), None),
     "uniform-4": (UniformMethod(method="uniform", bits=(4,)), None),
@@ -356,6 +357,20 @@ def test_the_parent_is_trained_once_and_shared(tmp_path: Path) -> None:
     trial(cell_of("uniform-4"), tmp_path, "b")
     assert meta.stat().st_mtime_ns == first
     assert len(list((tmp_path / "baselines").iterdir())) <= 2  # the folder and its lock
+
+
+def test_a_full_precision_run_has_no_curve_of_another_attributes_groups(tmp_path: Path) -> None:
+    """One parent serves all attributes; its epochs are scored by the first that asked for it."""
+    data = DATA.model_copy(update={"group_attributes": ("skin_tone", "skin_type"), "min_group_count": 1})
+    first = cell_of("fp32")
+    other = first.model_copy(update={"dataset": data, "group_attribute": "skin_type"})
+    own = first.model_copy(update={"dataset": data})
+    assert own.baseline_key == other.baseline_key
+    mine, others = (trial(cell, tmp_path, cell.group_attribute).history for cell in (own, other))
+    assert mine and len(mine) == len(others)
+    assert {"val/acc_worst", "val/eodd", "val/auc_worst", "val/acc_overall"} <= set(mine[0])
+    assert set(mine[0]) - set(others[0]) == {f"val/{key}" for key in OF_GROUPS}
+    assert others[0]["val/balanced_acc"] == mine[0]["val/balanced_acc"]
 
 
 @pytest.mark.parametrize("architecture", ["test_vit", "test_efficientnet", "test_convnext"])

@@ -207,6 +207,9 @@ def test_auto_learns_by_shape_and_promises_no_more_than_there_is(trial: tuple[Sw
     shares.end(tasks[0], peak_frac=0.38)
     assert shares.of(tasks[2]) == 0.5 and shares.fits(tasks[2])
     assert shares.of(other) == 1.0
+    recipe = task.cell.recipe.model_copy(update={"finetune_epochs": 0})
+    scored = task.model_copy(update={"cell": task.cell.model_copy(update={"recipe": recipe})})
+    assert shares.of(scored) == 1.0, "training says nothing of what scoring alone takes, nor that of training"
 
 
 def replace_architecture(task: Task) -> Task:
@@ -214,7 +217,20 @@ def replace_architecture(task: Task) -> Task:
     return task.model_copy(update={"cell": task.cell.model_copy(update={"architecture": architecture})})
 
 
-def test_out_of_memory_doubles_a_share_once(trial: tuple[SweepPaths, Task]) -> None:
+def test_out_of_memory_where_shares_are_measured_ends_with_a_whole_gpu_and_is_learnt(
+    trial: tuple[SweepPaths, Task],
+) -> None:
+    _, task = trial
+    later = task.model_copy(update={"key": "later"})
+    shares = GpuShares("auto", total=1)
+    shares.end(task, peak_frac=0.03)
+    assert shares.of(task) == 1 / 8
+    assert shares.enlarge(task) and shares.of(task) == shares.of(later) == 1 / 4
+    assert shares.enlarge(task) and shares.of(task) == shares.of(later) == 1.0
+    assert not shares.enlarge(task), "it had the GPU to itself"
+
+
+def test_out_of_memory_doubles_a_given_share_once(trial: tuple[SweepPaths, Task]) -> None:
     _, task = trial
     shares = GpuShares(0.3, total=1)
     assert shares.enlarge(task) and shares.of(task) == 0.6

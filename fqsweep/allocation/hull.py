@@ -160,7 +160,7 @@ def _search_exactly(cost_ub: Float, size_ub: Int, capacity: int, relaxed: Relaxe
     1995). Returns None where too many states survive; the caller keeps hull and sort with its bound.
     """
     upper = float(chosen(cost_ub, index_u).sum())
-    slack = (upper - relaxed.value) * (1 + 1e-9) + 1e-12 * max(1.0, abs(upper))
+    slack = (upper - relaxed.value) * (1 + 1e-9) + 1e-12 * (abs(upper) + relaxed.price * capacity)
     priced_ub = cost_ub + relaxed.price * size_ub
     reduced_ub = priced_ub - priced_ub.min(axis=1, keepdims=True)
     allowed_ub = np.isfinite(cost_ub)

@@ -16,6 +16,11 @@ MAX_CUTS = 200  # after those of single groups; far more than a handful of group
 CUT_TOLERANCE = 1e-4
 # Of HiGHS's tree: seconds, a minute where there are many groups. Not seconds, so that all machines end alike.
 MAX_NODES = 2000
+# Where rounding ends further than that from the bound, so many units are chosen anew, by a tree of so many nodes.
+ROUNDING_TOLERANCE = 5e-3
+NUM_CHOSEN_ANEW = 40
+MOST_ROWS_ANEW = 30  # of the program: groups, or pairs of six groups; more would take ten seconds
+NODES_ANEW = 200
 
 
 def allocate_minimax(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float) -> tuple[Int, float]:
@@ -26,7 +31,9 @@ def allocate_minimax(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Flo
     upper = worst_cost(cost_gub, index_u, offset_g)
     if upper - lower_bound <= 1e-12 * abs(upper):
         return index_u, lower_bound
-    exact = _solve_minimax_exactly(cost_gub, size_ub, capacity, offset_g, lower_bound, upper)
+    exact = _solve_minimax_exactly(
+        cost_gub, size_ub, capacity, offset_g, lower_bound, upper, max_nodes=MAX_NODES
+    )
     if exact is None:
         return index_u, lower_bound
     found_u, proven_bound = exact
@@ -40,18 +47,23 @@ def _cut_planes(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float) -
 
     max over weights m in the simplex of min over allocations of m . (cost + offset) bounds the
     minimax from below; every inner minimum gives a cut. The mixture of cuts that proves the bound
-    differs in few units, on which a small linear program and rounding give the allocation.
+    differs in few units, on which a small linear program and rounding give the allocation; a tree search over those
+    units and some more where that ends far from the bound.
     """
     num_groups = len(cost_gub)
     cut_kg: list[Float] = []
     visited: list[Relaxed] = []
-    best_index, best_value, bound = None, np.inf, -np.inf
+    best_index, best_value, bound, priced_ub = None, np.inf, -np.inf, np.zeros(size_ub.shape)
     queue = [np.full(num_groups, 1 / num_groups), *(list(np.eye(num_groups)) if num_groups > 1 else [])]
     share_k = np.ones(1)
     for _ in range(len(queue) + MAX_CUTS):
         weight_g = queue.pop(0)
-        relaxed = relax(weighted_cost(cost_gub, weight_g), size_ub, capacity)
-        bound = max(bound, relaxed.value + float(weight_g @ offset_g))
+        cost_ub = weighted_cost(cost_gub, weight_g)
+        relaxed = relax(cost_ub, size_ub, capacity)
+        own_bound = relaxed.value + float(weight_g @ offset_g)
+        if own_bound > bound:
+            bound = own_bound
+            priced_ub = cost_ub + relaxed.price * size_ub
         visited.append(relaxed)
         cut_kg.append(_group_cost(cost_gub, relaxed) + offset_g)
         candidate = fill(relaxed, size_ub, capacity)
@@ -66,8 +78,56 @@ def _cut_planes(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float) -
         queue.append(weight_g)
     assert best_index is not None
     active = [relaxed for relaxed, share in zip(visited, share_k, strict=False) if share > 1e-9]
-    rounded = _round_mixture(cost_gub, size_ub, capacity, offset_g, active)
-    return min(best_index, rounded, key=lambda index_u: worst_cost(cost_gub, index_u, offset_g)), bound
+    whole_u, split = _round_mixture(cost_gub, size_ub, capacity, offset_g, active)
+    rounded = _spend(cost_gub, size_ub, capacity, offset_g, whole_u)
+    best_index = min(best_index, rounded, key=lambda index_u: worst_cost(cost_gub, index_u, offset_g))
+    best_value = worst_cost(cost_gub, best_index, offset_g)
+    is_far = best_value - bound > ROUNDING_TOLERANCE * abs(best_value)
+    if is_far and len(size_ub) >= EXACT_BELOW_UNITS and num_groups <= MOST_ROWS_ANEW:
+        anew = _choose_anew(cost_gub, size_ub, capacity, offset_g, whole_u, split, priced_ub, bound, best_value)
+        if anew is not None and worst_cost(cost_gub, anew, offset_g) < best_value:
+            best_index = anew
+    return best_index, bound
+
+
+def _choose_anew(
+    cost_gub: Float,
+    size_ub: Int,
+    capacity: int,
+    offset_g: Float,
+    whole_u: Int,
+    split: Int,
+    priced_ub: Float,
+    lower_bound: float,
+    upper: float,
+) -> Int | None:
+    """The rounded mixture with a few units chosen by a tree search: those that are split between two choices, and
+    those that move some group's cost most for what the move costs at the bound's prices. Both together make up for
+    what whole bits leave over."""
+    rows = np.arange(len(whole_u))
+    regret_ub = priced_ub - priced_ub[rows, whole_u][:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        move_ub = np.abs(cost_gub - cost_gub[:, rows, whole_u][:, :, None]).max(axis=0)
+        # What costs more than the rounding may win cannot be part of anything better.
+        rate_ub = np.where((move_ub > 0) & (regret_ub <= upper - lower_bound), regret_ub / move_ub, np.inf)
+    rate_u = rate_ub.min(axis=1)
+    rate_u[split] = -np.inf
+    free = np.argsort(rate_u, kind="stable")[: max(NUM_CHOSEN_ANEW, len(split))]
+    kept = np.setdiff1d(np.arange(len(whole_u)), free)
+    solved = _solve_minimax_exactly(
+        cost_gub[:, free],
+        size_ub[free],
+        capacity - spent(size_ub[kept], whole_u[kept]),
+        offset_g + cost_gub[:, kept, whole_u[kept]].sum(axis=1),
+        lower_bound,
+        upper,
+        max_nodes=NODES_ANEW,
+    )
+    if solved is None:
+        return None
+    found_u = whole_u.copy()
+    found_u[free] = solved[0]
+    return found_u
 
 
 def _group_cost(cost_gub: Float, relaxed: Relaxed) -> Float:
@@ -97,11 +157,14 @@ def _master(cut_kg: Float) -> tuple[Float, float, Float]:
     return weight_g / weight_g.sum(), float(solved.x[-1]) * scale, np.abs(solved.ineqlin.marginals)
 
 
-def _round_mixture(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float, active: list[Relaxed]) -> Int:
+def _round_mixture(
+    cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float, active: list[Relaxed]
+) -> tuple[Int, Int]:
     """An allocation from a mixture of relaxed solutions: where they differ, a linear program chooses.
 
-    A vertex of that program has at most (groups + 1) units between choices; those get their smallest choice, and the
-    budget that this leaves is spent best first for the worst group.
+    Returns:
+        a choice per unit, and the units that a vertex of that program leaves between choices, at most (groups + 1):
+        those have their smallest choice.
     """
     option_uk = np.stack([relaxed.index_u for relaxed in active], axis=1)
     for column, relaxed in enumerate(active):
@@ -112,17 +175,17 @@ def _round_mixture(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float
     differs = np.flatnonzero((option_uk != option_uk[:, :1]).any(axis=1))
     base_u = option_uk.min(axis=1)
     if not len(differs):
-        return _spend(cost_gub, size_ub, capacity, offset_g, base_u)
+        return base_u, differs
     pairs = sorted({(int(u), int(i)) for u in differs for i in option_uk[u]})
     unit_p = np.array([u for u, _ in pairs])
     index_p = np.array([i for _, i in pairs])
     share_p = _mixture_program(cost_gub, size_ub, capacity, offset_g, base_u, unit_p, index_p)
     if share_p is None:
-        return _spend(cost_gub, size_ub, capacity, offset_g, base_u)
+        return base_u, differs
     whole_u = base_u.copy()
     whole = share_p > 1 - 1e-7
     whole_u[unit_p[whole]] = index_p[whole]
-    return _spend(cost_gub, size_ub, capacity, offset_g, whole_u)
+    return whole_u, np.setdiff1d(differs, unit_p[whole])
 
 
 def _mixture_program(
@@ -189,6 +252,8 @@ def _solve_minimax_exactly(
     offset_g: Float,
     lower_bound: float,
     upper: float,
+    *,
+    max_nodes: int,
 ) -> tuple[Int, float] | None:
     """HiGHS on the whole problem, for few units; returns the allocation and the bound that it proved.
 
@@ -219,7 +284,7 @@ def _solve_minimax_exactly(
             LinearConstraint(size, -np.inf, capacity),
             LinearConstraint(one, 1, 1),
         ],
-        options={"mip_rel_gap": 0.0, "node_limit": MAX_NODES},
+        options={"mip_rel_gap": 0.0, "node_limit": max_nodes},
     )
     if solved.x is None:
         return None

@@ -212,7 +212,8 @@ def _levels(
     level_un = round_to_levels(weight_un, step_u[:, None], *limits_of(bits_u))
     if not bool(torch.isfinite(weight_un).all() & torch.isfinite(step_u).all()):
         raise ValueError(f"{name!r}: weights and steps must be finite")
-    if given is not None and not torch.equal(level_un * step_u[:, None], weight_un):
+    # What is read back has the tensor's own type.
+    if given is not None and not torch.equal((level_un * step_u[:, None]).to(tensor.dtype).float(), weight_un):
         raise ValueError(f"{name!r}: weights do not lie on the grid of the steps given")
     return level_un, step_u
 

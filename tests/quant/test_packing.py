@@ -101,6 +101,15 @@ def test_steps_of_a_quantiser_are_kept_exactly() -> None:
     assert found.steps["w"].tolist() == step.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_steps_of_a_quantiser_fit_weights_that_were_rounded_to_a_shorter_type(dtype: torch.dtype) -> None:
+    level = torch.tensor([[1.0, -3.0, 2.0], [7.0, -5.0, 3.0]])
+    step = np.array([0.1, 0.37], dtype=np.float32)
+    weight = (level * torch.from_numpy(step)[:, None]).to(dtype)
+    found = unpack_weights(pack_weights({"w": weight}, {"w": np.array([3, 4])}, steps={"w": step}))
+    assert same_bits(found["w"], weight)
+
+
 def test_one_width_for_a_whole_tensor_has_one_step() -> None:
     weight = torch.tensor([[3.0, -1.0], [0.0, 2.0]]) * 0.25
     found = unpack_weights(

@@ -10,6 +10,7 @@ import pandas as pd
 
 from analysis.columns import (
     BITS,
+    BYTES,
     GROUP_ACCURACY,
     GROUP_COUNT,
     PANEL,
@@ -30,7 +31,7 @@ from analysis.pareto import leaders, more_runs_sentence, select_cells, under_bud
 from analysis.rules import Choice, rules_record
 from analysis.stats import MIN_SEEDS, share_interval
 from analysis.tables import markdown_safe
-from fqsweep.names import metric_of
+from fqsweep.names import budget_label, budget_order, metric_of
 
 HEADLINE_LOSS_FRAC = 0.02  # the headline's budget: the smallest that costs at most this much validation
 
@@ -69,6 +70,8 @@ class Recommendation:
 def headlines(points: pd.DataFrame, comparisons: pd.DataFrame, *, metric: str) -> list[Answer]:
     """One answer a panel, for the smallest budget that costs little against the best validation value.
 
+    Where budgets are in bytes the file tells which is smaller, and those with several variants go first.
+
     Args:
         points: ``pareto.aggregate``.
         comparisons: ``stats.compare_variants`` on test data.
@@ -83,10 +86,11 @@ def headlines(points: pd.DataFrame, comparisons: pd.DataFrame, *, metric: str) -
 
 
 def _headline(part: pd.DataFrame, lead: pd.DataFrame, *, metric: str) -> tuple[pd.Series, str]:
-    """The leader of the first (smallest) budget that costs little, and a sentence where every budget costs more.
+    """The leader of the first budget that costs little, and a sentence where every budget costs more.
 
     Little is ``HEADLINE_LOSS_FRAC`` of the best validation value, fp32 included; where none does, the best is shown.
     """
+    lead = _in_headline_order(part, lead)
     value = lead[metric] if is_maximized(metric) else -lead[metric]
     best = (part[metric] if is_maximized(metric) else -part[metric]).max()
     near = (value >= best - HEADLINE_LOSS_FRAC).to_numpy()
@@ -94,6 +98,19 @@ def _headline(part: pd.DataFrame, lead: pd.DataFrame, *, metric: str) -> tuple[p
         return lead.iloc[int(near.argmax())], ""
     far = f"No budget comes within {100 * HEADLINE_LOSS_FRAC:g} points of the best {metric}"
     return lead.iloc[int(value.to_numpy().argmax())], f"{far}: the one that comes nearest is shown."
+
+
+def _in_headline_order(part: pd.DataFrame, lead: pd.DataFrame) -> pd.DataFrame:
+    """The leaders by their budgets, the smallest first.
+
+    Bits and bytes have no common scale: where a budget is in bytes, the size of the leaders' files decides, and
+    budgets at which one variant alone was run (a width of ``uniform``) come last.
+    """
+    if lead["budget_bytes"].isna().all():
+        return lead
+    num_variants = part.loc[~is_full_precision(part), "budget"].value_counts()
+    order = lead.assign(_alone=lead["budget"].map(num_variants) == 1).sort_values(["_alone", BYTES])
+    return order.drop(columns="_alone")
 
 
 def _answer(
@@ -242,9 +259,10 @@ def _recommendation(
     panel: tuple[str, ...], budget: str, best: pd.Series, num: int, *, metric: str
 ) -> Recommendation:
     word = "highest" if is_maximized(metric) else "lowest"
+    key = on_test(metric)
     reason = (
         f"{word} {metric} ({best[metric]:.4f}) of the {num} chosen runs of {panel_title(panel)} with at most "
-        f"{budget_phrase(budget)}; it has {best[BITS]:.3f} and {on_test(metric)} {best[on_test(metric)]:.4f}"
+        f"{budget_phrase(budget)}; it has {_true_size(best, budget)} and {key} {best[key]:.4f}"
     )
     place = dict(zip(PANEL, panel, strict=True))
     return Recommendation(
@@ -257,6 +275,13 @@ def _recommendation(
         value=float(best[metric]),
         reason=reason,
     )
+
+
+def _true_size(run: pd.Series, budget: str) -> str:
+    """``0.250 bits per weight``, after the size of the file where the budget is one in bytes."""
+    kind, _ = budget_order(budget)
+    on_disk = f"{budget_phrase(budget_label(math.nan, run[BYTES]))}, " if kind == 2 else ""
+    return f"{on_disk}{run[BITS]:.3f} bits per weight"
 
 
 def recommended_record(

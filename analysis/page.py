@@ -83,6 +83,7 @@ def report_html(findings: Findings, *, front_png: bytes) -> str:
         findings,
         views=[_panel_view(i, panel, part, findings) for i, (panel, part) in enumerate(panels(points))],
         leads=lead_counts(points, metric=findings.metric),
+        has_bytes=bool(points["budget_bytes"].notna().any()),
         png=base64.b64encode(front_png).decode(),
         chosen=[_chosen_row(row, findings.metric) for _, row in cells.head(MAX_ROWS).iterrows()],
         comparisons=findings.comparisons.head(MAX_ROWS).to_dict("records"),

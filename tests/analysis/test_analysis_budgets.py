@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs_table import run_row, runs_of
 
+from analysis.answers import recommend
 from analysis.columns import budgets, is_full_precision, with_budget
 from analysis.pareto import aggregate, leaders, select_cells, under_budget
 from analysis.report import find, summary_text, write_report
@@ -69,7 +70,40 @@ def test_tables_answers_and_the_page_name_both_kinds(tmp_path):
     assert "1.5 MB" in as_text(findings.points)
     assert "At 2 bits per weight, baq serves the worst group best" in text
     assert "below full precision" in text
-    assert "1.5 MB" in write_report(findings, tmp_path)[0].read_text()
+    page = write_report(findings, tmp_path)[0].read_text()
+    assert "1.5 MB" in page
+    assert "Where budgets are in bytes, the smallest is the one with the smallest file" in page
+
+
+WIDE = run_row("uniform-8", 8, 0, 0.90, method="uniform", **{"size/packed_bytes": 10.8e6})
+PAIR = (run_row("static", 2, 0, 0.89, **{"size/packed_bytes": 2.9e6}), run_row("baq", 2, 0, 0.88))
+PAIR_BYTES = (bytes_row("static", 1_500_000, 0, 0.89), bytes_row("baq", 1_500_000, 0, 0.88))
+ALONE_BYTES = bytes_row("baq", 900_000, 0, 0.89)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ((WIDE, *PAIR_BYTES), "At 1.5 MB on disk, static serves the worst group best"),
+        ((WIDE, *PAIR, *PAIR_BYTES), "At 1.5 MB on disk, static serves the worst group best"),
+        ((WIDE, *PAIR, ALONE_BYTES), "At 2 bits per weight, static serves the worst group best"),
+        ((WIDE, ALONE_BYTES), "At 900 kB on disk, only baq was run"),
+        ((WIDE, *PAIR), "At 2 bits per weight, static serves the worst group best"),
+        ((WIDE,), "At 8 bits per weight, only uniform-8 was run"),
+    ],
+)
+def test_beside_budgets_in_bytes_the_headline_takes_the_smallest_file_that_has_a_choice(rows, said):
+    findings = find(runs_of(run_row("fp32", NAN, 0, 0.90, method="fp32"), *rows), sweep="s", metric=METRIC)
+    (answer,) = findings.answers
+    assert answer.sentence.startswith(f"{said}: ")
+
+
+def test_a_recommended_run_is_said_with_the_units_of_its_bits_and_its_file():
+    reasons = {r.budget: r.reason for r in recommend(select_cells(both_kinds(), metric=METRIC), metric=METRIC)}
+    assert (
+        "with at most 2 bits per weight; it has 2.000 bits per weight and test/acc_worst 0.8100" in reasons["2"]
+    )
+    assert "it has 1.49999 MB on disk, 1.900 bits per weight and test/acc_worst 0.6900" in reasons["1.5 MB"]
 
 
 def test_records_from_before_budgets_in_bytes_mean_the_same():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from analysis.columns import check_selection_metric
+from analysis.columns import check_selection_metric, listing
 from analysis.load import join_sweeps, load_csv, load_runs, load_selection
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_OK, InputError
 from fqsweep.files import write_bytes
@@ -28,7 +30,8 @@ def source_parser(module: str, description: str) -> argparse.ArgumentParser:
         "--csv",
         type=Path,
         action="append",
-        help="read the runs from this CSV instead of MLflow; again for more",
+        help="read the runs from this CSV instead of MLflow; again for more (files of one name are called by their "
+        "folders)",
     )
     return parser
 
@@ -42,10 +45,14 @@ def add_metric(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_source(arguments: argparse.Namespace) -> pd.DataFrame:
+def read_source(arguments: argparse.Namespace, *, shows_notes: bool = False) -> pd.DataFrame:
     """The runs that the options name; a ``metric`` that was not given becomes the one that their sweeps choose by.
 
     Where the options have a metric, ``chosen_by`` becomes the line that names it, with what is not certain about it.
+    What was left out of the runs or looks odd is printed to stderr: stdout may be read by a program.
+
+    Args:
+        shows_notes: the script shows the notes itself, so that they are not printed here.
 
     Raises:
         InputError: the options are incomplete, or the runs cannot be read.
@@ -53,6 +60,9 @@ def read_source(arguments: argparse.Namespace) -> pd.DataFrame:
     if getattr(arguments, "metric", None) is not None:
         check_selection_metric(arguments.metric)
     runs = _runs_of(arguments)
+    if not shows_notes:
+        for note in runs.attrs.get("notes", []):
+            print(f"Note: {note}", file=sys.stderr)
     if "metric" in arguments:
         unsure = [] if arguments.metric else _settle_metric(arguments, runs)
         arguments.chosen_by = "\n".join(
@@ -75,7 +85,8 @@ def _settle_metric(arguments: argparse.Namespace, runs: pd.DataFrame) -> list[st
 
 def _runs_of(arguments: argparse.Namespace) -> pd.DataFrame:
     if arguments.csv:
-        return join_sweeps({path.stem: load_csv(path) for path in arguments.csv})
+        names = _names_of(arguments.csv)
+        return join_sweeps({name: load_csv(path) for name, path in zip(names, arguments.csv, strict=True)})
     if not arguments.tracking_uri or not arguments.sweep:
         raise InputError("Give --tracking-uri and --sweep, or --csv.")
     if arguments.parent and len(arguments.sweep) > 1:
@@ -85,9 +96,30 @@ def _runs_of(arguments: argparse.Namespace) -> pd.DataFrame:
     )
 
 
+def _names_of(files: Sequence[Path]) -> list[str]:
+    """What the sweeps in CSV files are called: by the files' stems, or by their folders where stems are the same.
+
+    Raises:
+        InputError: two files would still be called the same.
+    """
+    num_called = Counter(path.stem for path in files)
+    folders = [Path(os.path.abspath(path)).parent.name for path in files]
+    names = [
+        path.stem if num_called[path.stem] == 1 else folder for path, folder in zip(files, folders, strict=True)
+    ]
+    name, num = Counter(names).most_common(1)[0]
+    if num > 1:
+        alike = [repr(str(path)) for path, called in zip(files, names, strict=True) if called == name]
+        raise InputError(
+            f"Each CSV must have a name of its own, or lie in a folder with one, but {listing(alike)} are called "
+            f"{name!r}: rename a file or a folder, or give each file once."
+        )
+    return names
+
+
 def title_of(arguments: argparse.Namespace) -> str:
     """What the pages are called: the sweeps' names, else those of the files."""
-    return ", ".join(arguments.sweep or [path.stem for path in arguments.csv])
+    return ", ".join(arguments.sweep or _names_of(arguments.csv))
 
 
 def write_text(path: Path, text: str) -> None:

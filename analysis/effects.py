@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def act(arguments: Any) -> None:
         runs = cli.read_source(arguments)
+        print(arguments.chosen_by, end="\n\n")
         metrics = tuple(dict.fromkeys((arguments.metric, "val/acc_overall", "val/acc_gap")))
         found = weight_effects(runs, metrics=metrics)
         print(found.to_string(index=False, float_format="{:+.2f}".format) if len(found) else NOTHING_SEARCHED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def act(arguments: Any) -> None:
         cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
+        print(arguments.chosen_by, file=sys.stderr)
         figure = front_figure(mark_front(aggregate(cells), metric=arguments.metric), metric=arguments.metric)
         for kind in FORMATS:
             write_bytes(arguments.out / f"front.{kind}", figure_bytes(figure, kind))

@@ -485,7 +485,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="CSV file to write, readable with --csv")
 
     def act(arguments: Any) -> None:
-        frame = cli.read_source(arguments)
+        frame = cli.read_source(arguments, shows_notes=True)
         for note in frame.attrs["notes"]:
             print(f"Note: {note}")
         if arguments.out:

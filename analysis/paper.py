@@ -5,6 +5,7 @@ python -m analysis.paper --tracking-uri sqlite:////data/out/mlflow.db --sweep pa
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     def act(arguments: Any) -> None:
         runs = cli.read_source(arguments)
         metric = arguments.metric
+        print(arguments.chosen_by, file=sys.stderr)
         points = mark_front(aggregate(select_cells(runs, metric=metric)), metric=metric)
         figure = front_figure(points, metric=metric)
         files = {f"figure.{kind}": figure_bytes(figure, kind) for kind in FORMATS}

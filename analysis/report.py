@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     def act(arguments: Any) -> None:
-        runs = cli.read_source(arguments)
+        runs = cli.read_source(arguments, shows_notes=True)
         findings = find(runs, sweep=cli.title_of(arguments), metric=arguments.metric)
         if arguments.tracking_uri and not arguments.csv:
             findings = add_layers(findings, arguments.tracking_uri)

@@ -211,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def act(arguments: Any) -> None:
         cells = select_cells(cli.read_source(arguments), metric=arguments.metric)
+        print(arguments.chosen_by, end="\n\n")
         print(rules_text(choose_by_rules(cells, metric=arguments.metric, max_bytes=arguments.max_bytes)))
 
     return cli.run(parser, act, argv)

@@ -19,6 +19,7 @@ from analysis import (
     against,
     answers,
     effects,
+    figures,
     fronts,
     load,
     paper,
@@ -83,6 +84,23 @@ def test_two_sweeps_are_compared_under_their_own_names(tmp_path):
     arguments = [part for path in files for part in ("--csv", str(path))]
     assert report.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert "baq (new) serves the worst group best" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_files_of_one_name_are_called_by_their_folders(tmp_path, capsys):
+    for place, value in (("a/runs", 0.7), ("b/runs", 0.8), ("other", 0.6), ("b/a/runs", 0.5)):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        runs_of(run_row("baq", 1, 0, value)).to_csv(tmp_path / f"{place}.csv", index=False)
+    files = [
+        part for place in ("a/runs", "b/runs", "other") for part in ("--csv", str(tmp_path / f"{place}.csv"))
+    ]
+    assert tables.main([*files, "--format", "csv"]) == 0
+    printed = capsys.readouterr().out
+    assert [f"baq ({name})" in printed for name in ("a", "b", "other", "runs")] == [True, True, True, False]
+    assert report.main([*files, "--out", str(tmp_path / "out")]) == 0
+    assert "Report of a, b, other" in (tmp_path / "out" / "report.html").read_text()
+    capsys.readouterr()
+    assert tables.main([*files[:2], "--csv", str(tmp_path / "b/a/runs.csv")]) == 2
+    assert "b/a/runs.csv' are called 'a': rename a file or a folder" in capsys.readouterr().err
 
 
 def two_sweeps(full: tuple[float, float], **columns: tuple[str, str]) -> dict[str, pd.DataFrame]:
@@ -298,7 +316,7 @@ def test_sweeps_that_chose_differently_are_compared_by_the_default_with_a_note(o
     assert said in (tmp_path / "out" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("module", [against, answers, fronts, pareto, ranks, stats, tables])
+@pytest.mark.parametrize("module", [against, answers, effects, fronts, pareto, ranks, rules, stats, tables])
 def test_what_chose_is_printed(module, small_csv, capsys):
     assert module.main(["--csv", str(small_csv)]) == 0
     assert capsys.readouterr().out.startswith(
@@ -306,6 +324,31 @@ def test_what_chose_is_printed(module, small_csv, capsys):
     )
     assert module.main(["--csv", str(small_csv), "--metric", "val/acc_avg"]) == 0
     assert capsys.readouterr().out.startswith("Chosen by val/acc_avg.\n\n")
+
+
+@pytest.mark.parametrize("module", [figures, paper])
+def test_scripts_that_print_paths_say_beside_them_what_chose(module, small_csv, tmp_path, capsys):
+    assert module.main(["--csv", str(small_csv), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "Chosen by val/acc_worst.\nNote: A CSV does not tell what its search chose by" in printed.err
+    assert all(Path(line).is_file() for line in printed.out.splitlines())
+
+
+@pytest.mark.parametrize("module", [answers, tables, rules])
+def test_what_was_left_out_is_said_on_stderr(module, store, capsys):
+    source = ["--tracking-uri", store.uri, "--sweep", "small"]
+    assert module.main(source) == 0
+    printed = capsys.readouterr()
+    for said in ("Note: 2 sweeps are called 'small'", "Note: Left out: 1 failed of", "left out: 2 of"):
+        assert said in printed.err
+        assert said not in printed.out
+
+
+def test_scripts_that_show_notes_themselves_say_them_once(store, capsys):
+    assert load.main(["--tracking-uri", store.uri, "--sweep", "small"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("2 sweeps are called 'small'") == 1
+    assert not printed.err
 
 
 def test_a_table_for_programs_is_nothing_but_the_table(small_csv, capsys):

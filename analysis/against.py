@@ -27,6 +27,7 @@ from analysis.columns import (
     on_test,
     panel_title,
     panels,
+    percent,
 )
 from analysis.stats import MIN_SEEDS, PairedTest, paired_test
 from analysis.tables import markdown_safe
@@ -50,8 +51,9 @@ def against_reference(
         same_budget: compare with the reference at the point's own budget, and leave out points at other budgets.
 
     Returns:
-        One row a point: panel, ``variant, budget``, mean ``bits`` and ``bytes``, ``value`` and ``reference`` (means),
-        ``reference_budget, times_smaller, num_pairs, difference, low, high, p_value, verdict``.
+        One row a point: panel, ``variant, budget``, mean ``bits`` and ``bytes``, ``value`` and ``reference`` (means
+        over the seeds that both have), ``reference_budget, times_smaller, num_pairs, difference, low, high, p_value,
+        verdict``.
 
     Raises:
         InputError: no run has the reference variant, or none has its budget.
@@ -69,7 +71,8 @@ def against_reference(
             if (by_seed.empty and same_budget) or (variant, budget) == (reference, against):
                 continue
             value = point.set_index("seed")[metric]
-            result = paired_test((value - by_seed[metric]).dropna())
+            difference = (value - by_seed[metric]).dropna()
+            result = paired_test(difference)
             rows.append(
                 {
                     **dict(zip(PANEL, panel, strict=True)),
@@ -77,8 +80,8 @@ def against_reference(
                     "budget": budget,
                     "bits": point[BITS].mean(),
                     "bytes": point[BYTES].mean(),
-                    "value": value.mean(),
-                    "reference": by_seed[metric].mean(),
+                    "value": value[difference.index].mean(),
+                    "reference": by_seed.loc[difference.index, metric].mean(),
                     "reference_budget": against,
                     "times_smaller": by_seed[BYTES].mean() / point[BYTES].mean(),
                     "num_pairs": result.num_pairs,
@@ -133,18 +136,20 @@ def as_markdown(compared: dict[str, pd.DataFrame], *, reference: str, margin_poi
     first, *others = compared.values()
     keys = [*PANEL, "variant", "budget"]
     parts = [
-        f"Test data, means over seeds in %; differences from {markdown_safe(reference)} in points, paired by seed, "
-        f"with their 95 % interval. As good: the interval lies above -{margin_points:g} point and holds 0."
+        f"Test data in %, means over the seeds that a point shares with {markdown_safe(reference)}; differences from "
+        "it in points, paired by seed, with their 95 % interval. "
+        f"{_as_good_sentence(list(compared), margin_points=margin_points)}"
     ]
     for panel, part in panels(first):
         budgets = set(part["reference_budget"]) - {NO_VALUE}
         against = f"{reference} at {budgets.pop()}" if len(budgets) == 1 else reference
         lines = [f"### {markdown_safe(panel_title(panel))}", ""]
-        heads = ["variant", "bits", "times smaller"]
-        heads += [head for key in compared for head in (key, f"difference ({against})", "verdict")]
+        heads = ["variant", "budget", "bits", "times smaller"]
+        heads += [head for key in compared for head in (key, f"difference ({against})", "seeds", "verdict")]
         lines += [f"| {' | '.join(heads)} |", "|:--" + "|--:" * (len(heads) - 1) + "|"]
         for _, row in part.iterrows():
-            texts = [str(row["variant"]), f"{row['bits']:.2f}", f"{row['times_smaller']:.1f}", *_texts(row)]
+            texts = [str(row["variant"]), str(row["budget"])]
+            texts += [f"{row['bits']:.2f}", f"{row['times_smaller']:.1f}", *_texts(row)]
             for other in others:
                 match = (other[keys] == row[keys]).all(axis=1)
                 texts += _texts(other[match].iloc[0])
@@ -153,8 +158,19 @@ def as_markdown(compared: dict[str, pd.DataFrame], *, reference: str, margin_poi
     return "\n\n".join(parts) + "\n"
 
 
+def _as_good_sentence(keys: list[str], *, margin_points: float) -> str:
+    """What ``as good`` means for these metrics: the margin lies on the side that is worse."""
+    less = [key for key in keys if not is_maximized(key)]
+    side, other = f"above -{margin_points:g} point", f"below +{margin_points:g} point"
+    if less and len(less) == len(keys):
+        side = f"{other} (less is better)"
+    elif less:
+        side = f"{side}, where less is better ({', '.join(less)}) {other},"
+    return f"As good: the interval lies {side} and holds 0."
+
+
 def _texts(row: pd.Series) -> list[str]:
-    return [f"{100 * row['value']:.1f}", _difference_text(row), row["verdict"]]
+    return [percent(row["value"]), _difference_text(row), str(row["num_pairs"]), row["verdict"]]
 
 
 def _difference_text(row: pd.Series) -> str:

@@ -23,6 +23,7 @@ from analysis.columns import (
 from fqsweep.names import metric_of
 
 MAX_WIDTH = 110
+PLUS_MINUS = "half of the 95 % t interval over seeds"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ COLUMNS: tuple[Column, ...] = (
         heading="worst %",
         right=True,
         text=_with_interval("test/acc_worst"),
-        meaning=f"{metric_of('test/acc_worst').meaning}; ± half of the 95 % t interval over seeds",
+        meaning=f"{metric_of('test/acc_worst').meaning}; ± {PLUS_MINUS}",
     ),
     _share("test/acc_avg", "average %"),
     _share("test/acc_gap", "gap %"),
@@ -102,6 +103,15 @@ def cell_texts(points: pd.DataFrame, columns: tuple[Column, ...]) -> list[list[s
     return [[column.text(row) for column in columns] for _, row in points.iterrows()]
 
 
+def _has_intervals(points: pd.DataFrame) -> bool:
+    """Whether any row has a ±: one seed has none."""
+    return bool(points["test/acc_worst:high"].notna().any())
+
+
+def _legend(points: pd.DataFrame) -> list[str]:
+    return [f"± is {PLUS_MINUS}."] if _has_intervals(points) else []
+
+
 def as_text(points: pd.DataFrame) -> str:
     """Aligned lines of at most ``MAX_WIDTH`` characters; long variant names are cut."""
     parts, columns = [], columns_of(points)
@@ -112,7 +122,7 @@ def as_text(points: pd.DataFrame) -> str:
         lines = ["  ".join(_aligned(row, widths, columns)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
         parts.append("\n".join([f"{panel_title(panel)} (test data)"[:MAX_WIDTH], *lines]))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts + _legend(points))
 
 
 def _aligned(row: list[str], widths: list[int], columns: tuple[Column, ...]) -> list[str]:
@@ -132,7 +142,7 @@ def as_markdown(points: pd.DataFrame) -> str:
         rows = [[c.heading for c in columns], *cell_texts(part, columns)]
         lines = ["| " + " | ".join(map(markdown_safe, row)) + " |" for row in rows]
         parts.append("\n".join([f"### {markdown_safe(panel_title(panel))}", "", lines[0], rule, *lines[1:]]))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts + _legend(points)) + "\n"
 
 
 def markdown_safe(text: str) -> str:
@@ -170,7 +180,8 @@ def as_latex(points: pd.DataFrame) -> str:
         rows = [[c.heading for c in columns], *cell_texts(part, columns)]
         lines = [" & ".join(map(latex_safe, row)) + r" \\" for row in rows]
         body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-        caption = rf"\caption{{{latex_safe(panel_title(panel))}; test data.}}"
+        legend = f"; ± {PLUS_MINUS}" if _has_intervals(part) else ""
+        caption = rf"\caption{{{latex_safe(f'{panel_title(panel)}; test data{legend}.')}}}"
         table = [r"\begin{table}", r"\centering", caption, rf"\begin{{tabular}}{{{spec}}}", *body]
         parts.append("\n".join([*table, r"\end{tabular}", r"\end{table}"]))
     return "\n\n".join(parts) + "\n"

@@ -62,6 +62,37 @@ def test_an_ablation_compares_within_each_budget() -> None:
         against_reference(select_cells(runs_of(*alone), metric="val/acc_worst"), **options)
 
 
+def test_the_value_is_that_of_the_seeds_whose_difference_is_shown() -> None:
+    rows = [run_row("fp32", np.nan, s, FULL[s], method="fp32") for s in (0, 1)]
+    rows += [run_row("static", 1, s, 0.5 if s > 1 else FULL[s]) for s in SEEDS]
+    rows += [run_row("baq", 1, 4, 0.5)]
+    runs = select_cells(runs_of(*rows), metric="val/acc_worst")
+    found = against_reference(runs, metric=METRIC, reference="fp32", margin_frac=0.01)
+    row = found.set_index("variant").loc["static"]
+    assert row["value"] == row["reference"] == pytest.approx(0.80)
+    page = against.as_markdown({METRIC: found}, reference="fp32", margin_points=1)
+    assert "| static | 1 | 1.00 | nan | 80.0 | +0.00 (no difference in 2 seeds) | 2 | cannot be told |" in page
+    assert "| baq | 1 | 1.00 | nan | – | – | 0 | cannot be told |" in page
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["acc_worst", "auc_worst"], "lies above -1 point and holds 0."),
+        (["eodd"], "lies below +1 point (less is better) and holds 0."),
+        (
+            ["acc_worst", "eodd"],
+            "lies above -1 point, where less is better (eodd) below +1 point, and holds 0.",
+        ),
+    ],
+)
+def test_what_as_good_means_is_said_for_the_direction_of_the_metric(keys: list[str], said: str) -> None:
+    options = {"reference": "fp32", "margin_frac": 0.01}
+    compared = {key: against_reference(cells(), metric=f"test/{key}", **options) for key in keys}
+    page = against.as_markdown(compared, reference="fp32", margin_points=1)
+    assert page.split("As good: the interval ")[1].startswith(f"{said}\n")
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
@@ -100,7 +131,7 @@ def test_points_that_agree_in_every_seed_are_as_good(differences: list[float], s
     found = against_reference(select_cells(runs_of(*rows), metric="val/acc_worst"), **options)
     assert found["verdict"].tolist() == [said]
     page = against.as_markdown({METRIC: found}, reference="fp32", margin_points=1)
-    assert f"| {shown} | {said} |" in page
+    assert f"| {shown} | {len(differences)} | {said} |" in page
 
 
 def test_the_page_has_each_metric_beside_each_point(small_csv, capsys) -> None:
@@ -108,7 +139,8 @@ def test_the_page_has_each_metric_beside_each_point(small_csv, capsys) -> None:
     assert against.main(options) == 0
     page = capsys.readouterr().out
     assert (
-        "| acc_worst | difference (static at 2) | verdict | eodd | difference (static at 2) | verdict |" in page
+        "| variant | budget | bits | times smaller | acc_worst | difference (static at 2) | seeds | verdict "
+        "| eodd | difference (static at 2) | seeds | verdict |" in page
     )
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len({line.replace(r"\|", "").count("|") for line in rows}) == 1

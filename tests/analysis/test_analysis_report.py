@@ -12,7 +12,7 @@ import pytest
 from runs_table import run_row, runs_of
 from synthetic_store import SCRIPT_NAME
 
-from analysis import answers, figures, load, pareto, report, stats, tables
+from analysis import answers, figures, load, paper, pareto, report, stats, tables
 from analysis.report import find, summary_text, write_report
 from analysis.style import heat_color, looks
 from analysis.tables import MAX_WIDTH, as_csv, as_latex, as_markdown, as_text
@@ -241,6 +241,18 @@ def test_tables_agree_in_every_format(small):
     assert len(as_csv(points).splitlines()) == len(points) + 1
     assert as_latex(points).count(r"\\") == len(points) + 1
     assert r"\_" in as_latex(points.assign(variant="a_b"))
+
+
+def test_what_plus_minus_means_is_said_where_it_is_shown():
+    points = find(five_seeds(), sweep="s", metric=METRIC).points
+    for table in (as_text(points), as_markdown(points)):
+        assert table.rstrip().endswith("\n\n± is half of the 95 % t interval over seeds.")
+    said = r"resnet18; test data; $\pm$ half of the 95 \% t interval over seeds.}"
+    assert said in as_latex(points)
+    assert "± one standard deviation" in paper.as_markdown(points, metric=METRIC)
+    one_seed = points.assign(**{"test/acc_worst:low": NAN, "test/acc_worst:high": NAN})
+    assert "±" not in as_text(one_seed) + as_markdown(one_seed)
+    assert "resnet18; test data.}" in as_latex(one_seed)
 
 
 def test_the_same_figure_gives_the_same_file(small):

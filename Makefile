@@ -10,8 +10,9 @@ OUT ?= out/demo
 sweep: $(READY)
 	$(BIN)/fqsweep run search_spaces/demo.yaml --out $(OUT)
 
+# Three processes on two cores: the long tests of sweeps wait for half of their time.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,27 +50,32 @@ class Checked:
     warnings: list[str] = field(default_factory=list)
 
 
-def check_in_own_process(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Checked:
-    """``check_inputs`` and the networks' costs, without torch in this process.
+def begin_checks(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Callable[[], Checked]:
+    """Begin ``check_inputs`` and the networks' costs in a process of their own, without torch in this one.
 
-    Raises:
-        InputError: bad input; nothing was started.
+    Returns:
+        what waits for them and gives what they found. It raises ``InputError`` on bad input: nothing was started.
     """
     given = [str(space_file), str(paths.out), *([str(data_dir)] if data_dir else [])]
-    ended = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "fqsweep.checks", *given],
         env={**os.environ, "PYTHONPATH": python_path()},
         text=True,
-        capture_output=True,
-        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    if ended.returncode == EXIT_BAD_INPUT:
-        raise InputError(ended.stderr.strip())
-    if ended.returncode == EXIT_NO_SPACE:
-        raise no_space(paths.out)
-    if ended.returncode != EXIT_OK:
-        raise RuntimeError(f"the checks of {space_file} ended with {ended.returncode}:\n{ended.stderr}")
-    return Checked(**json.loads(ended.stdout.splitlines()[-1]))
+
+    def found() -> Checked:
+        output, complaints = process.communicate()
+        if process.returncode == EXIT_BAD_INPUT:
+            raise InputError(complaints.strip())
+        if process.returncode == EXIT_NO_SPACE:
+            raise no_space(paths.out)
+        if process.returncode != EXIT_OK:
+            raise RuntimeError(f"the checks of {space_file} ended with {process.returncode}:\n{complaints}")
+        return Checked(**json.loads(output.splitlines()[-1]))
+
+    return found
 
 
 def check_inputs(

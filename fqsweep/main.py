@@ -221,11 +221,14 @@ def _port(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fqsweep.sweep import SweepOptions, run_sweep
+    from fqsweep.checks import begin_checks
 
     file = find_space(options.space)
     space = load_space(file)
     out = options.out or Path("out") / space.name
+    checks = begin_checks(file, SweepPaths(out.resolve()), options.data_dir)
+    from fqsweep.sweep import SweepOptions, run_sweep  # takes seconds, while the checks run
+
     try:
         summary = run_sweep(
             SweepOptions(
@@ -235,6 +238,7 @@ def _run(options: argparse.Namespace) -> int:
                 tracking_uri=options.tracking_uri,
                 address=options.address,
                 max_concurrent=options.max_concurrent,
+                checks=checks,
                 command=(*shlex.split(_own_command()), *_own_arguments()),
             )
         )

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +38,7 @@ from ray.tune.search import Searcher
 from fqsweep import __version__
 from fqsweep.actor import TaskActor
 from fqsweep.cells import expand_cells
-from fqsweep.checks import check_in_own_process
+from fqsweep.checks import Checked, begin_checks
 from fqsweep.config import SearchSpace, content_hash
 from fqsweep.control import is_asked_to_stop, only_driver, write_plan
 from fqsweep.driver import SweepDriver, adopt_finished, shared_seconds
@@ -72,6 +72,7 @@ class SweepOptions:
 
     Attributes:
         command: the words that start it again, for messages.
+        checks: what waits for checks that have begun already; they begin with the sweep else.
         work: the module whose ``perform`` does a task; tests and benchmarks of the engine have cheaper work.
     """
 
@@ -82,6 +83,7 @@ class SweepOptions:
     address: str | None = None
     max_concurrent: int | None = None
     command: tuple[str, ...] = ()
+    checks: Callable[[], Checked] | None = None
     work: str = "fqsweep.work"
 
 
@@ -170,7 +172,7 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
 def _run(options: SweepOptions) -> SweepSummary:
     space = load_space(options.space_file)
     paths = SweepPaths(options.out.resolve())
-    checked = check_in_own_process(options.space_file, paths, options.data_dir)
+    checked = (options.checks or begin_checks(options.space_file, paths, options.data_dir))()
     for line in checked.warnings:
         print(line, flush=True)
     with only_driver(paths, options.command):

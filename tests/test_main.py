@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +67,14 @@ def photos(tmp_path: Path) -> Path:
 def checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks in this process, which has loaded torch already; the other tests start one for them."""
 
-    def check(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Checked:
-        facts, warnings = check_inputs(load_space(space_file), paths, data_dir)
-        return Checked(facts=facts, macs={}, warnings=warnings)
+    def begin(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Callable[[], Checked]:
+        def check() -> Checked:
+            facts, warnings = check_inputs(load_space(space_file), paths, data_dir)
+            return Checked(facts=facts, macs={}, warnings=warnings)
 
-    monkeypatch.setattr("fqsweep.sweep.check_in_own_process", check)
+        return check
+
+    monkeypatch.setattr("fqsweep.checks.begin_checks", begin)
 
 
 def run(folder: Path, *more: str) -> int:

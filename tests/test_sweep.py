@@ -147,7 +147,7 @@ def test_a_killed_worker_and_a_killed_driver_cost_nothing_but_time_and_a_dead_cl
 def test_cells_that_fail_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     text = TINY.replace("calibration_images: 30", "calibration_images: 30, finetune_learning_rate: 1.0e+30")
     space, out = write_tiny(tmp_path, text=text), tmp_path / "out"
-    code, output = finish(start(space, out))
+    code, output = finish(start(space, out, "--max-concurrent", "1"))
     assert code == 1, output
     assert "2 of 6 cells done, 4 failed" in output
     assert "loss is" in output or "output is not finite" in output
@@ -159,7 +159,7 @@ def test_cells_that_fail_are_named_and_the_others_go_on(tmp_path: Path) -> None:
 
 def test_ctrl_c_saves_what_trains_and_says_how_to_go_on_and_it_goes_on_from_there(tmp_path: Path) -> None:
     space, out = write_tiny(tmp_path, epochs=400), tmp_path / "out"
-    process = start(space, out)
+    process = start(space, out, "--max-concurrent", "1")
 
     def logs_with(text: str) -> list[Path]:
         return [log for log in (out / "logs").glob("*.log") if text in log.read_text()]
@@ -170,13 +170,13 @@ def test_ctrl_c_saves_what_trains_and_says_how_to_go_on_and_it_goes_on_from_ther
     code, output = finish(process, timeout_s=60)
     assert code == 130, output
     assert "stopping: what ends an epoch within 8 s is saved" in output
-    assert f"main.py run {space} --out {out}" in output.split("To go on: ")[1]
+    assert f"main.py run {space} --out {out} --max-concurrent 1" in output.split("To go on: ")[1]
     assert "Traceback" not in output
     assert log.read_text().splitlines()[-1].endswith("stopped")
     last = log.read_text().rpartition("epoch ")[2].partition(":")[0]
     assert len(list((out / "checkpoints").glob("*.pt"))) == 1
     assert not events(out, "lost") and not events(out, "done")
-    again = start(space, out)
+    again = start(space, out, "--max-concurrent", "1")
     wait_for(lambda: bool(logs_with("goes on after")), what="the parent that goes on")
     os.kill(again.pid, signal.SIGINT)
     finish(again, timeout_s=60)

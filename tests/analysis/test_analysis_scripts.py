@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import shutil
 import threading
@@ -253,6 +256,23 @@ def test_analyze_chooses_by_what_the_search_space_chose_by(own_store, tmp_path, 
         assert json.loads((tmp_path / "out" / "recommended.json").read_text())["metric"] == metric
 
 
+@pytest.fixture
+def analysed_here(monkeypatch):
+    """The analysis in this process, which has loaded pandas and MLflow already."""
+
+    def analysed(script, options):
+        output, complaints = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(complaints):
+            code = importlib.import_module(f"analysis.{script}").main(options)
+        if code == 2:
+            raise InputError(complaints.getvalue().strip().removeprefix("Error: "))
+        assert code == 0, complaints.getvalue()
+        return output.getvalue()
+
+    monkeypatch.setattr("fqsweep.main._run_analysis", analysed)
+
+
+@pytest.mark.usefixtures("analysed_here")
 def test_analyze_reads_the_sweep_that_its_parent_run_names_and_publishes_nothing(own_store, tmp_path, capsys):
     analyze = ["analyze", "--tracking-uri", own_store.uri, "--sweep", "small", "--out", str(tmp_path / "out")]
     assert fqsweep_main(analyze) == 0
@@ -267,6 +287,7 @@ def test_analyze_reads_the_sweep_that_its_parent_run_names_and_publishes_nothing
         assert "mlflow.note.content" not in own_store.client.get_run(parent).data.tags
 
 
+@pytest.mark.usefixtures("analysed_here")
 def test_a_parent_run_of_another_sweep_is_refused(own_store, small, tmp_path, capsys):
     analyze = ["analyze", "--tracking-uri", own_store.uri, "--sweep", "single", "--out", str(tmp_path / "out")]
     assert fqsweep_main([*analyze, "--parent", own_store.parent]) == 2

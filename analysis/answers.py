@@ -34,6 +34,7 @@ from analysis.tables import markdown_safe
 from fqsweep.names import budget_label, budget_order, metric_of
 
 HEADLINE_LOSS_FRAC = 0.02  # the headline's budget: the smallest that costs at most this much validation
+MOST_NAMED = 6  # variants in a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +166,10 @@ def _verdict_sentence(pairs: pd.DataFrame, word: str) -> str:
     those = pairs[pairs["verdict"] == word]
     if those.empty:
         return ""
+    if len(those) > MOST_NAMED + 1:  # the nearest first
+        those = those.iloc[those["difference"].abs().argsort(kind="stable")]
     differences = zip(those["other"], those["difference"], strict=True)
-    others = listing([f"{other} ({_signed(by)})" for other, by in differences])
+    others = listing([f"{other} ({_signed(by)})" for other, by in differences], most=MOST_NAMED)
     num = int(those["num_pairs"].min())
     if word == "cannot be told":
         return (
@@ -190,7 +193,10 @@ def _test_order(part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, m
     ahead = at_budget[sign * at_budget[key] > sign * leader[key]]
     if ahead.empty or pairs.empty:
         return ""
-    names = listing([f"{v} ({percent(x)} %)" for v, x in zip(ahead["variant"], ahead[key], strict=True)])
+    if len(ahead) > MOST_NAMED + 1:  # the furthest ahead first
+        ahead = ahead.iloc[(-sign * ahead[key]).argsort(kind="stable")]
+    said = [f"{v} ({percent(x)} %)" for v, x in zip(ahead["variant"], ahead[key], strict=True)]
+    names = listing(said, most=MOST_NAMED)
     return f"Chosen on validation; on test data {names} came out ahead, so the order is not settled."
 
 
@@ -217,7 +223,8 @@ def _fewer_seeds(part: pd.DataFrame, leader: pd.Series) -> str:
     at_budget = pd.concat([part[is_full_precision(part)], _beside(part, leader)])
     if at_budget["seeds"].nunique() <= 1:
         return ""
-    counts = listing([f"{v} {n}" for v, n in zip(at_budget["variant"], at_budget["num_seeds"], strict=True)])
+    numbers = zip(at_budget["variant"], at_budget["num_seeds"], strict=True)
+    counts = listing([f"{v} {n}" for v, n in numbers], most=MOST_NAMED)
     return f"Not all variants finished the same seeds ({counts}): their means are not over the same trials."
 
 

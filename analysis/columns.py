@@ -143,12 +143,14 @@ def budget_phrase(label: str) -> str:
     return f"{label} on disk" if kind == 2 else "no budget"
 
 
-def listing(items: list[str]) -> str:
-    """Names in a sentence.
+def listing(items: list[str], *, most: int | None = None) -> str:
+    """Names in a sentence; of more than ``most`` the first of them, and how many others there are.
 
-    >>> listing(["a", "b", "c"])
-    'a, b and c'
+    >>> listing(["a", "b", "c"]), listing(["a", "b", "c", "d", "e"], most=3)
+    ('a, b and c', 'a, b, c and 2 others')
     """
+    if most is not None and len(items) > most + 1:
+        return f"{', '.join(items[:most])} and {len(items) - most} others"
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 

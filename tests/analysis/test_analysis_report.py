@@ -157,6 +157,15 @@ def test_the_headline_is_honest_about_one_seed():
     assert "interval" not in text
 
 
+def test_the_headline_names_the_nearest_of_many():
+    rows = [run_row(f"v{rank:02}", 1, 0, 0.90 - rank / 100) for rank in range(12)]
+    text = sentences(runs_of(*rows))
+    assert "Whether that beats v01 (+1.0 points), v02 (+2.0 points)," in text
+    assert (
+        "v06 (+6.0 points) and 5 others cannot be told" in text and "v07" not in text.split("cannot be told")[0]
+    )
+
+
 def test_the_headline_says_where_test_data_disagree():
     text = sentences(runs_of(run_row("a", 1, 0, 0.85), run_row("b", 1, 0, 0.80, **{"test/acc_worst": 0.9})))
     assert "on test data b (90.0 %) came out ahead" in text

@@ -161,9 +161,7 @@ def test_the_headline_names_the_nearest_of_many():
     rows = [run_row(f"v{rank:02}", 1, 0, 0.90 - rank / 100) for rank in range(12)]
     text = sentences(runs_of(*rows))
     assert "Whether that beats v01 (+1.0 points), v02 (+2.0 points)," in text
-    assert (
-        "v06 (+6.0 points) and 5 others cannot be told" in text and "v07" not in text.split("cannot be told")[0]
-    )
+    assert "v06 (+6.0 points) and 5 others cannot be told" in text
 
 
 def test_the_headline_says_where_test_data_disagree():

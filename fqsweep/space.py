@@ -68,19 +68,22 @@ def load_space(path: Path) -> SearchSpace:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
+    lines: dict[Location, int] = {}
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
+        twice = [] if node is None else list(_index_lines(node, (), lines))
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    except RecursionError as error:  # lists in lists without end, or an anchor within itself
+        raise InputError(f"{path}: nested too deeply for a search space") from error
     if not isinstance(content, dict) or node is None:
         raise InputError(
             f"{path}: a search space is a mapping with name, datasets, architectures, methods, seeds"
         )
-    lines: dict[Location, int] = {}
-    problems = [(line, f"{_dotted(loc)}: given twice") for loc, line in _index_lines(node, (), lines)]
+    problems = [(line, f"{_dotted(loc)}: given twice") for loc, line in twice]
     space = None
     try:
         space = SearchSpace.model_validate(content)

@@ -213,6 +213,8 @@ def test_several_problems_are_reported_at_once_by_line(tmp_path: Path) -> None:
         ("name: small\n\tseeds: [1]", r"space.yaml:2: not valid YAML"),
         ("name: 2026-99-99\n", "not valid YAML: month must be in 1..12"),
         ("name: !!python/object:os.system {}\n", "not valid YAML"),
+        ("seeds: &all [*all]\n", "nested too deeply for a search space"),
+        (f"seeds: {'[' * 2000}{']' * 2000}\n", "nested too deeply for a search space"),
     ],
 )
 def test_a_file_that_is_no_search_space_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -220,7 +220,7 @@ def require_folder(data_dir: Path, folder: str, *, what: str) -> Path:
     Raises:
         InputError: it is not; the message says what is expected there.
     """
-    path = data_dir / folder
+    path = data_dir / Path(folder).expanduser()
     if not path.is_dir():
         raise InputError(
             f"{path} must be the folder of {what}, but there is none; set --data-dir or the set's folder"

@@ -35,7 +35,7 @@ def describe(config: TableConfig, data_dir: Path) -> Samples:
     Raises:
         InputError: see ``fqsweep.data.describe_samples``.
     """
-    path = data_dir / config.csv
+    path = data_dir / Path(config.csv).expanduser()
     wanted = [config.image_column, config.label_column, *config.group_columns.values()]
     extra = [column for column in (config.patient_column, config.split_column) if column]
     table = read_table(path, columns=wanted + extra)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -156,6 +157,8 @@ def open_setting(cell: Cell, *, paths: SweepPaths, data_dir: Path | None, device
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise TrialError("a GPU was asked for (resources.gpus_per_trial) but torch sees none on this machine")
+    if device.startswith("cuda"):
+        make_gpu_repeatable()
     dataset = open_dataset(cell.dataset, data_dir=data_dir, pack_dir=paths.packs)
     return Setting(
         cell=cell,
@@ -164,6 +167,20 @@ def open_setting(cell: Cell, *, paths: SweepPaths, data_dir: Path | None, device
         normalisation=normalisation_of(cell.architecture),
         device=torch.device(device),
     )
+
+
+def make_gpu_repeatable() -> None:
+    """Let this process's GPU compute the same for the same seed, as a CPU does, where its libraries can.
+
+    An operation that has no such form is done in the one that it has. Before the first product of matrices: cuBLAS
+    reads its setting once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Memory that is about to be written need not be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_everything(seed: int) -> None:

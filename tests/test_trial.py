@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from fqsweep.quant.packing import read_metadata, unpack_weights
 from fqsweep.quant.remainder import Remainder, bound_remainder
 from fqsweep.quant.removal import RemovalError
 from fqsweep.results import TrialResult, read_result
-from fqsweep.setting import open_setting
+from fqsweep.setting import make_gpu_repeatable, open_setting
 from fqsweep.trial import load_packed, run_trial
 from fqsweep.work import LogFile
 
@@ -347,6 +348,21 @@ def test_a_gpu_that_is_not_there_fails_the_trial_and_is_not_replaced(folder: Pat
         pytest.skip("this machine has a GPU")
     with pytest.raises(TrialError, match="a GPU was asked for"):
         open_setting(cell_of("fp32"), paths=SweepPaths(folder), data_dir=None, device="cuda")
+
+
+def test_a_gpu_is_asked_for_the_same_result_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        make_gpu_repeatable()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled(), "what has no such form is still done"
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def test_the_parent_is_trained_once_and_shared(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (torch and friends, about 3 minutes and 6.5 GB, once)"
 	$(PYTHON) -m venv $(VENV)
 	@# Compiled below on all cores. Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as in many
-	@# containers, every process would compile all that it imports. Templates among the packages cannot be compiled.
+	@# containers, every process would compile all that it imports. Templates among the packages cannot be compiled,
+	@# and their own tests and what nobody here imports need not be.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[test,export]"
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|rllib|moto|pip|setuptools|mypyc?)/|/torch/testing/_internal/' $(VENV)/lib || true
 	@touch $(READY)

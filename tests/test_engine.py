@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -48,10 +49,10 @@ name: nodes
 datasets:
   - {kind: synthderm, group_attributes: [skin_tone], image_size: 32, num_images: 300, min_group_count: 5}
 architectures: [test_resnet]
-budgets_bits: [2, 3]
+budgets_bits: [2]
 seeds: [0, 1, 2]
 methods: [{method: static}]
-recipe: {epochs: EPOCHS, finetune_epochs: 20, batch_size: 32, calibration_images: 30}
+recipe: {epochs: EPOCHS, finetune_epochs: 16, batch_size: 32, calibration_images: 30}
 search: {trials_per_cell: 1}
 resources: {cpus_per_trial: 1}
 """
@@ -257,7 +258,7 @@ def test_training_on_a_node_that_dies_goes_on_elsewhere_from_its_last_epoch(
             if paths.checkpoint(key).exists():
                 text = paths.log(key).read_text()
                 pid = int(text.partition("] start: ")[0].rpartition("[")[2])
-                if "epoch 15:" not in text and parent_of(pid) == raylet:
+                if "epoch 12:" not in text and parent_of(pid) == raylet:
                     found[pid] = key
         return bool(found)
 
@@ -269,7 +270,7 @@ def test_training_on_a_node_that_dies_goes_on_elsewhere_from_its_last_epoch(
     assert {line["key"] for line in lost if line["kind"] == "trial"} == set(found.values())
     assert any("worker process died" in str(line["reason"]) for line in lost)
     assert all("training goes on after epoch" in paths.log(key).read_text() for key in found.values())
-    assert_books_agree(space, out, trials=6)
+    assert_books_agree(space, out, trials=3)
 
 
 def test_a_sweep_whose_own_ray_is_killed_says_so_and_goes_on_where_it_was(
@@ -281,7 +282,8 @@ def test_a_sweep_whose_own_ray_is_killed_says_so_and_goes_on_where_it_was(
     wait_for(lambda: len(done_trials(out)) >= 3, what="three trials")
     raylet = child_named(driver, "raylet")
     for pid in (raylet, *descendants(raylet)):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended with the raylet
+            os.kill(pid, signal.SIGKILL)
     assert wait_driver(driver, timeout_s=120) == 7, said(out)
     assert "the same command goes on" in said(out)
     assert not events(out, "failed")

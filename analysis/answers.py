@@ -166,8 +166,7 @@ def _verdict_sentence(pairs: pd.DataFrame, word: str) -> str:
     those = pairs[pairs["verdict"] == word]
     if those.empty:
         return ""
-    if len(those) > MOST_NAMED + 1:  # the nearest first
-        those = those.iloc[those["difference"].abs().argsort(kind="stable")]
+    those = _most_telling(those, -those["difference"].abs())
     differences = zip(those["other"], those["difference"], strict=True)
     others = listing([f"{other} ({_signed(by)})" for other, by in differences], most=MOST_NAMED)
     num = int(those["num_pairs"].min())
@@ -182,6 +181,11 @@ def _verdict_sentence(pairs: pd.DataFrame, word: str) -> str:
     return f"{word.capitalize()} than {others} {test}."
 
 
+def _most_telling(rows: pd.DataFrame, value: pd.Series) -> pd.DataFrame:
+    """Rows for a ``listing``: as they are where it names all of them, else those of the highest value first."""
+    return rows if len(rows) <= MOST_NAMED + 1 else rows.iloc[(-value).argsort(kind="stable")]
+
+
 def _signed(difference_frac: float) -> str:
     return f"{100 * difference_frac:+.1f} points" if math.isfinite(difference_frac) else "no common seed"
 
@@ -193,8 +197,7 @@ def _test_order(part: pd.DataFrame, leader: pd.Series, pairs: pd.DataFrame, *, m
     ahead = at_budget[sign * at_budget[key] > sign * leader[key]]
     if ahead.empty or pairs.empty:
         return ""
-    if len(ahead) > MOST_NAMED + 1:  # the furthest ahead first
-        ahead = ahead.iloc[(-sign * ahead[key]).argsort(kind="stable")]
+    ahead = _most_telling(ahead, sign * ahead[key])
     said = [f"{v} ({percent(x)} %)" for v, x in zip(ahead["variant"], ahead[key], strict=True)]
     names = listing(said, most=MOST_NAMED)
     return f"Chosen on validation; on test data {names} came out ahead, so the order is not settled."

@@ -144,7 +144,7 @@ def budget_phrase(label: str) -> str:
 
 
 def listing(items: list[str], *, most: int | None = None) -> str:
-    """Names in a sentence; of more than ``most`` the first of them, and how many others there are.
+    """Names in a sentence; the first ``most`` of them and how many others there are, where those are two or more.
 
     >>> listing(["a", "b", "c"]), listing(["a", "b", "c", "d", "e"], most=3)
     ('a, b and c', 'a, b, c and 2 others')

@@ -107,7 +107,7 @@ class Cell(Record):
     @cached_property
     def key(self) -> str:
         """Hash of what determines the result; names shown to people are left out."""
-        data = self.dataset.model_dump(mode="json", exclude={"name"})
+        data = self.dataset.contents
         point = self.point.model_dump(mode="json", exclude={"variant": True, "settings": NOT_IN_KEY})
         settings = self.point.settings
         added = [(name, getattr(settings, name, as_before)) for name, as_before in ADDED_SETTINGS.items()]
@@ -135,7 +135,7 @@ class Cell(Record):
 
         Only a parent that is trained on balanced groups depends on what the groups are.
         """
-        data = self.dataset.model_dump(mode="json", exclude={"name"})
+        data = self.dataset.contents
         recipe = self.recipe.model_dump(mode="json", include=set(BASELINE_FIELDS))
         groups = self.group_attribute if self.recipe.group_balance == "sampler" else None
         return content_hash([RESULT_VERSION, data, self.architecture, self.seed, recipe, groups])

@@ -12,16 +12,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fqsweep.cells import budgets_of, method_points
-from fqsweep.config import Allocating, ArchitectureConfig, SearchSpace, content_hash
+from fqsweep.config import Allocating, SearchSpace, content_hash
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_OK, InputError, TrialError
-from fqsweep.faults import is_no_space, no_space
+from fqsweep.faults import is_no_space, no_space, writing
 from fqsweep.files import SweepPaths, write_bytes, write_json
 from fqsweep.import_path import python_path
 from fqsweep.names import group_metric_key, part_of_key
@@ -92,16 +92,16 @@ def check_inputs(
     """
     from fqsweep.data import dataset_digest, plan_dataset
     from fqsweep.data.report import describe_warnings
-    from fqsweep.models import build_model, quantisable_layers
+    from fqsweep.models import build_model, file_notes, quantisable_layers
 
     _check_writable(paths.out)
     digests, warnings = {}, []
     for dataset in space.datasets:
         samples, splits = plan_dataset(dataset, data_dir=data_dir)
         warnings += describe_warnings(dataset, samples, splits)
-        # Another configuration is another data set with cells of its own: only the same one must not change.
         _check_group_keys(dataset.name, samples.groups)
-        same = content_hash(dataset.model_dump(mode="json", exclude={"name"}))
+        # Another configuration is another data set with cells of its own: only the same one must not change.
+        same = content_hash(dataset.contents)
         digests[f"data/{part_of_key(dataset.name)}/{same}"] = dataset_digest(
             samples, splits, dataset.image_size
         )
@@ -117,8 +117,8 @@ def check_inputs(
                 untrained, num_classes=len(samples.class_names), image_size=dataset.image_size, device="meta"
             )
             _check_patterns(space, architecture.name, list(quantisable_layers(model)))
-            _check_budgets(space, architecture.name, model)
-            _check_file_sizes(space, architecture, samples.class_names, dataset.image_size)
+            notes = file_notes(architecture, image_size=dataset.image_size, class_names=samples.class_names)
+            _check_budgets(space, model, notes)
     _check_unchanged(paths, digests)
     return digests, warnings
 
@@ -159,11 +159,19 @@ def _check_patterns(space: SearchSpace, architecture: str, layers: list[str]) ->
                     raise InputError(f"{point.variant}: {option}: {error} (of {architecture})") from error
 
 
-def _check_budgets(space: SearchSpace, architecture: str, model: nn.Module) -> None:
-    """Every budget holds what pinned and limited layers take at least."""
-    from fqsweep.assignment import smallest_mean_bits
+def _check_budgets(space: SearchSpace, model: nn.Module, notes: Mapping[str, str]) -> None:
+    """Every budget holds what pinned and limited layers take at least, or, in bytes, the smallest file there is.
+
+    A trial would find out after its parent was trained.
+
+    Args:
+        model: may be without values, on ``meta``; notes: what its packed file says of itself.
+    """
+    from fqsweep.assignment import smallest_file_bytes, smallest_mean_bits
+    from fqsweep.quant.remainder import bound_remainder
     from fqsweep.quant.units import list_units
 
+    architecture = notes["architecture"]
     for point in method_points(space):
         settings = point.settings
         if not isinstance(settings, Allocating):
@@ -173,44 +181,24 @@ def _check_budgets(space: SearchSpace, architecture: str, model: nn.Module) -> N
             smallest = smallest_mean_bits(settings, units)
         except TrialError as error:
             raise InputError(f"{point.variant}: {error} (of {architecture})") from error
-        for budget_bits, _ in budgets_of(space, point):
+        budgets = budgets_of(space, point)
+        for budget_bits, _ in budgets:
             if budget_bits is not None and budget_bits < smallest * (1 - 1e-9):
                 raise InputError(
                     f"{point.variant}: a budget of {budget_bits:g} bits is below what pin and limits take of "
                     f"{architecture} ({smallest:.4g}); raise the budget, or pin and limit less"
                 )
-
-
-def _check_file_sizes(
-    space: SearchSpace, architecture: ArchitectureConfig, class_names: Sequence[str], image_size: int
-) -> None:
-    """Every budget in bytes holds the smallest file there is: a trial would find out after its parent was trained."""
-    from fqsweep.assignment import smallest_file_bytes
-    from fqsweep.models import build_untrained, file_notes
-    from fqsweep.quant.remainder import bound_remainder
-    from fqsweep.quant.units import list_units
-
-    budgets = {
-        point.variant: (point.settings, [size for _, size in budgets_of(space, point) if size is not None])
-        for point in method_points(space)
-        if isinstance(point.settings, Allocating)
-    }
-    if not any(sizes for _, sizes in budgets.values()):
-        return
-    model = build_untrained(architecture.name, num_classes=len(class_names), image_size=image_size)
-    name, notes = architecture.name, file_notes(architecture, image_size=image_size, class_names=class_names)
-    for variant, (settings, sizes) in budgets.items():
+        sizes = [budget_bytes for _, budget_bytes in budgets if budget_bytes is not None]
         if not sizes:
             continue
-        units = list_units(model, granularity=settings.granularity, exempt=settings.exempt)
-        smallest = smallest_file_bytes(
+        smallest_bytes = smallest_file_bytes(
             settings, units, partial(bound_remainder, model.state_dict(), units, metadata=notes)
         )
-        if min(sizes) < smallest:
+        if min(sizes) < smallest_bytes:
             raise InputError(
-                f"{variant}: a budget of {min(sizes):,} bytes does not hold the smallest file of {name}, "
-                f"which takes up to {smallest:,} bytes with biases, norms, exempt layers and the index of bits; "
-                "raise it, or allow smaller choices"
+                f"{point.variant}: a budget of {min(sizes):,} bytes does not hold the smallest file of "
+                f"{architecture}, which takes up to {smallest_bytes:,} bytes with biases, norms, exempt layers and "
+                "the index of bits; raise it, or allow smaller choices"
             )
 
 
@@ -228,16 +216,10 @@ def _check_group_keys(dataset: str, groups: Mapping[str, Groups]) -> None:
 
 
 def _check_writable(out: Path) -> None:
-    try:
+    with writing(f"output folder {out}", instead="another --out"):
         out.mkdir(parents=True, exist_ok=True)
         write_bytes(out / ".writable", b"fqsweep")
         (out / ".writable").unlink()
-    except OSError as error:
-        if is_no_space(error):
-            raise
-        raise InputError(
-            f"output folder {out} cannot be written: {error.strerror}; give another --out"
-        ) from error
 
 
 def _check_unchanged(paths: SweepPaths, digests: dict[str, str]) -> None:

@@ -131,13 +131,15 @@ class SweepDriver:
     def _sees_result(self, task: Task, *, within_s: float = 0.0) -> bool:
         """Whether a trial's result is there, or is seen within some seconds."""
         file, end = self.paths.result(task.key), time.monotonic() + within_s
-        while not file.exists():
+        seen = file.exists()
+        while not seen:
             with contextlib.suppress(OSError):
                 os.listdir(self.paths.trials)  # an NFS client that opens a folder forgets what it knew of it
-            if file.exists() or time.monotonic() >= end:
+            seen = file.exists()
+            if seen or time.monotonic() >= end:
                 break
             time.sleep(0.2)
-        return file.exists()
+        return seen
 
     def _last_words(self, task: Task) -> Outcome | None:
         """What a worker that had to end with its task left, or why it was killed."""
@@ -274,9 +276,14 @@ def shared_seconds(paths: SweepPaths, shared: Mapping[str, Task]) -> float:
 
 
 def _noted_seconds(paths: SweepPaths, task: Task) -> float:
+    """What a parent's own note says; 0 of a cost table, and where the note was removed or cannot be seen yet."""
     if task.kind != "baseline":
         return 0.0
-    return float(json.loads(_whole(paths, task).read_text(encoding="utf-8")).get("total_s", 0.0))
+    try:
+        noted = json.loads(_whole(paths, task).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return 0.0
+    return float(noted.get("total_s", 0.0))
 
 
 def _whole(paths: SweepPaths, task: Task) -> Path:

@@ -18,7 +18,7 @@ import torch
 from fqsweep.data import open_dataset
 from fqsweep.data.loading import BatchLoader
 from fqsweep.errors import InputError
-from fqsweep.faults import is_no_space
+from fqsweep.faults import writing
 from fqsweep.files import SweepPaths, write_bytes
 from fqsweep.quant.packed_model import ModelNotes, load_model, mean_bits, read_notes
 from fqsweep.quant.packing import REMOVED, PackedFileError, read_metadata, unpack_weights
@@ -80,12 +80,8 @@ def export_run(
 
 
 def _write(target: Path, content: bytes) -> None:
-    try:
+    with writing(f"--out {target}", instead="another file"):
         write_bytes(target, content)
-    except OSError as error:
-        if is_no_space(error):
-            raise
-        raise InputError(f"--out {target} cannot be written: {error.strerror}; give another file") from error
 
 
 def check_onnx_packages() -> None:

@@ -36,6 +36,21 @@ def no_space(where: Path | str) -> OSError:
     return OSError(errno.ENOSPC, "No space left on device", str(where))
 
 
+@contextlib.contextmanager
+def writing(what: str, *, instead: str) -> Iterator[None]:
+    """What cannot be written in the block is bad input: another place may do. Of a full disk another may not.
+
+    Raises:
+        InputError: ``what`` cannot be written, and what to give ``instead``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_no_space(error):
+            raise
+        raise InputError(f"{what} cannot be written: {error.strerror}; give {instead}") from error
+
+
 def is_full(folder: Path) -> bool:
     """Whether next to nothing can be written to the disk of a folder."""
     return shutil.disk_usage(folder).free < FULL_BYTES

@@ -323,7 +323,7 @@ def _check_distinct_datasets(space: SearchSpace) -> Iterator[tuple[Location, str
     """Data sets that differ in their name alone would be the same cells under two names."""
     first: dict[str, str] = {}
     for index, dataset in enumerate(space.datasets):
-        other = first.setdefault(content_hash(dataset.model_dump(mode="json", exclude={"name"})), dataset.name)
+        other = first.setdefault(content_hash(dataset.contents), dataset.name)
         if other != dataset.name:
             yield ("datasets", index), f"{dataset.name} is {other} under another name; leave one of them out"
 

@@ -106,9 +106,11 @@ def check_is_address(uri: str) -> None:
     """
     if "://" in uri or uri.startswith("databricks"):
         return
-    database = Path(uri) / "mlflow.db" if Path(uri).is_dir() else Path(uri)
-    what = "folder: give its database," if Path(uri).is_dir() else "path: give the address of a database,"
-    raise InputError(f"The tracking URI {uri!r} is a {what} sqlite:///{database}, or of a server.")
+    if Path(uri).is_dir():
+        what = f"folder: give its database, sqlite:///{Path(uri) / 'mlflow.db'}"
+    else:
+        what = f"path: give the address of a database, sqlite:///{Path(uri)}"
+    raise InputError(f"The tracking URI {uri!r} is a {what}, or of a server.")
 
 
 def check_exists(uri: str) -> None:

@@ -259,7 +259,6 @@ def test_a_budget_that_layers_cannot_keep_is_refused_before_anything_is_trained(
     assert not (photos / "out" / "ledger.jsonl").exists()
 
 
-@pytest.mark.usefixtures("checks_here")
 @pytest.mark.parametrize(
     ("budget", "option", "held"),
     [(350, "", False), (600_000, "", True), (300_000, ', exempt: ["layer4*"]', False)],

@@ -79,15 +79,14 @@ def _cut_planes(cost_gub: Float, size_ub: Int, capacity: int, offset_g: Float) -
     assert best_index is not None
     active = [relaxed for relaxed, share in zip(visited, share_k, strict=False) if share > 1e-9]
     whole_u, split = _round_mixture(cost_gub, size_ub, capacity, offset_g, active)
-    rounded = _spend(cost_gub, size_ub, capacity, offset_g, whole_u)
-    best_index = min(best_index, rounded, key=lambda index_u: worst_cost(cost_gub, index_u, offset_g))
-    best_value = worst_cost(cost_gub, best_index, offset_g)
+    found = [best_index, _spend(cost_gub, size_ub, capacity, offset_g, whole_u)]
+    best_value = min(worst_cost(cost_gub, index_u, offset_g) for index_u in found)
     is_far = best_value - bound > ROUNDING_TOLERANCE * abs(best_value)
     if is_far and len(size_ub) >= EXACT_BELOW_UNITS and num_groups <= MOST_ROWS_ANEW:
-        anew = _choose_anew(cost_gub, size_ub, capacity, offset_g, whole_u, split, priced_ub, bound, best_value)
-        if anew is not None and worst_cost(cost_gub, anew, offset_g) < best_value:
-            best_index = anew
-    return best_index, bound
+        found += _choose_anew(
+            cost_gub, size_ub, capacity, offset_g, whole_u, split, priced_ub, bound, best_value
+        )
+    return min(found, key=lambda index_u: worst_cost(cost_gub, index_u, offset_g)), bound
 
 
 def _choose_anew(
@@ -100,10 +99,10 @@ def _choose_anew(
     priced_ub: Float,
     lower_bound: float,
     upper: float,
-) -> Int | None:
+) -> list[Int]:
     """The rounded mixture with a few units chosen by a tree search: those that are split between two choices, and
     those that move some group's cost most for what the move costs at the bound's prices. Both together make up for
-    what whole bits leave over."""
+    what whole bits leave over. Empty where the search ends without an allocation."""
     rows = np.arange(len(whole_u))
     regret_ub = priced_ub - priced_ub[rows, whole_u][:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -124,10 +123,10 @@ def _choose_anew(
         max_nodes=NODES_ANEW,
     )
     if solved is None:
-        return None
+        return []
     found_u = whole_u.copy()
     found_u[free] = solved[0]
-    return found_u
+    return [found_u]
 
 
 def _group_cost(cost_gub: Float, relaxed: Relaxed) -> Float:

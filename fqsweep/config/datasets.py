@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -105,6 +105,11 @@ class DatasetBase(Record):
             if parts in crossings[:index]:
                 raise ValueError(f"{CROSS.join(parts)!r} stands here twice; leave it out once")
         return attributes
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """All but the name, as plain values: the same contents are the same data set, whatever it is called."""
+        return self.model_dump(mode="json", exclude={"name"})
 
 
 class FilesBase(DatasetBase):

@@ -23,7 +23,7 @@ class Site:
         coded: whether bodies are compressed, which nobody asked for.
         announced: path -> a Content-Length that is not true.
         asked: (path, Range header) of every request.
-        most_at_once: largest number of requests answered at a time.
+        most_at_once: largest number of requests that waited for their answer at a time.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -56,14 +56,12 @@ class Site:
 def serving(site: Site) -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            with site.counted():
-                self._answer()
-
-        def _answer(self) -> None:
             path = self.path.lstrip("/")
             asked = self.headers.get("Range")
             site.asked.append((path, asked))
-            time.sleep(site.pause_s)
+            # Not while it answers: who has the whole answer may ask again before this thread is told of its end.
+            with site.counted():
+                time.sleep(site.pause_s)
             queue = site.faults.get(path, [])
             fault = queue.pop(0) if queue else None
             if isinstance(fault, int) or path not in site.files:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import cli
 from analysis.columns import (
     ABSENT,
     BITS,
@@ -29,6 +30,7 @@ from analysis.columns import (
     panels,
     percent,
 )
+from analysis.pareto import select_cells
 from analysis.stats import MIN_SEEDS, PairedTest, paired_test
 from analysis.tables import markdown_safe
 from fqsweep.errors import InputError
@@ -185,9 +187,6 @@ def _difference_text(row: pd.Series) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print every point against the reference, as Markdown."""
-    from analysis import cli
-    from analysis.pareto import select_cells
-
     parser = cli.source_parser("analysis.against", "Compare every point with one reference, paired by seed.")
     cli.add_metric(parser)
     parser.add_argument(

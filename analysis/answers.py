@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import cli
 from analysis.columns import (
     BITS,
     BYTES,
@@ -27,9 +28,10 @@ from analysis.columns import (
     percent,
     tie_column,
 )
-from analysis.pareto import leaders, more_runs_sentence, select_cells, under_budget
+from analysis.intervals import share_interval
+from analysis.pareto import aggregate, leaders, more_runs_sentence, select_cells, under_budget
 from analysis.rules import Choice, rules_record
-from analysis.stats import MIN_SEEDS, share_interval
+from analysis.stats import MIN_SEEDS, compare_variants
 from analysis.tables import markdown_safe
 from fqsweep.names import budget_label, budget_order, metric_of
 
@@ -332,10 +334,6 @@ def headline_text(answers: list[Answer]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the headline of each panel."""
-    from analysis import cli
-    from analysis.pareto import aggregate
-    from analysis.stats import compare_variants
-
     parser = cli.source_parser("analysis.answers", "Say which variant serves the worst group best.")
     cli.add_metric(parser)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.columns import check_selection_metric, listing
-from analysis.load import join_sweeps, load_csv, load_runs, load_selection
+from analysis.mlflow_runs import load_runs, load_selection
+from analysis.runs import join_sweeps, load_csv
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_OK, InputError
 from fqsweep.files import write_bytes
 from fqsweep.names import DEFAULT_SELECTION

@@ -28,7 +28,8 @@ def cost_sentences(runs: pd.DataFrame) -> list[str]:
     """Time, sharing, early stopping and energy in words.
 
     Args:
-        runs: ``load.load_runs``; its ``attrs`` hold what was stopped early, the time of shared work and the energy.
+        runs: ``mlflow_runs.load_runs``; its ``attrs`` hold what was stopped early, the time of shared work and the
+            energy.
     """
     total = duration_text(float(runs[TIME].sum(min_count=1)))
     shared_s = runs.attrs.get("shared_s", math.nan)

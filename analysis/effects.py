@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
+from analysis import cli
 from analysis.columns import CELL, PANEL, is_full_precision
 
 WEIGHTS = ("fairness_weight", "bitrate_weight")
@@ -74,8 +75,6 @@ def effect_words(rho: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print how the searched weights moved validation metrics."""
-    from analysis import cli
-
     parser = cli.source_parser("analysis.effects", "Print what the searched weights did, on validation data.")
     cli.add_metric(parser)
 

@@ -17,7 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from analysis import cli
 from analysis.columns import BITS, is_full_precision, is_maximized, on_test, variants
+from analysis.pareto import aggregate, mark_front, select_cells
 from analysis.style import FRONT_COLOR, REFERENCE_COLOR, Look, bits_ticks, looks, marker_size
 from fqsweep.files import write_bytes
 from fqsweep.names import metric_of
@@ -153,9 +155,6 @@ def figure_bytes(figure: Figure, kind: str) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the front as PNG, SVG and PDF."""
-    from analysis import cli
-    from analysis.pareto import aggregate, mark_front, select_cells
-
     parser = cli.source_parser("analysis.figures", "Draw the front as front.png, front.svg and front.pdf.")
     cli.add_metric(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")

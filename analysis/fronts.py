@@ -11,9 +11,10 @@ import moocore
 import numpy as np
 import pandas as pd
 
-from analysis.columns import BITS, PANEL, is_full_precision, is_maximized, on_test
-from analysis.pareto import REFERENCE_BITS, REFERENCE_VALUE, hypervolume, pareto_front
-from analysis.stats import summarize
+from analysis import cli
+from analysis.columns import BITS, PANEL, POINT, is_full_precision, is_maximized, on_test
+from analysis.intervals import summarize
+from analysis.pareto import REFERENCE_BITS, REFERENCE_VALUE, aggregate, hypervolume, pareto_front, select_cells
 from fqsweep.errors import InputError
 from fqsweep.names import COST_METRICS, GROUP_METRICS, Direction, metric_of
 
@@ -164,10 +165,6 @@ def attainment_surfaces(cells: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the front in two or three objectives, and hypervolumes with their spread over seeds."""
-    from analysis import cli
-    from analysis.columns import POINT
-    from analysis.pareto import aggregate, select_cells
-
     parser = cli.source_parser("analysis.fronts", "Print a front in any two or three objectives.")
     cli.add_metric(parser)
     parser.add_argument(

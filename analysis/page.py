@@ -39,10 +39,10 @@ from analysis.columns import (
 )
 from analysis.costs import cost_rows, cost_sentences
 from analysis.effects import WEIGHTS, effect_words, slices
+from analysis.intervals import share_interval
 from analysis.pareto import REFERENCE_BITS, REFERENCE_VALUE
 from analysis.ranks import Ranking, ranking_sentence
 from analysis.rules import Choice
-from analysis.stats import share_interval
 from analysis.style import heat_color
 from analysis.tables import as_csv, as_latex, as_markdown, cell_texts, columns_of
 from fqsweep.names import COST_METRICS, GROUP_METRICS, NO_VALUE, metric_of

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import cli
 from analysis.columns import (
     ABSENT,
     BITS,
@@ -23,7 +24,7 @@ from analysis.columns import (
     percent,
 )
 from analysis.figures import FORMATS, figure_bytes, front_figure
-from analysis.pareto import leaders, more_runs_sentence
+from analysis.pareto import aggregate, leaders, mark_front, more_runs_sentence, select_cells
 from analysis.tables import latex_safe, markdown_safe
 from fqsweep.files import write_bytes
 from fqsweep.names import metric_of
@@ -106,9 +107,6 @@ def caption(points: pd.DataFrame, *, metric: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the main table (LaTeX, Markdown, CSV) and the main figure (PNG, SVG, PDF)."""
-    from analysis import cli
-    from analysis.pareto import aggregate, mark_front, select_cells
-
     parser = cli.source_parser("analysis.paper", "Write a paper's main table and main figure.")
     cli.add_metric(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")

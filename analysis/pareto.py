@@ -9,6 +9,7 @@ import moocore
 import numpy as np
 import pandas as pd
 
+from analysis import cli
 from analysis.columns import (
     BITS,
     BYTES,
@@ -19,11 +20,12 @@ from analysis.columns import (
     is_full_precision,
     is_maximized,
     listing,
+    on_test,
     tie_column,
     variants,
     with_budget,
 )
-from analysis.stats import student_half_width
+from analysis.intervals import student_half_width
 from fqsweep.errors import InputError
 from fqsweep.names import GROUP_METRICS, Direction, budget_order
 
@@ -86,7 +88,7 @@ def select_cells(runs: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     nor on the ids that MLflow drew. Runs without the metric cannot be chosen.
 
     Args:
-        runs: one row a run (``load.load_runs``).
+        runs: one row a run (``mlflow_runs.load_runs``).
         metric: a validation metric, such as ``val/acc_worst``.
 
     Returns:
@@ -232,9 +234,6 @@ def under_budget(frame: pd.DataFrame, budget: str) -> pd.DataFrame:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the front and each variant's hypervolume."""
-    from analysis import cli
-    from analysis.columns import on_test
-
     parser = cli.source_parser("analysis.pareto", "Print the front of validation against true mean bits.")
     cli.add_metric(parser)
 

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.columns import PANEL, is_full_precision, is_maximized
+from analysis import cli
+from analysis.columns import PANEL, is_full_precision, is_maximized, on_test
+from analysis.pareto import select_cells
 from analysis.stats import ALPHA
 
 MIN_BLOCKS = 5  # data sets that a test needs
@@ -151,10 +153,6 @@ def ranking_sentence(ranking: Ranking) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the ranking of the variants on test data."""
-    from analysis import cli
-    from analysis.columns import on_test
-    from analysis.pareto import select_cells
-
     parser = cli.source_parser("analysis.ranks", "Rank variants over data sets, on test data.")
     cli.add_metric(parser)
 

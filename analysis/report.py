@@ -27,12 +27,13 @@ from analysis.columns import BITS, on_test, panels, with_budget
 from analysis.effects import weight_effects
 from analysis.figures import FORMATS, figure_bytes, front_figure
 from analysis.fronts import attainment_surfaces, seed_hypervolumes
-from analysis.load import load_layers
+from analysis.intervals import image_intervals
+from analysis.mlflow_runs import load_layers
 from analysis.page import Findings, front_html, layer_runs, report_html
 from analysis.pareto import aggregate, leaders, mark_front, select_cells
 from analysis.ranks import rank_variants, ranking_sentence
 from analysis.rules import choose_by_rules
-from analysis.stats import compare_variants, image_intervals
+from analysis.stats import compare_variants
 from analysis.tables import as_csv, as_latex, as_markdown, as_text
 from fqsweep.errors import InputError
 from fqsweep.files import write_bytes
@@ -45,7 +46,7 @@ def find(runs: pd.DataFrame, *, sweep: str, metric: str) -> Findings:
     """Compute everything the report shows; validation chooses, test data is only read off.
 
     Args:
-        runs: ``load.load_runs`` or ``load.load_csv``.
+        runs: ``mlflow_runs.load_runs`` or ``runs.load_csv``.
         sweep: the title.
         metric: the validation metric that chooses the run of each cell.
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis import cli
 from analysis.columns import (
     BITS,
     BYTES,
@@ -28,6 +29,7 @@ from analysis.columns import (
     percent,
     tie_column,
 )
+from analysis.pareto import select_cells
 
 DEFAULT_SHARE = 0.1  # of full precision's file, where no limit in bytes is given
 # What the worst-served group may be judged by; the first, where the metric that chooses is another one.
@@ -200,9 +202,6 @@ def rules_record(choices: list[Choice], panel: tuple[str, ...]) -> dict[str, dic
 
 def main(argv: list[str] | None = None) -> int:
     """Print what each selection rule takes."""
-    from analysis import cli
-    from analysis.pareto import select_cells
-
     parser = cli.source_parser("analysis.rules", "Print which run each selection rule takes.")
     cli.add_metric(parser)
     parser.add_argument(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import cli
 from analysis.columns import (
     ABSENT,
     GROUP_ACCURACY,
@@ -16,8 +17,8 @@ from analysis.columns import (
     group_names,
     percent,
 )
-from analysis.load import RunRecord, load_layers, load_run
-from analysis.stats import share_interval
+from analysis.intervals import share_interval
+from analysis.mlflow_runs import RunRecord, load_layers, load_run
 from fqsweep.names import COST_METRICS, GROUP_METRICS, NO_VALUE, TAG_FRONT, TAG_REASON, TAG_RECOMMENDED
 
 MAX_BAR = 32  # characters of the widest bar of bits
@@ -106,8 +107,6 @@ def _aligned(rows: list[tuple[str, ...]], *, right: tuple[int, ...]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print one run."""
     import argparse
-
-    from analysis import cli
 
     parser = argparse.ArgumentParser(prog="python -m analysis.show", description="Print one run of a sweep.")
     parser.add_argument("run_id", help="id of the run, or its first letters")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import cli
 from analysis.columns import (
     ABSENT,
     BITS,
@@ -20,6 +21,7 @@ from analysis.columns import (
     panels,
     percent,
 )
+from analysis.pareto import aggregate, mark_front, select_cells
 from fqsweep.names import metric_of
 
 MAX_WIDTH = 110
@@ -214,9 +216,6 @@ FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Print the end table."""
-    from analysis import cli
-    from analysis.pareto import aggregate, mark_front, select_cells
-
     parser = cli.source_parser("analysis.tables", "Print the end table, variant x budget on test data.")
     cli.add_metric(parser)
     parser.add_argument("--format", choices=sorted(FORMATS), default="text", help="default: %(default)s")

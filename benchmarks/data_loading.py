@@ -43,12 +43,12 @@ from fqsweep.data.folder import FolderSource
 from fqsweep.data.loading import BatchLoader
 from fqsweep.data.packs import open_pack, usable_cores
 from fqsweep.data.records import Groups, Samples
+from fqsweep.engine.work import LogFile
 from fqsweep.files import SweepPaths
 from fqsweep.models import build_model
 from fqsweep.setting import Setting, open_setting
 from fqsweep.space import load_space
 from fqsweep.trial import run_trial
-from fqsweep.work import LogFile
 
 SIDE, NUM_IMAGES, BATCH, TURNS = 224, 512, 32, 3
 STEPS = 4

@@ -26,13 +26,13 @@ import yaml
 from benchmarks.result_file import result_parser, write_result
 from fqsweep.cells import expand_cells, trial_key
 from fqsweep.config import SearchSpace
+from fqsweep.engine.search import plan_sweep
+from fqsweep.engine.stopping import Curve, is_unpromising
+from fqsweep.engine.studies import OptunaStudies
+from fqsweep.engine.tasks import Task
 from fqsweep.files import SweepPaths
 from fqsweep.results import TrialResult, read_result
-from fqsweep.search import plan_sweep
 from fqsweep.space import load_space
-from fqsweep.stopping import Curve, is_unpromising
-from fqsweep.studies import OptunaStudies
-from fqsweep.tasks import Task
 
 PROJECT = Path(__file__).resolve().parents[1]
 SLOTS = 2
@@ -233,7 +233,7 @@ def main() -> None:
         f"of {options.epochs} epochs each, {options.images} images, one seed.",
         "",
         "The trials were run whole once; each row replays their validation curves through the state machine and the "
-        "bars of `fqsweep/stopping.py`.",
+        "bars of `fqsweep/engine/stopping.py`.",
     ]
     write_result(options.out, title="Stopping early", notes=notes, lines=lines)
 

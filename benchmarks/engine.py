@@ -69,8 +69,8 @@ class ProcessorClock:
 def run_engine(folder: Path, num_trials: int) -> dict[str, Any]:
     """One sweep of no-op trials: seconds between ends of tasks, from the ledger; the driver's memory."""
     clock = ProcessorClock()
+    from fqsweep.engine.sweep import SweepOptions, run_sweep
     from fqsweep.files import SweepPaths, read_lines
-    from fqsweep.sweep import SweepOptions, run_sweep
 
     start = time.perf_counter()
     options = SweepOptions(
@@ -142,9 +142,9 @@ def measure(part: str, folder: Path, num_trials: int) -> dict[str, Any]:
 
 def simulate(slots: int) -> tuple[int, float, float]:
     """1,000 cells of mixed length on a virtual clock: trials, makespan over the lower bound, seconds to decide."""
-    from fqsweep.search import plan_sweep
+    from fqsweep.engine.search import plan_sweep
+    from fqsweep.engine.tasks import Task
     from fqsweep.space import load_space
-    from fqsweep.tasks import Task
 
     class Numbers:
         def __init__(self) -> None:

@@ -29,6 +29,7 @@ from fqsweep.baseline import ensure_baseline
 from fqsweep.cells import expand_cells
 from fqsweep.config import Predictor, SearchSpace
 from fqsweep.cost_table import Importance
+from fqsweep.engine.work import LogFile
 from fqsweep.files import SweepPaths
 from fqsweep.finetuning import images_to_match
 from fqsweep.importance import measure_importance
@@ -37,7 +38,6 @@ from fqsweep.quant.moments import match_moments, output_moments
 from fqsweep.quant.units import UnitTable, list_units
 from fqsweep.setting import Setting, open_setting
 from fqsweep.training import predict
-from fqsweep.work import LogFile
 
 PREDICTORS: tuple[Predictor, ...] = ("taylor_matched", "taylor", "fisher", "gradient", "grape", "hawq")
 CHOICES = tuple(range(9))

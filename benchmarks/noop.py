@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fqsweep.cells import run_params
+from fqsweep.engine.tasks import Outcome, Task
 from fqsweep.files import AttemptPaths, SweepPaths, publish, write_bytes, write_json
 from fqsweep.names import metric_keys
 from fqsweep.results import TrialResult
-from fqsweep.tasks import Outcome, Task
 
 
 def perform(
@@ -23,7 +23,7 @@ def perform(
     num_threads: int,
     time_limit_s: float | None = None,
 ) -> Outcome:
-    """Stand in for ``fqsweep.work.perform``."""
+    """Stand in for ``fqsweep.engine.work.perform``."""
     start = time.perf_counter()
     leave_result(task, paths)
     return Outcome(ending="done", seconds=time.perf_counter() - start)

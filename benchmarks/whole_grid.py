@@ -117,9 +117,9 @@ def run_one(space: Path, data_dir: Path, out: Path, place: int) -> None:
     import torch
 
     from fqsweep.baseline import ensure_baseline, ensure_importance
+    from fqsweep.engine.work import LogFile
     from fqsweep.setting import open_setting
     from fqsweep.trial import run_trial
-    from fqsweep.work import LogFile
 
     torch.set_num_threads(1)
     cell = expand_cells(load_space(space))[place]

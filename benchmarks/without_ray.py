@@ -2,8 +2,8 @@
 
     python -m benchmarks.without_ray SPACE.yaml OUT [--data-dir DIR] [--workers 16] [--device cuda] [--minutes M]
 
-The schedule is the sweep's own (``fqsweep.search``) and so is the work (``fqsweep.work``); what lies in OUT
-afterwards is what ``fqsweep run SPACE.yaml --out OUT`` leaves there, which takes it over, does what is missing, and
+The schedule is the sweep's own (``fqsweep.engine.search``), and so is the work (``fqsweep.engine.work``). OUT is then
+what ``fqsweep run SPACE.yaml --out OUT`` leaves, which takes it over, does what is missing, and
 records everything in MLflow. Weights that Optuna would search must be fixed in the space.
 """
 
@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
-from fqsweep import work
 from fqsweep.cells import Cell
+from fqsweep.engine import work
+from fqsweep.engine.search import plan_sweep
+from fqsweep.engine.tasks import Outcome, Task
 from fqsweep.files import SweepPaths
-from fqsweep.search import plan_sweep
 from fqsweep.space import load_space
-from fqsweep.tasks import Outcome, Task
 
 COSTS = {"baseline": 20.0, "importance": 4.0, "trial": 2.0}
 

@@ -17,14 +17,14 @@ import torch
 
 from fqsweep.data import open_dataset
 from fqsweep.data.loading import BatchLoader
+from fqsweep.disk import writing
 from fqsweep.errors import InputError
-from fqsweep.faults import writing
 from fqsweep.files import SweepPaths, write_bytes
 from fqsweep.quant.packed_model import ModelNotes, load_model, mean_bits, read_notes
 from fqsweep.quant.packing import REMOVED, PackedFileError, read_metadata, unpack_weights
 from fqsweep.space import load_space
-from fqsweep.stores import sqlite_file
-from fqsweep.tracking import fetch_model, fetch_space
+from fqsweep.tracking.stores import sqlite_file
+from fqsweep.tracking.tracker import fetch_model, fetch_space
 
 BATCH = 64
 NUM_RANDOM_IMAGES = 64

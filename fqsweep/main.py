@@ -28,6 +28,7 @@ if __name__ == "__main__":
         sys.path.insert(0, str(_here.parent))
 
 from fqsweep import __version__
+from fqsweep.engine.handover import hand_over, is_submitted_copy
 from fqsweep.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED_CELLS,
@@ -41,11 +42,10 @@ from fqsweep.errors import (
     TrackingError,
 )
 from fqsweep.files import SweepPaths
-from fqsweep.handover import hand_over, is_submitted_copy
 from fqsweep.import_path import python_path
 from fqsweep.names import DEFAULT_SELECTION, selection_of
 from fqsweep.space import find_space, load_space
-from fqsweep.stores import is_server, sqlite_uri, without_password
+from fqsweep.tracking.stores import is_server, sqlite_uri, without_password
 
 DATA_DIR_VARIABLE = "FQSWEEP_DATA_DIR"
 LAST_PORT = 65535
@@ -221,13 +221,13 @@ def _port(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fqsweep.checks import begin_checks
+    from fqsweep.engine.checks import begin_checks
 
     file = find_space(options.space)
     space = load_space(file)
     out = options.out or Path("out") / space.name
     checks = begin_checks(file, SweepPaths(out.resolve()), options.data_dir)
-    from fqsweep.sweep import SweepOptions, run_sweep  # takes seconds, while the checks run
+    from fqsweep.engine.sweep import SweepOptions, run_sweep  # takes seconds, while the checks run
 
     try:
         summary = run_sweep(
@@ -312,7 +312,7 @@ def _report(
     print(_run_analysis("report", options), end="")
     if publish:
         assert parent_id is not None
-        from fqsweep.publishing import publish_report
+        from fqsweep.tracking.publishing import publish_report
 
         publish_report(uri, parent_id, out)
 
@@ -334,7 +334,7 @@ def _run_analysis(script: str, options: Sequence[str]) -> str:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from fqsweep.control import as_json, describe, look
+    from fqsweep.engine.control import as_json, describe, look
 
     status = look(SweepPaths(options.out))
     print(as_json(status) if options.json else describe(status))
@@ -342,7 +342,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from fqsweep.control import ask_to_stop
+    from fqsweep.engine.control import ask_to_stop
 
     who = ask_to_stop(SweepPaths(options.out))
     print(f"asked {who} to stop; what is finished is kept, and the same command goes on")
@@ -350,7 +350,7 @@ def _cancel(options: argparse.Namespace) -> int:
 
 
 def _retry(options: argparse.Namespace) -> int:
-    from fqsweep.control import clear_failures, command_to_go_on
+    from fqsweep.engine.control import clear_failures, command_to_go_on
 
     cleared = clear_failures(SweepPaths(options.out))
     for title in cleared:
@@ -364,9 +364,9 @@ def _retry(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from fqsweep.cells import expand_cells
-    from fqsweep.checks import check_layer_names
     from fqsweep.data_commands import print_data_warnings
-    from fqsweep.estimate import describe_plan, estimate
+    from fqsweep.engine.checks import check_layer_names
+    from fqsweep.engine.estimate import describe_plan, estimate
 
     space = load_space(find_space(options.space))
     plan = estimate(space, data_dir=options.data_dir, num_cores=os.cpu_count() or 1)

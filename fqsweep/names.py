@@ -190,7 +190,7 @@ def group_metric_key(split: str, what: str, group: str) -> str:
     """Key of a metric of one group, ``what`` being ``acc_group`` or ``count_group``.
 
     MLflow takes letters, digits, blanks and ``_-.:/`` in a key. Two groups may come to one key:
-    ``fqsweep.checks`` refuses those.
+    ``fqsweep.engine.checks`` refuses those.
 
     >>> [group_metric_key("val", "acc_group", name) for name in ("male x <40", "60+", "ER+")]
     ['val/acc_group/male x under 40', 'val/acc_group/60 and over', 'val/acc_group/ER plus']

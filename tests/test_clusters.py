@@ -16,16 +16,16 @@ from typing import Any
 
 import pytest
 import yaml
-from onprem_session import NAMESPACES
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray._raylet import GcsClient
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray_cluster import ClusterProcess
-from sweeps import descendants
 
+from fqsweep.engine.handover import hand_over, is_submitted_copy, job_command, wanted_workers
 from fqsweep.errors import InputError
 from fqsweep.files import read_lines
-from fqsweep.handover import hand_over, is_submitted_copy, job_command, wanted_workers
+from tests.engine.ray_cluster import ClusterProcess
+from tests.onprem_session import NAMESPACES
+from tests.whole_sweeps import descendants
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLUSTERS = PROJECT / "clusters"

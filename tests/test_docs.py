@@ -13,13 +13,13 @@ import pytest
 
 import fqsweep
 from fqsweep.cells import expand_cells
-from fqsweep.search import trials_wanted
+from fqsweep.engine.search import trials_wanted
 from fqsweep.space import load_space
 
 PROJECT = Path(__file__).resolve().parents[1]
 MODULES = sorted(info.name for info in pkgutil.walk_packages(fqsweep.__path__, "fqsweep."))
 # The entry script and those that start Ray or MLflow hold no examples and cost seconds to import.
-HEAVY = {"fqsweep.main", "fqsweep.sweep", "fqsweep.tracking"}
+HEAVY = {"fqsweep.main", "fqsweep.engine.sweep", "fqsweep.tracking.tracker"}
 PUBLIC_WITH_EXAMPLE = (
     ("fqsweep.allocation", "allocate_bits"),
     ("fqsweep.fairness", "fairness_report"),

@@ -11,14 +11,14 @@ import torch
 
 from fqsweep import export
 from fqsweep.cells import expand_cells
+from fqsweep.engine.work import LogFile
 from fqsweep.files import SweepPaths
 from fqsweep.main import main
 from fqsweep.quant.packed_model import load_model
 from fqsweep.quant.packing import read_metadata
 from fqsweep.space import load_space
-from fqsweep.tracking import default_uri, open_tracker
+from fqsweep.tracking.tracker import default_uri, open_tracker
 from fqsweep.trial import run_trial
-from fqsweep.work import LogFile
 
 SPACE = """
 name: exported

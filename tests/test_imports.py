@@ -15,65 +15,31 @@ PROJECT = Path(__file__).resolve().parents[1]
 # A module imports from its own line and the lines before it; packages count as one.
 ORDER = (
     ("fqsweep", "errors", "names", "config"),
-    ("cells", "space", "files", "import_path", "stores", "reference"),
-    ("tasks", "results", "stopping", "search", "studies", "ledger", "gpus", "faults", "forgetting"),
-    ("data", "models", "allocation", "cost_table", "fairness", "progress", "pictures", "checkpoints"),
+    ("cells", "space", "files", "disk", "results", "import_path", "reference"),
+    ("data", "models", "allocation", "cost_table", "fairness", "checkpoints", "progress", "pictures"),
     ("quant",),
     ("predictors", "importance", "training"),
     ("setting", "assignment", "baseline"),
     ("finetuning", "trial"),
-    (
-        "checks",
-        "data_commands",
-        "work",
-        "actor",
-        "estimate",
-        "tracking",
-        "publishing",
-        "spool",
-        "machine",
-        "control",
-        "driver",
-        "sweep",
-        "export",
-        "handover",
-        "served_model",
-    ),
+    ("tracking", "served_model"),
+    ("engine", "data_commands", "export"),
     ("main",),
     ("__main__",),
 )
 ONLY_IN = {
-    "ray": {"fqsweep.sweep", "fqsweep.forgetting", "fqsweep.actor", "fqsweep.handover"},
-    "optuna": {"fqsweep.studies"},
-    "mlflow": {"fqsweep.tracking", "fqsweep.publishing", "analysis.load"},
+    "ray": {f"fqsweep.engine.{name}" for name in ("sweep", "forgetting", "actor", "handover")},
+    "optuna": {"fqsweep.engine.studies"},
+    "mlflow": {"fqsweep.tracking.tracker", "fqsweep.tracking.publishing", "analysis.mlflow_runs"},
     "timm": {"fqsweep.models"},
     "onnx": {"fqsweep.quant.onnx_export", "fqsweep.quant.onnx_decoding"},
     "onnxruntime": {"fqsweep.quant.onnx_export"},
 }
 WITHOUT_TORCH = (
-    "errors",
-    "names",
-    "config",
-    "cells",
-    "space",
-    "files",
-    "allocation",
-    "cost_table",
-    "fairness",
-    "progress",
-    "pictures",
-    "tasks",
-    "search",
-    "stopping",
-    "studies",
-    "ledger",
-    "gpus",
-    "faults",
-    "control",
-    "results",
-    "handover",
-    "machine",
-    "stores",
+    *("errors", "names", "config", "cells", "space", "files", "disk", "results", "progress", "pictures"),
+    *("allocation", "cost_table", "fairness"),
+    *("tracking.machine", "tracking.stores"),
+    *(f"engine.{name}" for name in ("tasks", "search", "stopping", "studies", "ledger", "gpus", "faults")),
+    *("engine.control", "engine.handover"),
 )
 
 
@@ -129,7 +95,7 @@ ANALYSIS = sorted(module for module in SOURCES if module.startswith("analysis"))
 def test_the_sources_are_found() -> None:
     assert {"fqsweep.allocation", "fqsweep.quant.grid", "fqsweep.data", "analysis.load"} <= set(SOURCES)
     assert "fqsweep.errors" in imported_by("fqsweep.space")
-    assert "fqsweep.files" in reaches("fqsweep.sweep")
+    assert "fqsweep.files" in reaches("fqsweep.engine.sweep")
 
 
 @pytest.mark.parametrize("module", PRODUCT)
@@ -140,7 +106,7 @@ def test_every_module_has_a_place_in_the_order_and_imports_only_from_before_it(m
             assert rank(other) <= own, f"{module} imports {other}, which comes after it"
 
 
-@pytest.mark.parametrize("module", PRODUCT)
+@pytest.mark.parametrize("module", [*PRODUCT, *ANALYSIS])
 def test_no_module_imports_itself_in_a_circle(module: str) -> None:
     assert module not in reaches(module)
 
@@ -162,7 +128,7 @@ def test_the_numerical_and_plain_modules_need_no_torch(name: str) -> None:
 @pytest.mark.parametrize("module", ANALYSIS)
 def test_the_analysis_reads_only_the_light_modules(module: str) -> None:
     used = {name for name in imported_by(module) if name.split(".")[0] == "fqsweep"}
-    assert used <= {"fqsweep", "fqsweep.errors", "fqsweep.files", "fqsweep.names", "fqsweep.stores"}
+    assert used <= {"fqsweep", "fqsweep.errors", "fqsweep.files", "fqsweep.names", "fqsweep.tracking.stores"}
     heavy = {"torch", "torchvision", "ray", "timm", "optuna"}
     assert not {name.split(".")[0] for name in imported_by(module)} & heavy
 
@@ -177,8 +143,8 @@ def test_nothing_imports_the_analysis() -> None:
     [
         ("fqsweep.allocation, fqsweep.fairness, fqsweep.space, fqsweep.files", "torch, ray, mlflow, timm"),
         ("analysis.report, analysis.page, analysis.load", "torch, ray, timm, optuna"),
-        ("fqsweep.main, fqsweep.control", "torch, ray, mlflow, timm, optuna"),
-        ("fqsweep.sweep", "torch, timm, torchvision"),
+        ("fqsweep.main, fqsweep.engine.control", "torch, ray, mlflow, timm, optuna"),
+        ("fqsweep.engine.sweep", "torch, timm, torchvision"),
     ],
 )
 def test_importing_it_really_loads_none_of(modules: str, forbidden: str) -> None:

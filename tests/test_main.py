@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from fqsweep.cells import expand_cells
-from fqsweep.checks import Checked, check_inputs
+from fqsweep.engine.checks import Checked, check_inputs
+from fqsweep.engine.tasks import Task
+from fqsweep.engine.work import perform
 from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths, write_json
 from fqsweep.main import _own_command, main
 from fqsweep.space import load_space
-from fqsweep.tasks import Task
-from fqsweep.work import perform
 
 PROJECT = Path(__file__).resolve().parents[1]
 SPACE = """
@@ -73,7 +73,7 @@ def checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return check
 
-    monkeypatch.setattr("fqsweep.checks.begin_checks", begin)
+    monkeypatch.setattr("fqsweep.engine.checks.begin_checks", begin)
 
 
 def run(folder: Path, *more: str) -> int:

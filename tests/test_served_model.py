@@ -13,12 +13,12 @@ import torch
 
 from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths
-from fqsweep.publishing import publish_report
 from fqsweep.quant.packed_model import load_model, read_notes
 from fqsweep.quant.packing import read_metadata
-from fqsweep.tracking import default_uri, open_tracker
+from fqsweep.tracking.publishing import publish_report
+from fqsweep.tracking.tracker import default_uri, open_tracker
 from tests.quant.packed_networks import packed_network
-from tests.test_tracking import result
+from tests.tracking.test_tracking import result
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from small_spaces import SMALL, small_space, write_space
 
 from fqsweep import cells
 from fqsweep.cells import (
@@ -25,6 +24,7 @@ from fqsweep.config import RECIPES, Allocating, SearchSpace, content_hash
 from fqsweep.errors import InputError
 from fqsweep.names import METHODS, RUN_PARAMS
 from fqsweep.space import SHIPPED_SPACES, find_space, load_space
+from tests.small_spaces import SMALL, small_space, write_space
 
 SHIPPED = sorted(path for folder in SHIPPED_SPACES for path in folder.glob("*.yaml"))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_spaces import small_space, write_space
 
 from fqsweep.cells import expand_cells
 from fqsweep.errors import InputError
 from fqsweep.space import load_space
+from tests.small_spaces import small_space, write_space
 
 
 def problems_of(folder: Path, *changes: tuple[str, str]) -> str:

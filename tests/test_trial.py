@@ -28,6 +28,7 @@ from fqsweep.config import (
     TrainingRecipe,
     UniformMethod,
 )
+from fqsweep.engine.work import LogFile
 from fqsweep.errors import TrialError
 from fqsweep.files import SweepPaths
 from fqsweep.models import build_model
@@ -38,7 +39,6 @@ from fqsweep.quant.removal import RemovalError
 from fqsweep.results import TrialResult, read_result
 from fqsweep.setting import make_gpu_repeatable, open_setting
 from fqsweep.trial import load_packed, run_trial
-from fqsweep.work import LogFile
 
 DATA = SynthdermConfig(
     kind="synthderm", num_images=240, image_size=32, min_group_count=4, group_attributes=("skin_tone",)

@@ -73,8 +73,8 @@ class SearchConfig(Record):
         trials_per_cell: trials of a cell with a free weight; others have one.
         objectives: metrics to optimise, validation only; directions come from ``fqsweep.names``.
         sampler: ``tpe`` or ``nsga2``.
-        early_stopping: which rule of ``fqsweep.stopping`` ends unpromising trials on validation data, or ``none``.
-            Trials that an earlier start stopped stay so.
+        early_stopping: which rule of ``fqsweep.engine.stopping`` ends unpromising trials on validation data, or
+            ``none``. Trials that an earlier start stopped stay so.
         repeat_seeds: seeds beside ``seeds`` in which nothing is searched: a cell with free weights has one trial
             there, with the weights that its first seed chose on validation data; other cells are as in any seed.
         seed: of the sampler.

@@ -25,8 +25,8 @@ import numpy as np
 from fqsweep.config import content_hash
 from fqsweep.data.records import Samples
 from fqsweep.data.store import COPY_BYTES, fetch_pack, put_pack
+from fqsweep.disk import no_space
 from fqsweep.errors import InputError
-from fqsweep.faults import no_space
 from fqsweep.files import locked, write_json, write_whole
 
 PACK_VERSION = 3

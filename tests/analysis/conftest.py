@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from synthetic_store import SCRIPT_NAME, Spec, grid, write_sweep
 
-from analysis.load import load_runs
+from analysis.mlflow_runs import load_runs
 from fqsweep.names import DEFAULT_EXPERIMENT, TAG_PRUNED, TAG_RETIRED
 
 

@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 
 from analysis import load
-from analysis.load import load_csv, load_runs
-from fqsweep import stores
+from analysis.mlflow_runs import load_runs
+from analysis.runs import load_csv
 from fqsweep.errors import InputError
 from fqsweep.names import RUN_PARAMS, metric_keys
+from fqsweep.tracking import stores
 
 
 def test_only_finished_trials_of_the_latest_sweep_of_that_name_are_read(store, small):

@@ -25,6 +25,7 @@ from analysis import (
     figures,
     fronts,
     load,
+    mlflow_runs,
     paper,
     pareto,
     ranks,
@@ -35,7 +36,8 @@ from analysis import (
     tables,
 )
 from analysis.effects import weight_effects
-from analysis.load import join_sweeps, load_csv, load_layers, load_run, load_runs, load_selection
+from analysis.mlflow_runs import load_layers, load_run, load_runs, load_selection
+from analysis.runs import join_sweeps, load_csv
 from analysis.show import run_text
 from fqsweep.errors import InputError
 from fqsweep.main import main as fqsweep_main
@@ -415,7 +417,7 @@ def test_a_server_that_refuses_is_named_with_its_status_and_without_the_password
 
 @pytest.mark.parametrize(("said", "refused"), [("port=40321: status 500", False), ("status 403", True)])
 def test_a_number_within_a_port_is_no_status(said, refused):
-    assert ("MLFLOW_TRACKING_USERNAME" in str(load._unreadable("http://h", OSError(said)))) == refused
+    assert ("MLFLOW_TRACKING_USERNAME" in str(mlflow_runs._unreadable("http://h", OSError(said)))) == refused
 
 
 def test_one_panel_without_the_metric_is_missing_from_a_page_that_still_opens(tmp_path: Path):

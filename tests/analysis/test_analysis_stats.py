@@ -9,17 +9,9 @@ from hypothesis import strategies as st
 from runs_table import run_row, runs_of
 from scipy import stats as scipy_stats
 
+from analysis.intervals import image_intervals, share_interval, stratified_bootstrap, summarize
 from analysis.pareto import aggregate, leaders, select_cells
-from analysis.stats import (
-    compare_variants,
-    holm,
-    image_intervals,
-    paired_test,
-    share_interval,
-    stratified_bootstrap,
-    summarize,
-    verdict,
-)
+from analysis.stats import compare_variants, holm, paired_test, verdict
 
 METRIC = "val/acc_worst"
 P_VALUES = st.lists(st.floats(0, 1), max_size=8)

@@ -12,10 +12,10 @@ from fqsweep.config import TableConfig
 from fqsweep.data import open_dataset, plan_dataset
 from fqsweep.data.report import describe_warnings
 from fqsweep.data.verify import describe_findings, verify_dataset
+from fqsweep.engine.sweep import later_warnings
 from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths
 from fqsweep.main import main
-from fqsweep.sweep import later_warnings
 from tests.data.conftest import write_photo
 
 NUM_IMAGES = 60

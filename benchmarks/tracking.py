@@ -22,7 +22,8 @@ from benchmarks.result_file import result_parser, write_result
 from fqsweep.files import SweepPaths
 from fqsweep.names import RUN_PARAMS, group_metric_key, metric_keys
 from fqsweep.results import TrialResult
-from fqsweep.tracking.tracker import default_uri, open_tracker
+from fqsweep.tracking.stores import default_uri
+from fqsweep.tracking.tracker import open_tracker
 from tests.tracking.tracking_stores import Missing, mlflow_server, postgres
 
 NUM_EPOCHS = 10

@@ -45,7 +45,7 @@ from fqsweep.files import SweepPaths
 from fqsweep.import_path import python_path
 from fqsweep.names import DEFAULT_SELECTION, selection_of
 from fqsweep.space import find_space, load_space
-from fqsweep.tracking.stores import is_server, sqlite_uri, without_password
+from fqsweep.tracking.stores import default_uri, is_server, sqlite_uri, without_password
 
 DATA_DIR_VARIABLE = "FQSWEEP_DATA_DIR"
 LAST_PORT = 65535
@@ -222,12 +222,15 @@ def _port(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from fqsweep.engine.checks import begin_checks
+    from fqsweep.tracking.new_database import begin_tables
 
     file = find_space(options.space)
     space = load_space(file)
     out = options.out or Path("out") / space.name
-    checks = begin_checks(file, SweepPaths(out.resolve()), options.data_dir)
-    from fqsweep.engine.sweep import SweepOptions, run_sweep  # takes seconds, while the checks run
+    paths = SweepPaths(out.resolve())
+    tables = begin_tables(options.tracking_uri or default_uri(paths))
+    checks = begin_checks(file, paths, options.data_dir)
+    from fqsweep.engine.sweep import SweepOptions, run_sweep  # takes seconds, while those run
 
     try:
         summary = run_sweep(
@@ -239,6 +242,7 @@ def _run(options: argparse.Namespace) -> int:
                 address=options.address,
                 max_concurrent=options.max_concurrent,
                 checks=checks,
+                tables=tables,
                 command=(*shlex.split(_own_command()), *_own_arguments()),
             )
         )

@@ -21,7 +21,7 @@ PAGES = sorted(
         PROJECT / "CONTRIBUTING.md",
         *PROJECT.glob("docs/*.md"),
         *PROJECT.glob("benchmarks/results/*.md"),
-        *PROJECT.glob("search_spaces/*.yaml"),
+        *PROJECT.glob("search_spaces/*.*"),
     ]
 )
 # A command ends where its code, its comment or the sentence around it does.

@@ -17,7 +17,8 @@ from fqsweep.main import main
 from fqsweep.quant.packed_model import load_model
 from fqsweep.quant.packing import read_metadata
 from fqsweep.space import load_space
-from fqsweep.tracking.tracker import default_uri, open_tracker
+from fqsweep.tracking.stores import default_uri
+from fqsweep.tracking.tracker import open_tracker
 from fqsweep.trial import run_trial
 
 SPACE = """

@@ -29,7 +29,10 @@ ORDER = (
 ONLY_IN = {
     "ray": {f"fqsweep.engine.{name}" for name in ("sweep", "forgetting", "actor", "handover")},
     "optuna": {"fqsweep.engine.studies"},
-    "mlflow": {"fqsweep.tracking.tracker", "fqsweep.tracking.publishing", "analysis.mlflow_runs"},
+    "mlflow": {
+        *(f"fqsweep.tracking.{name}" for name in ("tracker", "publishing", "new_database")),
+        "analysis.mlflow_runs",
+    },
     "timm": {"fqsweep.models"},
     "onnx": {"fqsweep.quant.onnx_export", "fqsweep.quant.onnx_decoding"},
     "onnxruntime": {"fqsweep.quant.onnx_export"},

@@ -16,7 +16,8 @@ from fqsweep.files import SweepPaths
 from fqsweep.quant.packed_model import load_model, read_notes
 from fqsweep.quant.packing import read_metadata
 from fqsweep.tracking.publishing import publish_report
-from fqsweep.tracking.tracker import default_uri, open_tracker
+from fqsweep.tracking.stores import default_uri
+from fqsweep.tracking.tracker import open_tracker
 from tests.quant.packed_networks import packed_network
 from tests.tracking.test_tracking import result
 

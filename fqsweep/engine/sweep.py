@@ -57,8 +57,10 @@ from fqsweep.names import SHARED_S
 from fqsweep.progress import Display
 from fqsweep.space import load_space
 from fqsweep.tracking.machine import MachineWatch
+from fqsweep.tracking.new_database import begin_tables
 from fqsweep.tracking.spool import Spool
-from fqsweep.tracking.tracker import Tracker, default_uri, open_tracker, reaching
+from fqsweep.tracking.stores import default_uri
+from fqsweep.tracking.tracker import Tracker, open_tracker, reaching
 
 TICK_S = 1.0
 LOOK_AT_RAY_S = 5.0
@@ -73,6 +75,7 @@ class SweepOptions:
     Attributes:
         command: the words that start it again, for messages.
         checks: what waits for checks that have begun already; they begin with the sweep else.
+        tables: the same of a new database's tables.
         work: the module whose ``perform`` does a task; tests and benchmarks of the engine have cheaper work.
     """
 
@@ -84,6 +87,7 @@ class SweepOptions:
     max_concurrent: int | None = None
     command: tuple[str, ...] = ()
     checks: Callable[[], Checked] | None = None
+    tables: Callable[[], bytes] | None = None
     work: str = "fqsweep.engine.work"
 
 
@@ -172,17 +176,19 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
 def _run(options: SweepOptions) -> SweepSummary:
     space = load_space(options.space_file)
     paths = SweepPaths(options.out.resolve())
+    uri = options.tracking_uri or default_uri(paths)
+    tables = options.tables or begin_tables(uri)
     checked = (options.checks or begin_checks(options.space_file, paths, options.data_dir))()
     for line in checked.warnings:
         print(line, flush=True)
     with only_driver(paths, options.command):
-        uri = options.tracking_uri or default_uri(paths)
         tracker = open_tracker(
             uri,
             paths=paths,
             sweep=space.name,
             space_file=options.space_file,
             facts={**checked.facts, **_versions()},
+            tables=tables,
         )
         costs = CostModel(space.resources, data_dir=options.data_dir, macs=checked.macs)
         studies = OptunaStudies(space.search, paths.studies, cells=expand_cells(space))

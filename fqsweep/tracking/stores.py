@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fqsweep.errors import InputError
+from fqsweep.files import SweepPaths
 from fqsweep.names import TAG_SPACE
 
 CONNECT_S = 10
@@ -80,6 +81,11 @@ def sqlite_file(uri: str) -> Path | None:
     if not parts.scheme.startswith("sqlite"):
         return None
     return Path(parts.path.removeprefix("/"))
+
+
+def default_uri(paths: SweepPaths) -> str:
+    """The sweep's own database."""
+    return sqlite_uri(paths.tracking_db.resolve())
 
 
 def sqlite_uri(file: Path) -> str:

@@ -15,7 +15,7 @@ import sqlite3
 import subprocess
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,7 @@ from fqsweep.names import (
     TAG_SWEEP,
 )
 from fqsweep.results import TrialResult
+from fqsweep.tracking.new_database import begin_tables
 from fqsweep.tracking.stores import (
     ARTIFACTS,
     check_exists,
@@ -61,7 +62,6 @@ from fqsweep.tracking.stores import (
     is_server,
     search_runs,
     sqlite_file,
-    sqlite_uri,
     try_database,
     without_password,
 )
@@ -225,18 +225,20 @@ def _with_bits(metrics: Mapping[str, float], result: TrialResult) -> dict[str, f
     return {name: value for name, value in metrics.items() if name != LEARNED_BITS} | (learned or fixed)
 
 
-def default_uri(paths: SweepPaths) -> str:
-    """The sweep's own database."""
-    return sqlite_uri(paths.tracking_db.resolve())
-
-
 def open_tracker(
-    uri: str, *, paths: SweepPaths, sweep: str, space_file: Path, facts: Mapping[str, str]
+    uri: str,
+    *,
+    paths: SweepPaths,
+    sweep: str,
+    space_file: Path,
+    facts: Mapping[str, str],
+    tables: Callable[[], bytes] | None = None,
 ) -> Tracker:
     """Open the sweep's parent run, or make it.
 
     Args:
         facts: parameters of the parent run (versions, hashes of data sets).
+        tables: what waits for the tables of a new database, where they have begun already (``begin_tables``).
 
     Raises:
         InputError: the tracking server cannot be reached or refuses.
@@ -246,7 +248,7 @@ def open_tracker(
     check_is_address(uri)
     try:
         try_database(uri)
-        with _quiet_database(uri):
+        with _quiet_database(uri, tables):
             client = MlflowClient(tracking_uri=uri)
             experiment_id = _experiment(client, uri, paths)
             parent_id = _parent(client, experiment_id, sweep, paths)
@@ -269,27 +271,20 @@ def open_tracker(
         ) from error
 
 
-def _make_database(file: Path) -> None:
-    """A sqlite file with MLflow's tables, whole or not at all: to make them takes seconds, and a file with some of
-    them, which a kill would leave, MLflow refuses for ever."""
-    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
-        beside = Path(folder).resolve() / file.name
-        store = SqlAlchemyStore(f"sqlite:///{beside}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
-        store._dispose_engine()
-        if not file.exists():  # another sweep may share it
-            os.rename(beside, file)
+def _place_database(file: Path, tables: Callable[[], bytes]) -> None:
+    """A sqlite file with MLflow's tables, whole or not at all: one with some of them MLflow refuses for ever."""
+    contents = tables()
+    if not file.exists():  # another sweep may share it
+        write_bytes(file, contents)
 
 
 @contextlib.contextmanager
-def _quiet_database(uri: str) -> Iterator[None]:
+def _quiet_database(uri: str, tables: Callable[[], bytes] | None) -> Iterator[None]:
     """Make a sqlite file that is not there, and switch it to write-ahead logging."""
+    tables = tables or begin_tables(uri)
     file = sqlite_file(uri)
-    if file is not None and not file.exists():
-        _make_database(file)
+    if file is not None and tables is not None:
+        _place_database(file, tables)
     yield
     if file is not None and file.is_file():
         with contextlib.closing(sqlite3.connect(file)) as connection:

@@ -23,8 +23,7 @@ from mlflow import MlflowClient
 from fqsweep.engine.control import ask_to_stop, clear_failures, look
 from fqsweep.files import SweepPaths, read_lines
 from fqsweep.names import TAG_KEY, TAG_RETIRED
-from fqsweep.tracking.stores import search_runs
-from fqsweep.tracking.tracker import default_uri
+from fqsweep.tracking.stores import default_uri, search_runs
 from tests.engine.forked_drivers import (
     assert_books_agree,
     behave,

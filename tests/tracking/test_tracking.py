@@ -38,14 +38,8 @@ from fqsweep.tracking import spool as spool_module
 from fqsweep.tracking import stores
 from fqsweep.tracking.publishing import publish_report
 from fqsweep.tracking.spool import Spool
-from fqsweep.tracking.tracker import (
-    Tracker,
-    default_uri,
-    fetch_model,
-    fetch_space,
-    open_tracker,
-    reaching,
-)
+from fqsweep.tracking.stores import default_uri
+from fqsweep.tracking.tracker import Tracker, fetch_model, fetch_space, open_tracker, reaching
 from tests.whole_sweeps import give_database, wait_for
 
 

@@ -17,7 +17,8 @@ from fqsweep.files import SweepPaths
 from fqsweep.names import RUN_PARAMS, TAG_FRONT, TAG_RECOMMENDED, metric_keys
 from fqsweep.results import TrialResult
 from fqsweep.tracking.publishing import publish_report
-from fqsweep.tracking.tracker import Tracker, default_uri, fetch_model, fetch_space, open_tracker
+from fqsweep.tracking.stores import default_uri
+from fqsweep.tracking.tracker import Tracker, fetch_model, fetch_space, open_tracker
 from tests.quant.packed_networks import packed_network
 from tests.tracking.tracking_stores import Missing, mlflow_server, postgres
 

@@ -23,7 +23,8 @@ from fqsweep.names import RUN_PARAMS, metric_keys
 from fqsweep.pictures import draw_bits
 from fqsweep.results import TrialResult
 from fqsweep.tracking.publishing import publish_report
-from fqsweep.tracking.tracker import default_uri, open_tracker
+from fqsweep.tracking.stores import default_uri
+from fqsweep.tracking.tracker import open_tracker
 from tests.browser import Browser, browser
 from tests.tracking.tracking_stores import free_port, wait_until_up
 

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from analysis.columns import (
-    listing,
-)
-from analysis.runs import typed_runs
+from analysis.columns import listing
+from analysis.runs import MAX_SAID, typed_runs
 from fqsweep.errors import InputError
 from fqsweep.names import (
     DEFAULT_SELECTION,
@@ -51,18 +49,6 @@ from fqsweep.tracking.stores import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
-
-NUMERIC_PARAMS = (
-    "budget_bits",
-    "budget_bytes",
-    "seed",
-    "fairness_weight",
-    "bitrate_weight",
-    "finetune_epochs",
-    "distillation_weight",
-)
-MAX_SAID = 300  # letters of what a store says of itself
-NUM_NAMED = 3  # run ids that a note names before it only counts
 
 
 def load_runs(tracking_uri: str, sweep: str, *, parent_id: str | None = None) -> pd.DataFrame:

@@ -12,17 +12,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import cli
-from analysis.columns import (
-    ABSENT,
-    BITS,
-    BYTES,
-    PANEL,
-    bytes_text,
-    is_maximized,
-    panel_title,
-    panels,
-    percent,
-)
+from analysis.columns import ABSENT, BITS, BYTES, PANEL, bytes_text, is_maximized, panel_title, panels, percent
 from analysis.figures import FORMATS, figure_bytes, front_figure
 from analysis.pareto import aggregate, leaders, mark_front, more_runs_sentence, select_cells
 from analysis.tables import latex_safe, markdown_safe

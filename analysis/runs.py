@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,19 +26,8 @@ from analysis.columns import (
     with_budget,
 )
 from fqsweep.errors import InputError
-from fqsweep.names import (
-    GROUP_METRICS,
-    NO_VALUE,
-    RUN_PARAMS,
-    SPLIT_PREFIXES,
-    metric_keys,
-)
-from fqsweep.tracking.stores import (
-    first_line,
-)
-
-if TYPE_CHECKING:
-    pass
+from fqsweep.names import GROUP_METRICS, NO_VALUE, RUN_PARAMS, SPLIT_PREFIXES, metric_keys
+from fqsweep.tracking.stores import first_line
 
 NUMERIC_PARAMS = (
     "budget_bits",
@@ -49,7 +38,7 @@ NUMERIC_PARAMS = (
     "finetune_epochs",
     "distillation_weight",
 )
-MAX_SAID = 300  # letters of what a store says of itself
+MAX_SAID = 300  # letters of what a store or a file says of itself
 NUM_NAMED = 3  # run ids that a note names before it only counts
 
 

@@ -15,13 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis import cli
-from analysis.columns import (
-    PANEL,
-    is_full_precision,
-    is_maximized,
-    of_panel,
-    on_test,
-)
+from analysis.columns import PANEL, is_full_precision, is_maximized, of_panel, on_test
 from analysis.intervals import summarize
 from analysis.pareto import aggregate, leaders, select_cells
 

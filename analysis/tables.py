@@ -11,16 +11,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import cli
-from analysis.columns import (
-    ABSENT,
-    BITS,
-    BYTES,
-    POINT,
-    bytes_text,
-    panel_title,
-    panels,
-    percent,
-)
+from analysis.columns import ABSENT, BITS, BYTES, POINT, bytes_text, panel_title, panels, percent
 from analysis.pareto import aggregate, mark_front, select_cells
 from fqsweep.names import metric_of
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__":
-    # Run as a script, Python puts this folder first, where modules are called `data` and `search`.
+    # Run as a script, Python puts this folder first, where packages are called `data` and `config`.
     _here = Path(__file__).resolve().parent
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != _here]
     if (_here / "names.py").exists():

@@ -21,15 +21,7 @@ from fqsweep.data import fitzpatrick17k, isic2019
 from fqsweep.data.download import Patience, download_file, open_session, require_room
 from fqsweep.data.folder import ImageFolder, first_folder
 from fqsweep.data.meter import Meter
-from fqsweep.data.photos import (
-    FINAL_OUTCOMES,
-    Failure,
-    Manners,
-    Photo,
-    fetch_photos,
-    read_report,
-    write_report,
-)
+from fqsweep.data.photos import FINAL_OUTCOMES, Failure, Manners, Photo, fetch_photos, read_report, write_report
 from fqsweep.data.tabular import read_table
 from fqsweep.data.unpack import unpack_zip
 from fqsweep.errors import InputError

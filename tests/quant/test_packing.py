@@ -20,13 +20,7 @@ from fqsweep.quant.grid import quantise_units
 from fqsweep.quant.levels import absmax_steps
 from fqsweep.quant.packed_model import load_model, shrink
 from fqsweep.quant.packing import HeadShape, read_metadata
-from tests.quant.packed_networks import (
-    SIZE_BY_NAME,
-    notes_of,
-    packed_network,
-    random_images,
-    random_network,
-)
+from tests.quant.packed_networks import SIZE_BY_NAME, notes_of, packed_network, random_images, random_network
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -134,7 +134,9 @@ def start_steps(
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients of weights; everything as before at the end."""
     modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    wanted = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    for parameter in wanted:
+        parameter.grad = None
     model.eval()
     model.requires_grad_(False)
     try:
@@ -142,9 +144,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-        for parameter, flag in wanted.items():
+        for parameter, (flag, gradient) in wanted.items():
             parameter.requires_grad_(flag)
-            parameter.grad = None
+            parameter.grad = gradient
 
 
 @torch.no_grad()

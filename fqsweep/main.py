@@ -369,12 +369,12 @@ def _retry(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from fqsweep.cells import expand_cells
     from fqsweep.data_commands import print_data_warnings
-    from fqsweep.engine.checks import check_layer_names
+    from fqsweep.engine.checks import check_networks
     from fqsweep.engine.estimate import describe_plan, estimate
 
     space = load_space(find_space(options.space))
     plan = estimate(space, data_dir=options.data_dir, num_cores=os.cpu_count() or 1)
-    check_layer_names(space)
+    check_networks(space)
     if options.json:
         cells = [
             {"title": c.title, "key": c.key, "budget_bits": c.budget_bits, "budget_bytes": c.budget_bytes}

@@ -208,6 +208,7 @@ def test_the_model_and_the_images_are_bit_for_bit_as_before(
 ) -> None:
     model.norm.eval()
     model.head.bias.requires_grad_(False)
+    model.conv.weight.grad = torch.full_like(model.conv.weight, 3.0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
     batches = images()
@@ -218,7 +219,8 @@ def test_the_model_and_the_images_are_bit_for_bit_as_before(
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["head.bias"]
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert bool((model.conv.weight.grad == 3).all())
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "conv.weight")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     for (image, _, _), known in zip(batches, pixels, strict=True):
         assert torch.equal(image, known) and not image.requires_grad and image.grad is None

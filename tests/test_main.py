@@ -254,8 +254,11 @@ def test_a_budget_that_layers_cannot_keep_is_refused_before_anything_is_trained(
 ) -> None:
     edit(photos, "{method: static}", f"{{method: static, {option}}}")
     assert run(photos) == 2
-    assert re.search(message, capsys.readouterr().err)
+    shown = capsys.readouterr().err
+    assert re.search(message, shown)
     assert not (photos / "out" / "ledger.jsonl").exists()
+    assert main(["plan", str(photos / "bad.yaml")]) == 2
+    assert capsys.readouterr().err == shown
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Fetch one file over HTTP: resumed where it was cut, tried again where that is worthwhile, moved in place whole.
 
-A download in progress is ``<name>.part``, with its server's mark of the content (ETag or Last-Modified) in
-``<name>.part.mark``: a file that changed on the server meanwhile is fetched anew and not patched together.
+A download in progress is ``<name>.part``, with its server's marks of the content (ETag, Last-Modified, size) in
+``<name>.part.mark``: a file that changed on the server meanwhile is fetched anew and not patched together. Where a
+server tells no more than the size, another file of that size would pass; a part without any mark is begun anew.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -55,6 +58,33 @@ class _TryAgain(Exception):
     def __init__(self, reason: str, *, after_s: float = 0.0) -> None:
         super().__init__(reason)
         self.after_s = after_s
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What a server says of a file's content.
+
+    Attributes:
+        validator: what it may be asked with, a strong ETag or the time of the last change; empty where there is none.
+        etag: a weak one too, which it may not be asked with, but which tells contents apart (RFC 9110, 13.1.5).
+        num_bytes: of the whole file; 0 where it does not tell.
+    """
+
+    validator: str = ""
+    etag: str = ""
+    num_bytes: int = 0
+
+    @classmethod
+    def of(cls, response: requests.Response, num_bytes: int) -> _Mark:
+        etag = response.headers.get("ETag", "")
+        strong = etag if not etag.startswith("W/") else ""
+        return cls(strong or response.headers.get("Last-Modified", ""), etag, num_bytes)
+
+    def allows(self, other: _Mark) -> bool:
+        """Whether the answer to a request with ``validator`` may be of the same content, by what both say."""
+        said = [(self.etag, other.etag), (self.validator, other.validator), (self.num_bytes, other.num_bytes)]
+        compared = [own == theirs for own, theirs in said if own and theirs]
+        return all(compared) and bool(compared or self.validator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,16 +198,18 @@ def _fetch_rest(
     on_progress: OnBytes | None,
 ) -> None:
     """Append what is missing to ``part``; returns when it is whole."""
-    have = _size(part)
+    mark = _read_mark(part)
+    have = _size(part) if mark is not None else 0
     times = (patience.connect_s, patience.read_s)
-    with _ask(session, url, _range_headers(part, have), times) as response:
+    with _ask(session, url, _range_headers(mark, have), times) as response:
         if response.status_code == 416 and _total_of(response) == have:
             return
-        have = _resumed_at(response, url, part, have)
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length is not None and length.isdigit() else 0
+        have = _resumed_at(response, url, part, have, mark)
+        length = response.headers.get("Content-Length", "")
+        # Of a body that is coded, which nobody asked for, it counts other bytes; a cut one is an error all the same.
+        total = have + int(length) if length.isdigit() and not _is_coded(response) else 0
         check_size(max(total - have, 0), total)
-        _write_mark(part, response)
+        _write_mark(part, _Mark.of(response, total))
         with part.open("ab" if have else "wb") as stream:
             for chunk in response.iter_content(CHUNK_BYTES):
                 stream.write(chunk)
@@ -186,8 +218,6 @@ def _fetch_rest(
                     on_progress(have, total)
             stream.flush()
             os.fsync(stream.fileno())
-    if total and have > total:
-        _discard(part)
     if total and have != total:
         raise _TryAgain(f"ended after {have:,} of {total:,} bytes")
 
@@ -204,15 +234,17 @@ def _ask(
         raise requests.exceptions.InvalidURL(f"it, or where it leads, is no address ({error})") from error
 
 
-def _range_headers(part: Path, have: int) -> dict[str, str]:
-    if not have:
+def _range_headers(mark: _Mark | None, have: int) -> dict[str, str]:
+    if mark is None or not have:
         return {}
-    mark = _mark_of(part)
-    validator = {"If-Range": mark.read_text()} if mark.is_file() else {}
-    return {"Range": f"bytes={have}-", **validator}
+    return {"Range": f"bytes={have}-", **({"If-Range": mark.validator} if mark.validator else {})}
 
 
-def _resumed_at(response: requests.Response, url: str, part: Path, have: int) -> int:
+def _is_coded(response: requests.Response) -> bool:
+    return response.headers.get("Content-Encoding", "identity").lower() not in ("identity", "")
+
+
+def _resumed_at(response: requests.Response, url: str, part: Path, have: int, mark: _Mark | None) -> int:
     """The byte from which this answer goes on; 0 where the server begins anew."""
     status = response.status_code
     if status in GONE_STATUS:
@@ -225,7 +257,8 @@ def _resumed_at(response: requests.Response, url: str, part: Path, have: int) ->
     if status == 200:
         return 0
     start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    if status == 206 and start and int(start[1]) == have:
+    goes_on = status == 206 and start is not None and int(start[1]) == have and not _is_coded(response)
+    if goes_on and mark is not None and mark.allows(_Mark.of(response, _total_of(response))):
         return have
     if status in (206, 416):
         _discard(part)
@@ -234,19 +267,22 @@ def _resumed_at(response: requests.Response, url: str, part: Path, have: int) ->
 
 
 def _total_of(response: requests.Response) -> int:
-    """The file's size from ``Content-Range: bytes */N``; -1 where it is not given."""
-    found = re.match(r"bytes \*/(\d+)", response.headers.get("Content-Range", ""))
-    return int(found[1]) if found else -1
+    """The file's size from ``Content-Range: bytes .../N``; 0 where it is not given."""
+    found = re.match(r"bytes [\d*-]+/(\d+)", response.headers.get("Content-Range", ""))
+    return int(found[1]) if found else 0
 
 
-def _write_mark(part: Path, response: requests.Response) -> None:
-    """Note what identifies the content; weak ETags may not be compared (RFC 9110, section 13.1.5)."""
-    tag = response.headers.get("ETag", "")
-    mark = tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified", "")
-    if mark:
-        _mark_of(part).write_text(mark)
-    else:
-        _mark_of(part).unlink(missing_ok=True)
+def _write_mark(part: Path, mark: _Mark) -> None:
+    _mark_of(part).write_text(json.dumps(dataclasses.asdict(mark)))
+
+
+def _read_mark(part: Path) -> _Mark | None:
+    """What was noted of a part; None where that is nothing, or cannot be read."""
+    try:
+        mark = _Mark(**json.loads(_mark_of(part).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return None if mark == _Mark() else mark
 
 
 def _given_up(url: str, part: Path, error: Exception, *, attempts: int) -> DownloadError:

@@ -13,6 +13,7 @@ Axes: n images, h and w pixels, p parts (whole, middle), d details.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -99,8 +100,9 @@ def near_duplicate_pairs(
 
 
 def _cached_pairs(image_nhwc: np.ndarray, cache: Path | None) -> np.ndarray:
-    if cache is not None and cache.exists():
-        return np.asarray(np.load(cache))
+    if cache is not None:
+        with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged: found anew
+            return np.asarray(np.load(cache))
     pair_p2 = near_duplicate_pairs(details(image_nhwc))
     if cache is not None:
         stream = io.BytesIO()

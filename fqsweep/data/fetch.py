@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ from fqsweep.data.meter import Meter
 from fqsweep.data.photos import FINAL_OUTCOMES, Failure, Manners, Photo, fetch_photos, read_report, write_report
 from fqsweep.data.tabular import read_table
 from fqsweep.data.unpack import unpack_zip
+from fqsweep.disk import writing
 from fqsweep.errors import InputError
 from fqsweep.files import locked
 
@@ -79,7 +80,8 @@ def fetch_dataset(config: DatasetConfig, data_dir: Path, options: FetchOptions) 
         )
     _check_mirror(options.mirror)
     root = data_dir / config.folder
-    root.mkdir(parents=True, exist_ok=True)
+    with writing(f"data folder {root}", instead="another --data-dir"):
+        root.mkdir(parents=True, exist_ok=True)
     with locked(root / ".fetch"):
         return (
             _fetch_isic2019(root, options)
@@ -100,8 +102,14 @@ def _check_mirror(mirror: str | None) -> None:
         raise InputError(f"--mirror must be an address such as https://example.org/folder, but is {mirror!r}")
 
 
-def _fetch_table(name: str, root: Path, base: str, options: FetchOptions) -> Path:
-    """The table of that name, fetched if it is not there."""
+def _fetch_table(
+    name: str, root: Path, base: str, options: FetchOptions, *, columns: Sequence[str]
+) -> pd.DataFrame:
+    """The table of that name, fetched if it is not there.
+
+    Raises:
+        InputError: what is there, or what came and is not kept, is no table with these columns.
+    """
     target = root / name
     if not target.exists():
         with open_session() as session:
@@ -110,31 +118,48 @@ def _fetch_table(name: str, root: Path, base: str, options: FetchOptions) -> Pat
                 f"{(options.mirror or base).rstrip('/')}/{name}",
                 target,
                 patience=options.patience,
-                check_file=lambda part: _refuse_web_page(part, name),
+                check_file=lambda part: _check_table(part, name, columns),
                 on_progress=options.meter(name, "bytes"),
             )
-    return target
+    try:
+        return read_table(target, columns=columns)
+    except InputError as error:
+        raise InputError(f"{error}; delete it to fetch it again") from error
 
 
-def _refuse_web_page(part: Path, name: str) -> None:
-    """Proxies answer with a page of their own and status 200."""
+def _check_table(part: Path, name: str, columns: Sequence[str]) -> None:
+    """Proxies answer with a page or a word of their own and status 200: that must not stay as the table."""
+    remedy = "look at the proxy or the --mirror"
     if part.read_bytes()[:200].lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise InputError(f"{name}: a web page came in place of the table; look at the proxy or the --mirror")
+        raise InputError(f"{name}: a web page came in place of the table; {remedy}")
+    try:
+        read_table(part, columns=columns)
+    except InputError as error:
+        raise InputError(f"{name}: what came is not the table ({error}); {remedy}") from error
 
 
 # --- ISIC 2019 ------------------------------------------------------------------------------------
 
 
 def _fetch_isic2019(root: Path, options: FetchOptions) -> tuple[str, bool]:
-    truth = _fetch_table(isic2019.TRUTH_CSV, root, ISIC2019_BASE, options)
-    _fetch_table(isic2019.METADATA_CSV, root, ISIC2019_BASE, options)
-    names = read_table(truth, columns=("image",))["image"].astype(str).tolist()
+    truth, metadata = (
+        _fetch_table(name, root, ISIC2019_BASE, options, columns=("image",))["image"]
+        for name in (isic2019.TRUTH_CSV, isic2019.METADATA_CSV)
+    )
+    names = truth.tolist()
     folder, images = _isic2019_images(root, names)
     if folder is None:
         _fetch_archive(root, options)
         folder, images = _isic2019_images(root, names)
     where = root if folder is None else folder
     text = f"{root}: {len(names):,} rows, {images:,} of their images in {where.name}"
+    # Neither has a published checksum, and a table may end early between two rows without anybody's noticing.
+    if set(truth) != set(metadata):
+        differ = (
+            f"{isic2019.TRUTH_CSV} lists {truth.nunique():,} images and {isic2019.METADATA_CSV} "
+            f"{metadata.nunique():,}, not the same ones: delete the one that is cut short and repeat this command"
+        )
+        return f"{text}; {differ}", False
     if images == len(names):
         return text, True
     return f"{text}; to fetch the archive once more, move {where} away and repeat this command", False
@@ -181,8 +206,9 @@ def _fetch_archive(root: Path, options: FetchOptions) -> Path:
 
 
 def _fetch_fitzpatrick17k(root: Path, options: FetchOptions) -> tuple[str, bool]:
-    path = _fetch_table(fitzpatrick17k.CSV, root, FITZPATRICK17K_BASE, options)
-    photos = _missing_photos(path, root, options)
+    columns = ("md5hash",) if options.mirror else ("md5hash", "url")
+    table = _fetch_table(fitzpatrick17k.CSV, root, FITZPATRICK17K_BASE, options, columns=columns)
+    photos = _missing_photos(table, root, options)
     report = root / REPORT_NAME
     known = read_report(report)
     final = [
@@ -205,9 +231,10 @@ def _fetch_fitzpatrick17k(root: Path, options: FetchOptions) -> tuple[str, bool]
     return text, not failures
 
 
-def _missing_photos(path: Path, root: Path, options: FetchOptions) -> list[Photo]:
-    table = read_table(path, columns=("md5hash",) if options.mirror else ("md5hash", "url"))
-    _check_names(table["md5hash"], path)
+def _missing_photos(table: pd.DataFrame, root: Path, options: FetchOptions) -> list[Photo]:
+    """Those that are not there, each once, however many rows it has."""
+    _check_names(table["md5hash"], root / fitzpatrick17k.CSV)
+    table = table.drop_duplicates("md5hash")
     try:
         folder = first_folder(root, fitzpatrick17k.IMAGE_FOLDERS)
         here = set(table["md5hash"][fitzpatrick17k.images_of(table, root).present()])

@@ -148,6 +148,7 @@ class ImageFolder:
 
         Raises:
             MissingImages: some are not there; the message counts them and names the first three.
+            InputError: two names are one file.
         """
         found = self.locate(names, spellings=spellings)
         missing = [name for name, file in zip(names, found, strict=True) if file is None]
@@ -161,6 +162,7 @@ class ImageFolder:
                 missing,
             )
         files = [file for file in found if file is not None]
+        _refuse_twice(names, files)
         paths = tuple(self.root / file for file in files)
         return FolderSource(paths), content_hash(
             [(name, *self._traits(file)) for name, file in zip(names, files, strict=True)]
@@ -176,6 +178,17 @@ class ImageFolder:
     def locate(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> list[str | None]:
         """The file of each name, None where there is none."""
         return [next((file for other in spellings(name) if (file := self.find(other))), None) for name in names]
+
+
+def _refuse_twice(names: Sequence[str], files: Sequence[str]) -> None:
+    """One file under two names would be two images, which may lie on two sides of the split."""
+    first: dict[str, str] = {}
+    for name, file in zip(names, files, strict=True):
+        other = first.setdefault(file, name)
+        if other != name:
+            raise InputError(
+                f"images {other!r} and {name!r} of the table are one file, {file}: remove one of the rows"
+            )
 
 
 def _without_suffix(name: str) -> str:
@@ -252,9 +265,9 @@ def first_folder(root: Path, names: Sequence[str]) -> Path:
 def decode_square(path: Path, *, size: int) -> np.ndarray:
     """The central square of an image file, scaled to ``size``, as uint8 (size, size, 3), RGB.
 
-    The EXIF orientation is applied, transparency shows white, 16-bit values keep their upper 8 bits (of 12 bits,
-    values up to 4095, the upper 8 of these), and floats up to 1 are shares of white. Scaling averages over the area
-    that a pixel covers (a triangle filter of that support).
+    The EXIF orientation is applied, the checksums of a PNG are compared, transparency shows white, 16-bit values keep
+    their upper 8 bits (of 12 bits, values up to 4095, the upper 8 of these), and floats up to 1 are shares of white.
+    Scaling averages over the area that a pixel covers (a triangle filter of that support).
 
     Raises:
         InputError: the file is missing or cannot be decoded.
@@ -262,6 +275,9 @@ def decode_square(path: Path, *, size: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * size, 2 * size))
+            image.load()
+            if image.format == "PNG":
+                _compare_checksums(path)
             return np.asarray(_central_square(to_rgb(_upright(image)), size=size))
     except FileNotFoundError as error:
         raise InputError(f"{path} is not there any more; restore it or remove its row from the CSV") from error
@@ -271,8 +287,18 @@ def decode_square(path: Path, *, size: int) -> np.ndarray:
         ) from error
 
 
+def _compare_checksums(path: Path) -> None:
+    """Pillow decodes damaged pixels of a PNG without a word; ``verify`` compares the checksums of its parts."""
+    with Image.open(path) as image:
+        image.verify()
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation wants it; tags that cannot be read say nothing."""
+    """The image as its EXIF orientation wants it; tags that cannot be read say nothing.
+
+    Args:
+        image: loaded: Pillow turns some formats itself while it loads them, and takes the tag away.
+    """
     try:
         turned = _TURNED_BACK.get(image.getexif().get(ORIENTATION_TAG, 1))
     except _UNREADABLE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -25,14 +26,16 @@ _DAMAGE = (
     FileExistsError,
     NotADirectoryError,
 )
+# Names that no file can have: too long, or with what the file system does not take.
+_IMPOSSIBLE = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 
 
 def unpack_zip(archive: Path, folder: Path, *, on_progress: Callable[[int, int], None] | None = None) -> int:
     """Unpack ``archive`` to the new folder ``folder``; returns the number of files.
 
     All entries are checked before the first is written: a path that leaves the folder, a link or a device, an
-    encrypted entry, two entries of one name, or an absurd expansion refuses the archive. Each file's CRC is
-    compared. An archive whose files all lie in one folder of the new folder's name is unpacked without it.
+    encrypted entry, two entries of one name, no file at all, or an absurd expansion refuses the archive. Each file's
+    CRC is compared. An archive whose files all lie in one folder of the new folder's name is unpacked without it.
 
     Raises:
         DownloadError: the archive is no zip, is damaged, or holds something of that kind.
@@ -53,8 +56,12 @@ def unpack_zip(archive: Path, folder: Path, *, on_progress: Callable[[int, int],
         raise DownloadError(
             f"{archive} is damaged ({error}); delete it and fetch it again", kind="changed"
         ) from error
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _IMPOSSIBLE:
+            raise DownloadError(
+                f"{archive} is refused: a file cannot be called as its entry wants ({error})", kind="changed"
+            ) from error
         raise
     inner = beside / folder.name
     only_inner = inner.is_dir() and len(list(beside.iterdir())) == 1
@@ -73,6 +80,10 @@ def _checked_entries(opened: zipfile.ZipFile, archive: Path) -> list[zipfile.Zip
         if fault:
             raise DownloadError(f"{archive} is refused: its entry {entry.filename!r} {fault}", kind="changed")
         names.add(entry.filename)
+    if not entries:
+        raise DownloadError(
+            f"{archive} is refused: it holds no file; delete it and fetch it again", kind="changed"
+        )
     unpacked_bytes = sum(entry.file_size for entry in entries)
     if unpacked_bytes > max(SMALL_BYTES, MAX_EXPANSION * archive.stat().st_size):
         raise DownloadError(

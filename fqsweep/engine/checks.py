@@ -12,14 +12,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fqsweep.cells import budgets_of, method_points
-from fqsweep.config import Allocating, SearchSpace, content_hash
+from fqsweep.config import Allocating, ArchitectureConfig, SearchSpace, content_hash
 from fqsweep.disk import is_no_space, no_space, writing
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_OK, InputError, TrialError
 from fqsweep.files import SweepPaths, write_bytes, write_json
@@ -92,7 +92,7 @@ def check_inputs(
     """
     from fqsweep.data import dataset_digest, plan_dataset
     from fqsweep.data.report import describe_warnings
-    from fqsweep.models import build_model, file_notes, quantisable_layers
+    from fqsweep.models import build_model
 
     _check_writable(paths.out)
     digests, warnings = {}, []
@@ -112,32 +112,33 @@ def check_inputs(
                 digests[f"weights/{architecture.name}/{same}"] = _digest(
                     Path(architecture.pretrained).expanduser()
                 )
-            untrained = architecture.model_copy(update={"pretrained": False})
-            model = build_model(
-                untrained, num_classes=len(samples.class_names), image_size=dataset.image_size, device="meta"
-            )
-            _check_patterns(space, architecture.name, list(quantisable_layers(model)))
-            notes = file_notes(architecture, image_size=dataset.image_size, class_names=samples.class_names)
-            _check_budgets(space, model, notes)
+            _check_network(space, architecture, dataset.image_size, samples.class_names)
     _check_unchanged(paths, digests)
     return digests, warnings
 
 
-def check_layer_names(space: SearchSpace) -> None:
-    """What ``check_inputs`` says of layer-name patterns, where there is no data set yet.
+def check_networks(space: SearchSpace) -> None:
+    """What ``check_inputs`` says of layer-name patterns and budgets, where there is no data set yet.
 
     Raises:
-        InputError: a pattern fits no layer of an architecture.
+        InputError: a pattern fits no layer of an architecture, or a budget does not hold the smallest network, which
+            is that of two classes here.
     """
-    from fqsweep.models import build_model, quantisable_layers
-
-    if not any(getattr(p.settings, option, ()) for p in method_points(space) for option in PATTERN_OPTIONS):
-        return
-    size = space.datasets[0].image_size
     for architecture in space.architectures:
-        untrained = architecture.model_copy(update={"pretrained": False})
-        model = build_model(untrained, num_classes=2, image_size=size, device="meta")
-        _check_patterns(space, architecture.name, list(quantisable_layers(model)))
+        _check_network(space, architecture, space.datasets[0].image_size, ("0", "1"))
+
+
+def _check_network(
+    space: SearchSpace, architecture: ArchitectureConfig, image_size: int, class_names: Sequence[str]
+) -> None:
+    """Layer-name patterns and budgets against a network without values."""
+    from fqsweep.models import build_model, file_notes, quantisable_layers
+
+    untrained = architecture.model_copy(update={"pretrained": False})
+    model = build_model(untrained, num_classes=len(class_names), image_size=image_size, device="meta")
+    _check_patterns(space, architecture.name, list(quantisable_layers(model)))
+    notes = file_notes(architecture, image_size=image_size, class_names=tuple(class_names))
+    _check_budgets(space, model, notes)
 
 
 def _digest(file: Path) -> str:

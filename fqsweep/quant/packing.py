@@ -146,7 +146,12 @@ def pack_weights(
     codes: dict[int, list[np.ndarray]] = {b: [] for b in range(1, MAX_BITS + 1)}
     all_bits: list[np.ndarray] = []
     all_steps: list[np.ndarray] = []
-    tensors = {f"plain.{name}": t.detach().cpu().contiguous() for name, t in state.items() if name not in bits}
+    # Copies: safetensors takes no two tensors that share memory.
+    tensors = {
+        f"plain.{name}": t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in state.items()
+        if name not in bits
+    }
     for name, given in bits.items():
         if name not in state:
             raise ValueError(f"bits are given for {name!r}, which is not in the state")
@@ -224,6 +229,7 @@ def unpack_weights(blob: bytes) -> UnpackedWeights:
     Raises:
         PackedFileError: the bytes are damaged, cut short, of another format or of a later version.
     """
+    blob = bytes(blob)
     metadata = read_metadata(blob)
     try:
         tensors = load_tensors(blob)
@@ -357,7 +363,10 @@ def _join_columns(
 
 def _unit_bits(name: str, tensor: torch.Tensor, given: Bits) -> torch.Tensor:
     """One width per unit, int64 (u,)."""
-    bits_u = torch.as_tensor(np.asarray(given)).long()
+    given_u = torch.as_tensor(np.asarray(given))
+    bits_u = given_u.long()
+    if not torch.equal(bits_u.to(given_u.dtype), given_u):
+        raise ValueError(f"{name!r}: widths must be whole numbers of bits")
     if not tensor.is_floating_point() or tensor.ndim < 1 or not tensor.numel():
         raise ValueError(f"{name!r} is no float tensor with an output-channel axis: it cannot be quantised")
     if bits_u.ndim == 0:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+UNSAID = -1
+
 
 @dataclass
 class Site:
@@ -21,7 +23,8 @@ class Site:
             the connection is closed), ``stall`` (half of it, then silence) or an address to ask in its place.
         ranges: whether ranges are served.
         coded: whether bodies are compressed, which nobody asked for.
-        announced: path -> a Content-Length that is not true.
+        announced: path -> a Content-Length that is not true; ``UNSAID``: none is sent, the body ends when the
+            connection does.
         asked: (path, Range header) of every request.
         most_at_once: largest number of requests that waited for their answer at a time.
     """
@@ -29,7 +32,7 @@ class Site:
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[int | str]] = field(default_factory=dict)
     ranges: bool = True
-    etag: str = '"one"'
+    etag: str | None = '"one"'
     coded: bool = False
     announced: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, str | None]] = field(default_factory=list)
@@ -96,8 +99,10 @@ def serving(site: Site) -> Iterator[Site]:
             if site.coded:
                 body = gzip.compress(body)
                 self.send_header("Content-Encoding", "gzip")
-            self.send_header("ETag", site.etag)
-            self.send_header("Content-Length", str(announced or len(body)))
+            if site.etag is not None:
+                self.send_header("ETag", site.etag)
+            if announced != UNSAID:
+                self.send_header("Content-Length", str(announced or len(body)))
             self.end_headers()
             self.wfile.write(body[: len(body) // 2] if fault in ("cut", "stall") else body)
             self.wfile.flush()

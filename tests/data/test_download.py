@@ -67,9 +67,15 @@ def test_a_new_call_goes_on_where_the_last_one_was_ended(site: Site, tmp_path: P
 
 
 def test_a_part_that_is_whole_already_is_taken_as_it_is(site: Site, tmp_path: Path) -> None:
-    part_of(tmp_path / "big.zip").write_bytes(CONTENT)
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(site, tmp_path / "big.zip", on_progress=stop)
     fetch(site, tmp_path / "big.zip")
     assert (tmp_path / "big.zip").read_bytes() == CONTENT
+    assert site.asked[-1] == ("big.zip", f"bytes={len(CONTENT)}-")
 
 
 def test_a_part_longer_than_the_file_is_thrown_away(site: Site, tmp_path: Path) -> None:
@@ -78,14 +84,38 @@ def test_a_part_longer_than_the_file_is_thrown_away(site: Site, tmp_path: Path) 
     assert (tmp_path / "big.zip").read_bytes() == CONTENT
 
 
-def test_a_file_that_changed_on_the_server_is_fetched_anew(site: Site, tmp_path: Path) -> None:
-    site.faults["big.zip"] = ["cut", 404]
+@pytest.mark.parametrize(
+    ("etag", "later"), [('"one"', '"two"'), ('W/"one"', 'W/"two"'), (None, None), (None, '"two"')]
+)
+def test_a_file_that_changed_on_the_server_is_fetched_anew(
+    site: Site, tmp_path: Path, etag: str | None, later: str | None
+) -> None:
+    """By a strong mark, by a weak one, and without any by its size."""
+    site.faults["big.zip"], site.etag = ["cut", 404], etag
     with pytest.raises(DownloadError, match="404"):
         fetch(site, tmp_path / "big.zip")
     assert part_of(tmp_path / "big.zip").stat().st_size > 0
-    site.files["big.zip"], site.etag = CONTENT[::-1], '"two"'
+    other = CONTENT[::-1] if etag else CONTENT[::-1] + b"more"
+    site.files["big.zip"], site.etag = other, later
     fetch(site, tmp_path / "big.zip")
-    assert (tmp_path / "big.zip").read_bytes() == CONTENT[::-1]
+    assert (tmp_path / "big.zip").read_bytes() == other
+
+
+@pytest.mark.parametrize("etag", ['W/"one"', None])
+def test_a_server_without_a_strong_mark_is_gone_on_with_all_the_same(
+    site: Site, tmp_path: Path, etag: str | None
+) -> None:
+    site.faults["big.zip"], site.etag = ["cut"], etag
+    fetch(site, tmp_path / "big.zip")
+    assert (tmp_path / "big.zip").read_bytes() == CONTENT
+    assert len(site.asked) == 2 and site.asked[1][1] is not None
+
+
+def test_a_part_of_which_nothing_is_known_is_not_gone_on_with(site: Site, tmp_path: Path) -> None:
+    part_of(tmp_path / "big.zip").write_bytes(b"of an older file")
+    fetch(site, tmp_path / "big.zip")
+    assert (tmp_path / "big.zip").read_bytes() == CONTENT
+    assert site.asked == [("big.zip", None)]
 
 
 def test_a_server_without_ranges_sends_it_all_again(site: Site, tmp_path: Path) -> None:
@@ -128,11 +158,11 @@ def test_a_server_that_cuts_every_body_and_goes_on_with_none_is_given_up(site: S
     assert len(site.asked) == 4
 
 
-def test_more_bytes_than_were_announced_are_not_kept(site: Site, tmp_path: Path) -> None:
-    site.files["big.zip"], site.coded = bytes(10_000), True
-    with pytest.raises(DownloadError, match=r"ended after 10,000 of \d+ bytes \(tried 3 times\)$"):
-        fetch(site, tmp_path / "big.zip")
-    assert list(tmp_path.iterdir()) == []
+def test_a_body_that_is_coded_though_nobody_asked_is_taken_whole(site: Site, tmp_path: Path) -> None:
+    site.files["big.zip"], site.coded, site.faults["big.zip"] = bytes(10_000_000), True, ["cut"]
+    fetch(site, tmp_path / "big.zip")
+    assert (tmp_path / "big.zip").read_bytes() == bytes(10_000_000)
+    assert len(site.asked) == 3, "cut, gone on with in vain, and whole"
 
 
 @pytest.mark.parametrize("where", ["ring", "http://[foo/x.jpg", "http://127.0.0.1:99999/"])

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from fqsweep.config import Isic2019Config, SynthdermConfig
-from fqsweep.data import describe_samples
+from fqsweep.data import describe_samples, duplicates
 from fqsweep.data.duplicates import (
     MIN_LIKENESS,
     details,
@@ -77,3 +77,13 @@ def test_many_that_hang_together_are_pointed_at() -> None:
     assert joined.notes[-2].startswith("9 images have near-duplicates")
     assert joined.notes[-1].startswith(f"7 of them hang together ({names}, ...): look whether they are copies")
     assert len(join_pairs(samples, chain_p2[:5]).notes) == len(samples.notes) + 1, "six of 300 are no warning"
+
+
+def test_a_damaged_note_of_pairs_is_made_anew(tmp_path: Path) -> None:
+    image_nhwc = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+    image_nhwc[2] = image_nhwc[0]
+    cache = tmp_path / "pairs.npy"
+    for content in (b"", b"\x93NUMPY"):
+        cache.write_bytes(content)
+        assert duplicates._cached_pairs(image_nhwc, cache).tolist() == [[0, 2]]
+    assert np.load(cache).tolist() == [[0, 2]]

@@ -19,7 +19,7 @@ from fqsweep.data.photos import Manners
 from fqsweep.errors import InputError
 from fqsweep.main import main
 from tests.data.conftest import write_photo
-from tests.data.faulty_server import Site, serving
+from tests.data.faulty_server import UNSAID, Site, serving
 
 ISIC = Isic2019Config(kind="isic2019")
 FITZPATRICK = Fitzpatrick17kConfig(kind="fitzpatrick17k")
@@ -271,3 +271,48 @@ def test_two_calls_at_once_fetch_every_image_once(site: Site, photo_table: Path)
 def test_a_generated_set_cannot_be_fetched(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'synthderm' .* is not published anywhere"):
         fetch_dataset(SynthdermConfig(kind="synthderm"), tmp_path, options())
+
+
+@pytest.mark.parametrize("content", [b"Not Found (proxy)", b"", b"<html>sign in</html>"])
+def test_what_is_no_table_does_not_stay_as_one(isic_site: Site, tmp_path: Path, content: bytes) -> None:
+    path = "2019/ISIC_2019_Training_GroundTruth.csv"
+    whole, isic_site.files[path] = isic_site.files[path], content
+    mirror = options(mirror=f"{isic_site.url}/2019/")
+    with pytest.raises(InputError, match=r"in place of the table|what came is not the table"):
+        fetch_dataset(ISIC, tmp_path / "new", mirror)
+    isic_site.files[path] = whole
+    assert fetch_dataset(ISIC, tmp_path / "new", mirror)[1]
+
+
+def test_a_table_that_ends_early_is_told_from_the_other(isic_site: Site, tmp_path: Path) -> None:
+    path = "2019/ISIC_2019_Training_GroundTruth.csv"
+    whole = isic_site.files[path]
+    isic_site.files[path] = b"".join(whole.splitlines(keepends=True)[:3])
+    mirror = options(mirror=f"{isic_site.url}/2019/")
+    text, complete = fetch_dataset(ISIC, tmp_path / "new", mirror)
+    assert not complete and "lists 2 images and ISIC_2019_Training_Metadata.csv 4" in text
+    isic_site.files[path] = whole
+    (tmp_path / "new" / "isic2019" / Path(path).name).unlink()
+    assert fetch_dataset(ISIC, tmp_path / "new", mirror)[1]
+
+
+def test_a_body_without_a_length_is_taken_where_the_connection_ends(isic_site: Site, tmp_path: Path) -> None:
+    isic_site.announced["2019/ISIC_2019_Training_GroundTruth.csv"] = UNSAID
+    assert fetch_dataset(ISIC, tmp_path / "new", options(mirror=f"{isic_site.url}/2019/"))[1]
+
+
+def test_rows_that_stand_twice_are_fetched_once(site: Site, photo_table: Path) -> None:
+    table = photo_table / "fitzpatrick17k" / "fitzpatrick17k.csv"
+    rows = pd.read_csv(table)
+    pd.concat([rows, rows]).to_csv(table, index=False)
+    fetch_dataset(FITZPATRICK, photo_table, options())
+    assert len(list((table.parent / "images").glob("*.jpg"))) == NUM_PHOTOS - 1
+    assert len(site.asked) == NUM_PHOTOS - 1
+
+
+def test_a_data_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        InputError, match=r"data folder .*file.* cannot be written: .*; give another --data-dir"
+    ):
+        fetch_dataset(ISIC, tmp_path / "file", options(mirror="http://127.0.0.1:1"))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fqsweep.data.folder import ImageFolder, decode_square, first_folder
 from fqsweep.errors import InputError
@@ -33,6 +33,30 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     decoded = decode_square(tmp_path / "turned.jpg", size=32)
     assert decoded[:, -6:].mean() > 240
     assert decoded[:, :22].mean() < 15
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".png", ".webp", ".jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_format_is_turned_upright_once(tmp_path: Path, suffix: str, orientation: int) -> None:
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:32, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / f"turned{suffix}", exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(tmp_path / f"turned{suffix}"))
+    found = decode_square(tmp_path / f"turned{suffix}", size=64)
+    assert np.abs(found.astype(int) - np.asarray(wanted.convert("RGB"))).max() <= 2
+
+
+def test_a_damaged_png_is_refused(tmp_path: Path) -> None:
+    """Pillow alone decodes it to other pixels without a word."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.png cannot be decoded"):
+        decode_square(tmp_path / "a.png", size=32)
 
 
 @pytest.mark.parametrize("tag", [0x0100, 0x011A, 0x0128, 0x0213])
@@ -154,6 +178,12 @@ def test_the_content_of_uncompressed_files_changes_with_their_pixels(tmp_path: P
     Image.new("RGB", (24, 24), "black").save(file)
     assert file.stat().st_size == num_bytes
     assert ImageFolder(tmp_path).open(["a"])[1] != before
+
+
+def test_one_file_under_two_names_is_refused(tmp_path: Path) -> None:
+    write_photo(tmp_path / "000.jpg", seed=0)
+    with pytest.raises(InputError, match=r"images '000' and '\./000\.jpg' of the table are one file, 000\.jpg"):
+        ImageFolder(tmp_path).open(["000", "./000.jpg"])
 
 
 def test_a_folder_nested_in_its_twin_is_found(tmp_path: Path) -> None:

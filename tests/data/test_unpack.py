@@ -93,3 +93,21 @@ def test_a_damaged_archive_leaves_nothing(tmp_path: Path, damage: str) -> None:
     with pytest.raises(DownloadError, match=r"is damaged \(|is there twice"):
         unpack_zip(archive, tmp_path / "X")
     assert [path.name for path in tmp_path.iterdir()] == ["X.zip"]
+
+
+@pytest.mark.parametrize("name", [None, "only/a/folder/"])
+def test_an_archive_without_a_file_is_refused(tmp_path: Path, name: str | None) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        if name:
+            archive.writestr(name, "")
+    with pytest.raises(DownloadError, match="it holds no file"):
+        unpack_zip(tmp_path / "a.zip", tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x" * 300, "1")
+    with pytest.raises(DownloadError, match="a file cannot be called as its entry wants"):
+        unpack_zip(tmp_path / "a.zip", tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]

@@ -147,6 +147,18 @@ def test_a_model_without_quantised_tensors_is_packed_as_it_is() -> None:
     assert all(same_bits(found[name], state[name]) for name in state) and found.bits == {}
 
 
+def test_tensors_that_share_memory_come_back_each() -> None:
+    weight = torch.randn(3, 2)
+    found = unpack_weights(pack_weights({"a": weight, "b": weight, "c": weight[:2]}, {"c": 8}))
+    assert torch.equal(found["a"], weight) and torch.equal(found["b"], weight)
+
+
+def test_other_kinds_of_bytes_are_read_too() -> None:
+    blob = pack_weights({"w": torch.randn(3, 2)}, {"w": 4})
+    for same in (bytearray(blob), memoryview(blob)):
+        assert torch.equal(unpack_weights(same)["w"], unpack_weights(blob)["w"])
+
+
 def test_notes_are_kept_in_the_header() -> None:
     assert read_metadata(pack_weights({}, {}, metadata={"classes": '["a"]'}))["classes"] == '["a"]'
 
@@ -163,6 +175,8 @@ def test_packing_changes_nothing_it_was_given() -> None:
     [
         ({"v": 4}, None, "bits are given for 'v', which is not in the state"),
         ({"w": 9}, None, r"'w': widths must lie in 0..8"),
+        ({"w": 2.5}, None, "'w': widths must be whole numbers of bits"),
+        ({"w": np.array([2.0, np.nan])}, None, "'w': widths must be whole numbers of bits"),
         ({"w": np.array([1, 2, 3])}, None, r"'w': 2 widths .or 1. are needed, got shape \(3,\)"),
         ({"n": 4}, None, "'n' is no float tensor"),
         (

@@ -29,7 +29,7 @@ from analysis.columns import (
     tie_column,
 )
 from analysis.intervals import share_interval
-from analysis.pareto import aggregate, leaders, more_runs_sentence, select_cells, under_budget
+from analysis.pareto import aggregate, best_first, leaders, more_runs_sentence, select_cells, under_budget
 from analysis.rules import Choice, rules_record
 from analysis.stats import MIN_SEEDS, compare_variants
 from analysis.tables import markdown_safe
@@ -126,7 +126,10 @@ def _answer(
     alone = len(part[part["budget"] == budget]) == 1
     lead = f"only {leader['variant']} was run" if alone else f"{leader['variant']} {serves}"
     figure, reference = _figure(leader, on_test(metric)), _against_reference(part, leader, on_test(metric))
-    sentence = f"At {budget_phrase(budget)}, {lead}: {figure}{reference}."
+    others = leader["level_with"]
+    verb = "is" if len(others) == 1 else "are"
+    level = f"; {listing(others)} {verb} level on validation data" if others else ""
+    sentence = f"At {budget_phrase(budget)}, {lead}: {figure}{reference}{level}."
     evidence = ((far,) if far else ()) + _evidence(part, leader, pairs, metric=metric)
     return Answer(
         panel=panel, budget=budget, variant=str(leader["variant"]), sentence=sentence, evidence=evidence
@@ -243,9 +246,13 @@ def lead_counts(points: pd.DataFrame, *, metric: str) -> str:
     lead = leaders(compared, metric=metric)
     if len(lead) < 2:
         return ""
-    counts = lead["variant"].value_counts()
-    named = listing([f"{variant} in {count}" for variant, count in counts.items()])
-    counted = f"Of {len(lead)} comparisons at equal budget, the best validation mean belongs to {named}."
+    is_level = lead["level_with"].map(len) > 0
+    num_level = int(is_level.sum())
+    alone = lead.loc[~is_level, "variant"].value_counts()
+    counts = [f"{variant} in {count}" for variant, count in alone.items()]
+    named = [f"the best validation mean belongs to {listing(counts)}"] if counts else []
+    named += [f"several are level in {num_level}"] if num_level else []
+    counted = f"Of {len(lead)} comparisons at equal budget, {' and '.join(named)}."
     return f"{counted} {more_runs_sentence(compared, metric=metric)}".rstrip()
 
 
@@ -261,8 +268,9 @@ def recommend(cells: pd.DataFrame, *, metric: str) -> list[Recommendation]:
         for budget in budgets(quantised):
             fitting = under_budget(quantised, budget)
             if not fitting.empty:
-                ascending = [not is_maximized(metric), True, True]
-                best = fitting.sort_values([metric, BITS, tie_column(fitting)], ascending=ascending).iloc[0]
+                # Of equal runs the one of the variant that leads; keys would draw lots.
+                by_key = fitting.sort_values(tie_column(fitting), kind="stable")
+                best = best_first(by_key, "variant", metric=metric).iloc[0]
                 found.append(_recommendation(panel, budget, best, len(fitting), metric=metric))
     return found
 

@@ -98,7 +98,7 @@ def seed_hypervolumes(cells: pd.DataFrame, *, keys: Sequence[str]) -> pd.DataFra
 
     Returns:
         One row a (panel, variant): ``num_seeds``, ``mean``, ``std``, ``low``, ``high``: the mean over seeds and
-        Student's t interval of it (``stats.summarize``).
+        Student's t interval of it (``intervals.summarize``).
     """
     chosen = objectives(keys)
     quantised = cells[~is_full_precision(cells)]

@@ -29,6 +29,8 @@ from analysis.intervals import student_half_width
 from fqsweep.errors import InputError
 from fqsweep.names import GROUP_METRICS, Direction, budget_order
 
+# Values that agree to so many digits are equal: a tie is no win.
+TIE_DIGITS = 9
 REFERENCE_BITS = 8.0  # the widest quantised weight
 REFERENCE_VALUE = {True: 0.0, False: 1.0}  # the worst fraction, by whether the metric is maximised
 SPREAD_METRICS = tuple(f"{split}/{m.key}" for split in ("val", "test") for m in GROUP_METRICS)
@@ -102,9 +104,7 @@ def select_cells(runs: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     usable = usable[usable[check_selection_metric(metric)].notna()]
     if usable.empty:
         raise InputError(f"A run must have recorded {metric}, but none of {len(runs)} has: use another.")
-    ascending = [not is_maximized(metric), True, True]
-    ordered = usable.sort_values([metric, BITS, tie_column(usable)], ascending=ascending)
-    grouped = ordered.groupby(list(CELL), dropna=False, sort=True)
+    grouped = best_first(usable, tie_column(usable), metric=metric).groupby(list(CELL), dropna=False, sort=True)
     chosen = grouped.head(1).copy()
     stopped = _num_stopped(runs).reindex(pd.MultiIndex.from_frame(chosen[list(CELL)]), fill_value=0)
     chosen["num_runs"] = grouped["run_id"].transform("size").loc[chosen.index] + stopped.to_numpy()
@@ -125,7 +125,7 @@ def aggregate(cells: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         For every number its mean under the same name; for the group metrics also ``<key>:std``,
-        ``<key>:low`` and ``<key>:high`` (see ``stats.summarize``); ``num_runs``, the most that a cell was chosen
+        ``<key>:low`` and ``<key>:high`` (see ``intervals.summarize``); ``num_runs``, the most that a cell was chosen
         from; ``num_seeds``, ``seeds`` and ``run_ids`` (both joined by spaces, in the same order).
     """
     assert not cells.duplicated(list(CELL)).any(), "one row a cell: call select_cells first"
@@ -139,7 +139,7 @@ def aggregate(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _spreads(grouped: Any) -> pd.DataFrame:
-    """``stats.summarize`` of each group and metric: standard deviation and the ends of the interval."""
+    """``intervals.summarize`` of each group and metric: standard deviation and the ends of the interval."""
     keys = list(SPREAD_METRICS)
     mean, std, num = grouped[keys].mean(), grouped[keys].std(), grouped[keys].count()
     std = std.where((grouped[keys].max() > grouped[keys].min()) | (num < 2), 0.0)
@@ -167,7 +167,8 @@ def mark_front(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     marked["on_front"] = False
     directions: list[Direction] = ["minimize", "maximize" if is_maximized(metric) else "minimize"]
     for _, part in points.groupby(list(PANEL), sort=True):
-        marked.loc[part.index, "on_front"] = pareto_front(part[[BITS, metric]], directions=directions)
+        comparable = part[[BITS]].assign(value=comparable_values(part[metric]))
+        marked.loc[part.index, "on_front"] = pareto_front(comparable, directions=directions)
     return marked
 
 
@@ -195,10 +196,34 @@ def variant_hypervolumes(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 
 
 def leaders(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
-    """The variant with the best mean validation ``metric`` at each budget of each panel."""
+    """The variant with the best mean validation ``metric`` at each budget of each panel.
+
+    Returns:
+        One row each; ``level_with`` are the variants that have the same value there, a tuple of names. Of these the
+        one with fewer bits is taken, then the first by its name.
+    """
     known = points[~is_full_precision(points) & points[metric].notna()]
-    ordered = known.sort_values([metric, BITS, "variant"], ascending=[not is_maximized(metric), True, True])
-    return _in_order(ordered.drop_duplicates([*PANEL, "budget"]))
+    ordered = best_first(known, "variant", metric=metric)
+    place = [*PANEL, "budget"]
+    lead = ordered.drop_duplicates(place)
+    value = comparable_values(ordered[metric])
+    is_best = value == value.groupby([ordered[c] for c in place]).transform("first")
+    level = ordered[is_best & ~ordered.index.isin(lead.index)]
+    names = level.groupby(place)["variant"].agg(tuple).to_dict()
+    level_with = [names.get(tuple(at), ()) for at in lead[place].itertuples(index=False)]
+    return _in_order(lead.assign(level_with=pd.Series(level_with, index=lead.index, dtype=object)))
+
+
+def comparable_values(values: pd.Series) -> pd.Series:
+    """Values without the last digits, in which means of the same numbers differ by the order of their sum."""
+    return values.round(TIE_DIGITS)
+
+
+def best_first(frame: pd.DataFrame, tie: str, *, metric: str) -> pd.DataFrame:
+    """Sorted by the metric, then by fewer true bits, then by the column ``tie``."""
+    ordered = frame.assign(_value=comparable_values(frame[metric]))
+    ordered = ordered.sort_values(["_value", BITS, tie], ascending=[not is_maximized(metric), True, True])
+    return ordered.drop(columns="_value")
 
 
 def more_runs_sentence(points: pd.DataFrame, *, metric: str) -> str:

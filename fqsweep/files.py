@@ -56,7 +56,7 @@ class SweepPaths:
 
     @property
     def parent_run(self) -> Path:
-        """The id of the sweep's parent run in MLflow."""
+        """The ids of the sweep's parent runs in MLflow, one a line, that of the last start at the end."""
         return self.out / "parent_run.txt"
 
     @property

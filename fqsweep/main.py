@@ -28,6 +28,7 @@ if __name__ == "__main__":
         sys.path.insert(0, str(_here.parent))
 
 from fqsweep import __version__
+from fqsweep.config import SearchSpace
 from fqsweep.engine.handover import hand_over, is_submitted_copy
 from fqsweep.errors import (
     EXIT_BAD_INPUT,
@@ -42,8 +43,8 @@ from fqsweep.errors import (
     TrackingError,
 )
 from fqsweep.files import SweepPaths
-from fqsweep.import_path import python_path
 from fqsweep.names import DEFAULT_SELECTION, selection_of
+from fqsweep.processes import python_path
 from fqsweep.space import find_space, load_space
 from fqsweep.tracking.stores import default_uri, is_server, sqlite_uri, without_password
 
@@ -78,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED_CELLS
     except SweepInterrupted as error:
         print(f"\nfqsweep: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print("\nfqsweep: stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read along (``| head``) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -221,18 +225,24 @@ def _port(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fqsweep.engine.checks import begin_checks
-    from fqsweep.tracking.new_database import begin_tables
-
     file = find_space(options.space)
     space = load_space(file)
     out = options.out or Path("out") / space.name
-    paths = SweepPaths(out.resolve())
-    tables = begin_tables(options.tracking_uri or default_uri(paths))
-    checks = begin_checks(file, paths, options.data_dir)
-    from fqsweep.engine.sweep import SweepOptions, run_sweep  # takes seconds, while those run
-
     try:
+        return _run_and_report(options, file, space, out)
+    except KeyboardInterrupt as error:
+        again = f"{_own_command()} {shlex.join(_own_arguments())}"
+        raise SweepInterrupted(f"stopped; what is finished is kept in {out}. To go on: {again}") from error
+
+
+def _run_and_report(options: argparse.Namespace, file: Path, space: SearchSpace, out: Path) -> int:
+    from fqsweep.engine.checks import preparing
+
+    paths = SweepPaths(out.resolve())
+    uri = options.tracking_uri or default_uri(paths)
+    with preparing(file, paths, options.data_dir, uri) as prepared:
+        from fqsweep.engine.sweep import SweepOptions, run_sweep  # takes seconds, while that goes on
+
         summary = run_sweep(
             SweepOptions(
                 space_file=file,
@@ -241,14 +251,10 @@ def _run(options: argparse.Namespace) -> int:
                 tracking_uri=options.tracking_uri,
                 address=options.address,
                 max_concurrent=options.max_concurrent,
-                checks=checks,
-                tables=tables,
+                prepared=prepared,
                 command=(*shlex.split(_own_command()), *_own_arguments()),
             )
         )
-    except KeyboardInterrupt as error:
-        again = f"{_own_command()} {shlex.join(_own_arguments())}"
-        raise SweepInterrupted(f"stopped; what is finished is kept in {out}. To go on: {again}") from error
     if summary.counts["done"]:
         metric = selection_of(space.search.objectives)
         try:

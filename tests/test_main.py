@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from fqsweep.cells import expand_cells
-from fqsweep.engine.checks import Checked, check_inputs
+from fqsweep.engine.checks import Checked, Prepared, check_inputs
 from fqsweep.engine.tasks import Task
 from fqsweep.engine.work import perform
 from fqsweep.errors import InputError
@@ -66,14 +67,15 @@ def photos(tmp_path: Path) -> Path:
 def checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks in this process, which has loaded torch already; the other tests start one for them."""
 
-    def begin(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Callable[[], Checked]:
+    @contextlib.contextmanager
+    def prepare(space_file: Path, paths: SweepPaths, data_dir: Path | None, _uri: str) -> Iterator[Prepared]:
         def check() -> Checked:
             facts, warnings = check_inputs(load_space(space_file), paths, data_dir)
             return Checked(facts=facts, macs={}, warnings=warnings)
 
-        return check
+        yield Prepared(checked=check, tables=None)
 
-    monkeypatch.setattr("fqsweep.engine.checks.begin_checks", begin)
+    monkeypatch.setattr("fqsweep.engine.checks.preparing", prepare)
 
 
 def run(folder: Path, *more: str) -> int:

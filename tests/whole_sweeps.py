@@ -114,7 +114,7 @@ def child_keys(out: Path) -> Counter[str]:
     """Trial keys of the finished child runs of the sweep's parent."""
     client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("fqsweep")
-    parent = (out / "parent_run.txt").read_text()
+    parent = (out / "parent_run.txt").read_text().split()[-1]
     runs = client.search_runs([experiment.experiment_id], f"tags.`{TAG_PARENT}` = '{parent}'", max_results=1000)
     assert all(run.info.status == "FINISHED" for run in runs)
     return Counter(run.data.tags[TAG_KEY] for run in runs)

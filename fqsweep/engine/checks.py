@@ -7,12 +7,11 @@ The driver runs it in a process of its own, because it needs torch and the drive
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,10 @@ from fqsweep.config import Allocating, ArchitectureConfig, SearchSpace, content_
 from fqsweep.disk import is_no_space, no_space, writing
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_OK, InputError, TrialError
 from fqsweep.files import SweepPaths, write_bytes, write_json
-from fqsweep.import_path import python_path
 from fqsweep.names import group_metric_key, part_of_key
+from fqsweep.processes import Beside
 from fqsweep.space import load_space
+from fqsweep.tracking.new_database import making_tables
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,32 +50,43 @@ class Checked:
     warnings: list[str] = field(default_factory=list)
 
 
-def begin_checks(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Callable[[], Checked]:
-    """Begin ``check_inputs`` and the networks' costs in a process of their own, without torch in this one.
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a sweep begins with, made beside what takes seconds to import.
 
-    Returns:
-        what waits for them and gives what they found. It raises ``InputError`` on bad input: nothing was started.
+    Attributes:
+        checked: waits for the checks; raises ``InputError`` on bad input, of which nothing was started.
+        tables: waits for the tables of a new database (``making_tables``); None where none is wanted.
     """
+
+    checked: Callable[[], Checked]
+    tables: Callable[[], bytes] | None
+
+
+@contextlib.contextmanager
+def preparing(space_file: Path, paths: SweepPaths, data_dir: Path | None, uri: str) -> Iterator[Prepared]:
+    """Begin all of it; whoever leaves the block ends what still runs."""
+    with making_tables(uri) as tables, checking(space_file, paths, data_dir) as checked:
+        yield Prepared(checked=checked, tables=tables)
+
+
+@contextlib.contextmanager
+def checking(space_file: Path, paths: SweepPaths, data_dir: Path | None) -> Iterator[Callable[[], Checked]]:
+    """``check_inputs`` and the networks' costs in a process of their own, without torch in this one."""
     given = [str(space_file), str(paths.out), *([str(data_dir)] if data_dir else [])]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fqsweep.engine.checks", *given],
-        env={**os.environ, "PYTHONPATH": python_path()},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    with Beside("fqsweep.engine.checks", *given) as process:
 
-    def found() -> Checked:
-        output, complaints = process.communicate()
-        if process.returncode == EXIT_BAD_INPUT:
-            raise InputError(complaints.strip())
-        if process.returncode == EXIT_NO_SPACE:
-            raise no_space(paths.out)
-        if process.returncode != EXIT_OK:
-            raise RuntimeError(f"the checks of {space_file} ended with {process.returncode}:\n{complaints}")
-        return Checked(**json.loads(output.splitlines()[-1]))
+        def found() -> Checked:
+            code, output, complaints = process.wait()
+            if code == EXIT_BAD_INPUT:
+                raise InputError(complaints.strip())
+            if code == EXIT_NO_SPACE:
+                raise no_space(paths.out)
+            if code != EXIT_OK:
+                raise RuntimeError(f"the checks of {space_file} ended with {code}:\n{complaints}")
+            return Checked(**json.loads(output.splitlines()[-1]))
 
-    return found
+        yield found
 
 
 def check_inputs(

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +40,7 @@ from fqsweep.cells import expand_cells
 from fqsweep.config import SearchSpace, content_hash
 from fqsweep.disk import is_no_space, no_space
 from fqsweep.engine.actor import TaskActor
-from fqsweep.engine.checks import Checked, begin_checks
+from fqsweep.engine.checks import Prepared, preparing
 from fqsweep.engine.control import is_asked_to_stop, only_driver, write_plan
 from fqsweep.engine.driver import SweepDriver, adopt_finished, shared_seconds
 from fqsweep.engine.estimate import CostModel
@@ -52,12 +52,11 @@ from fqsweep.engine.studies import OptunaStudies
 from fqsweep.engine.tasks import Outcome, Task
 from fqsweep.errors import ClusterError, InputError
 from fqsweep.files import SPLITS_ENDING, WARNINGS_ENDING, SweepPaths
-from fqsweep.import_path import python_path
 from fqsweep.names import SHARED_S
+from fqsweep.processes import python_path
 from fqsweep.progress import Display
 from fqsweep.space import load_space
 from fqsweep.tracking.machine import MachineWatch
-from fqsweep.tracking.new_database import begin_tables
 from fqsweep.tracking.spool import Spool
 from fqsweep.tracking.stores import default_uri
 from fqsweep.tracking.tracker import Tracker, open_tracker, reaching
@@ -74,8 +73,7 @@ class SweepOptions:
 
     Attributes:
         command: the words that start it again, for messages.
-        checks: what waits for checks that have begun already; they begin with the sweep else.
-        tables: the same of a new database's tables.
+        prepared: what has begun already; it begins with the sweep else.
         work: the module whose ``perform`` does a task; tests and benchmarks of the engine have cheaper work.
     """
 
@@ -86,8 +84,7 @@ class SweepOptions:
     address: str | None = None
     max_concurrent: int | None = None
     command: tuple[str, ...] = ()
-    checks: Callable[[], Checked] | None = None
-    tables: Callable[[], bytes] | None = None
+    prepared: Prepared | None = None
     work: str = "fqsweep.engine.work"
 
 
@@ -165,20 +162,24 @@ def run_sweep(options: SweepOptions) -> SweepSummary:
         KeyboardInterrupt: Ctrl-C, or ``fqsweep cancel``; what is finished is kept, and of what was in training the
             epoch that ended within ``GRACE_S``, else the last that was saved.
     """
+    paths = SweepPaths(options.out.resolve())
+    uri = options.tracking_uri or default_uri(paths)
     try:
-        return _run(options)
+        with (
+            contextlib.nullcontext(options.prepared)
+            if options.prepared
+            else preparing(options.space_file, paths, options.data_dir, uri)
+        ) as prepared:
+            return _run(options, prepared, paths, uri)
     except Exception as error:
         if is_no_space(error) and not isinstance(error, OSError):
             raise no_space(options.out) from error
         raise
 
 
-def _run(options: SweepOptions) -> SweepSummary:
+def _run(options: SweepOptions, prepared: Prepared, paths: SweepPaths, uri: str) -> SweepSummary:
     space = load_space(options.space_file)
-    paths = SweepPaths(options.out.resolve())
-    uri = options.tracking_uri or default_uri(paths)
-    tables = options.tables or begin_tables(uri)
-    checked = (options.checks or begin_checks(options.space_file, paths, options.data_dir))()
+    checked = prepared.checked()
     for line in checked.warnings:
         print(line, flush=True)
     with only_driver(paths, options.command):
@@ -188,7 +189,7 @@ def _run(options: SweepOptions) -> SweepSummary:
             sweep=space.name,
             space_file=options.space_file,
             facts={**checked.facts, **_versions()},
-            tables=tables,
+            tables=prepared.tables,
         )
         costs = CostModel(space.resources, data_dir=options.data_dir, macs=checked.macs)
         studies = OptunaStudies(space.search, paths.studies, cells=expand_cells(space))

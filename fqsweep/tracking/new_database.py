@@ -5,44 +5,43 @@ python -m fqsweep.tracking.new_database        # a sqlite file without a run, on
 
 from __future__ import annotations
 
+import contextlib
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fqsweep.import_path import python_path
+from fqsweep.processes import Beside
 from fqsweep.tracking.stores import first_line, sqlite_file
 
+SQLITE_HEADER = b"SQLite format 3\0"
 
-def begin_tables(uri: str) -> Callable[[], bytes] | None:
-    """Begin to make the tables of a sqlite database that is not there yet.
+
+@contextlib.contextmanager
+def making_tables(uri: str) -> Iterator[Callable[[], bytes] | None]:
+    """Make the tables of a sqlite database that is not there yet, beside what the block does.
 
     Nothing is written where the database will be: whoever holds the output folder puts it there.
 
-    Returns:
+    Yields:
         what waits for them and gives the file's contents; it raises ``RuntimeError`` with what MLflow said where they
         cannot be made. None where the store is there, or is no sqlite file.
     """
     file = sqlite_file(uri)
     if file is None or file.exists():
-        return None
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fqsweep.tracking.new_database"],
-        env={**os.environ, "PYTHONPATH": python_path()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+        yield None
+        return
+    with Beside("fqsweep.tracking.new_database") as process:
 
-    def made() -> bytes:
-        contents, complaints = process.communicate()
-        if process.returncode:
-            last = complaints.decode(errors="replace").strip().splitlines()[-1:]
-            raise RuntimeError(f"MLflow's tables cannot be made: {first_line(RuntimeError(*last))}")
-        return contents
+        def made() -> bytes:
+            code, contents, complaints = process.wait()
+            if code or not contents.startswith(SQLITE_HEADER):
+                last = complaints.strip().splitlines()[-1:] or [f"it ended with {code}"]
+                raise RuntimeError(f"MLflow's tables cannot be made: {first_line(RuntimeError(*last))}")
+            return contents
 
-    return made
+        yield made
 
 
 def _empty_database() -> bytes:
@@ -57,5 +56,12 @@ def _empty_database() -> bytes:
         return file.read_bytes()
 
 
+def main() -> None:
+    """Write a database to stdout; what anything prints meanwhile goes to stderr."""
+    with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as output:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        output.write(_empty_database())
+
+
 if __name__ == "__main__":
-    sys.stdout.buffer.write(_empty_database())
+    main()

@@ -26,7 +26,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 
 from fqsweep import __version__
@@ -49,7 +49,8 @@ from fqsweep.names import (
     TAG_SWEEP,
 )
 from fqsweep.results import TrialResult
-from fqsweep.tracking.new_database import begin_tables
+from fqsweep.tracking.moved import follow_artifacts
+from fqsweep.tracking.new_database import making_tables
 from fqsweep.tracking.stores import (
     ARTIFACTS,
     check_exists,
@@ -238,7 +239,7 @@ def open_tracker(
 
     Args:
         facts: parameters of the parent run (versions, hashes of data sets).
-        tables: what waits for the tables of a new database, where they have begun already (``begin_tables``).
+        tables: what waits for the tables of a new database, where they have begun already (``making_tables``).
 
     Raises:
         InputError: the tracking server cannot be reached or refuses.
@@ -248,7 +249,7 @@ def open_tracker(
     check_is_address(uri)
     try:
         try_database(uri)
-        with _quiet_database(uri, tables):
+        with _ready_database(uri, tables):
             client = MlflowClient(tracking_uri=uri)
             experiment_id = _experiment(client, uri, paths)
             parent_id = _parent(client, experiment_id, sweep, paths)
@@ -265,60 +266,91 @@ def open_tracker(
             'pip install "fqsweep[postgres]"'
         ) from error
     except Exception as error:  # what the store raises: MLflow, SQLAlchemy, requests
+        own = paths.tracking_db
+        remedy = (
+            f"mend {own}, or move it away: the sweep then records its results anew"
+            if sqlite_file(uri) == own.resolve()
+            else "start the server or correct --tracking-uri; without it the sweep keeps its own database"
+        )
         raise InputError(
-            f"tracking URI {without_password(uri)} cannot be used: {first_line(error)}\n"
-            "start the server or correct --tracking-uri; without it the sweep keeps its own database"
+            f"tracking URI {without_password(uri)} cannot be used: {first_line(error)}\n{remedy}"
         ) from error
 
 
-def _place_database(file: Path, tables: Callable[[], bytes]) -> None:
-    """A sqlite file with MLflow's tables, whole or not at all: one with some of them MLflow refuses for ever."""
-    contents = tables()
-    if not file.exists():  # another sweep may share it
-        write_bytes(file, contents)
-
-
 @contextlib.contextmanager
-def _quiet_database(uri: str, tables: Callable[[], bytes] | None) -> Iterator[None]:
-    """Make a sqlite file that is not there, and switch it to write-ahead logging."""
-    tables = tables or begin_tables(uri)
+def _ready_database(uri: str, tables: Callable[[], bytes] | None) -> Iterator[None]:
+    """Make a sqlite file that is not there, and switch it to write-ahead logging; one that was moved goes on here."""
     file = sqlite_file(uri)
-    if file is not None and tables is not None:
-        _place_database(file, tables)
+    if file is not None and not file.exists():
+        with making_tables(uri) if tables is None else contextlib.nullcontext(tables) as tables:
+            if tables is not None:
+                _place_database(file, tables())
+    elif file is not None:
+        follow_artifacts(file, experiment=DEFAULT_EXPERIMENT)
     yield
     if file is not None and file.is_file():
         with contextlib.closing(sqlite3.connect(file)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
 
 
+def _place_database(file: Path, contents: bytes) -> None:
+    """A sqlite file with MLflow's tables, whole or not at all: one with some of them MLflow refuses for ever.
+
+    One that another sweep placed meanwhile stays, with the runs that it may have by now.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+        beside = Path(folder) / file.name
+        write_bytes(beside, contents)
+        try:
+            os.link(beside, file)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not file.exists():
+                os.rename(beside, file)
+
+
 def _experiment(client: MlflowClient, uri: str, paths: SweepPaths) -> str:
-    found = client.get_experiment_by_name(DEFAULT_EXPERIMENT)
-    if found is not None:
-        if found.lifecycle_stage != "active":
-            raise InputError(
-                f"experiment {DEFAULT_EXPERIMENT!r} at {without_password(uri)} is deleted; restore it or use "
-                "another URI"
-            )
-        return str(found.experiment_id)
+    found = client.get_experiment_by_name(DEFAULT_EXPERIMENT) or _new_experiment(client, uri, paths)
+    if found.lifecycle_stage != "active":
+        raise InputError(
+            f"experiment {DEFAULT_EXPERIMENT!r} at {without_password(uri)} is deleted; restore it or use another URI"
+        )
+    return str(found.experiment_id)
+
+
+def _new_experiment(client: MlflowClient, uri: str, paths: SweepPaths) -> Experiment:
     # With a database alone the artifacts would follow the working directory; a server has a place of its own.
     file = sqlite_file(uri)
     beside = paths.artifacts if file is None else file.parent / ARTIFACTS
     location = None if is_server(uri) else beside.resolve().as_uri()
     kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI has another page for language models
-    return str(client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=location, tags=kind))
+    try:
+        return client.get_experiment(
+            client.create_experiment(DEFAULT_EXPERIMENT, artifact_location=location, tags=kind)
+        )
+    except MlflowException:
+        found = client.get_experiment_by_name(DEFAULT_EXPERIMENT)  # another sweep's, made meanwhile
+        if found is None:
+            raise
+        return found
 
 
 def _parent(client: MlflowClient, experiment_id: str, sweep: str, paths: SweepPaths) -> str:
-    """The parent run of this output folder: its id lies beside the ledger."""
-    noted = paths.parent_run
-    if noted.exists():
-        parent_id = noted.read_text().strip()
-        if _is_active(client, parent_id):
-            client.update_run(parent_id, status="RUNNING")
-            return parent_id
-    tags = {TAG_KIND: KIND_SWEEP, TAG_SWEEP: sweep, **_who()}
-    parent_id = str(client.create_run(experiment_id, tags=tags, run_name=sweep).info.run_id)
-    write_bytes(noted, parent_id.encode())
+    """The parent run of this output folder in this store.
+
+    Beside the ledger lie the ids of all that it has, in whatever stores, that of the last start at the end.
+    """
+    noted = paths.parent_run.read_text().split() if paths.parent_run.exists() else []
+    parent_id = next((run_id for run_id in reversed(noted) if _is_active(client, run_id)), None)
+    if parent_id is None:
+        tags = {TAG_KIND: KIND_SWEEP, TAG_SWEEP: sweep, **_who()}
+        parent_id = str(client.create_run(experiment_id, tags=tags, run_name=sweep).info.run_id)
+    else:
+        client.update_run(parent_id, status="RUNNING")
+    others = [run_id for run_id in noted if run_id != parent_id]
+    write_bytes(paths.parent_run, "\n".join([*others, parent_id]).encode())
     return parent_id
 
 

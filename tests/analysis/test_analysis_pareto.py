@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs_table import run_row, runs_of
 
-from analysis.answers import lead_counts, recommend
+from analysis.answers import headlines, lead_counts, recommend
 from analysis.paper import caption
 from analysis.pareto import (
     aggregate,
@@ -22,6 +22,7 @@ from analysis.pareto import (
     variant_hypervolumes,
 )
 from analysis.rules import choose_by_rules
+from analysis.stats import compare_variants
 from analysis.tables import as_text
 from fqsweep.errors import InputError
 
@@ -156,6 +157,50 @@ def searched(*, num_baq: int) -> pd.DataFrame:
         run_row("baq", b, 0, 0.7 + 0.1 * i, run_id=f"baq-{b}-{i}") for b in (1, 2, 4) for i in range(num_baq)
     ]
     return runs_of(*rows)
+
+
+def level_runs() -> pd.DataFrame:
+    """Means that differ in their last digit only: the same three figures in another order."""
+    figures = {"static": (0.1, 0.2, 0.3), "baq": (0.3, 0.2, 0.1)}
+    assert np.mean(figures["static"]) != np.mean(figures["baq"])
+    rows = [run_row(v, 2, seed, val) for v, values in figures.items() for seed, val in enumerate(values)]
+    rows += [run_row(v, 4, seed, 0.5 + (v == "baq")) for v in figures for seed in range(3)]
+    rows += [run_row("uniform-2", 2, seed, 0.05) for seed in range(3)]
+    return runs_of(*rows)
+
+
+def test_a_tie_is_nobodys_win_and_both_are_on_the_front():
+    cells = select_cells(level_runs(), metric=METRIC)
+    points = mark_front(aggregate(cells), metric=METRIC)
+    assert points[points["budget"] == "2"].set_index("variant")["on_front"].to_dict() == {
+        "static": True,
+        "baq": True,
+        "uniform-2": False,
+    }
+    lead = leaders(points, metric=METRIC)
+    assert lead["variant"].tolist() == ["baq", "baq"] and lead["level_with"].tolist() == [("static",), ()]
+    assert lead_counts(points, metric=METRIC) == (
+        "Of 2 comparisons at equal budget, the best validation mean belongs to baq in 1 and several are level in 1."
+    )
+
+
+def test_all_level_is_said_without_a_winner():
+    runs = level_runs()
+    runs = pd.concat([runs[runs["budget_bits"] == 2].assign(budget_bits=b) for b in (2, 3)], ignore_index=True)
+    points = aggregate(select_cells(runs.assign(run_id=range(len(runs))), metric=METRIC))
+    assert lead_counts(points, metric=METRIC) == "Of 2 comparisons at equal budget, several are level in 2."
+
+
+def test_the_headline_and_the_run_to_take_name_the_same_of_two_that_are_level():
+    rows = [run_row(v, 2, 0, 0.5, key=key) for v, key in (("static", "a"), ("baq", "b"))]
+    cells = select_cells(runs_of(*rows), metric=METRIC)
+    points = aggregate(cells)
+    (answer,) = headlines(
+        points, compare_variants(cells, metric=METRIC, leaders=leaders(points, metric=METRIC)), metric=METRIC
+    )
+    assert answer.variant == "baq"
+    assert "static is level on validation data." in answer.sentence
+    assert [found.variant for found in recommend(cells, metric=METRIC)] == ["baq"]
 
 
 def test_a_leader_chosen_from_more_runs_than_others_is_named():

@@ -21,7 +21,7 @@ from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
 from ray.tune.experiment import Trial
 
 from fqsweep.engine import sweep as sweep_module
-from fqsweep.engine.checks import Checked
+from fqsweep.engine.checks import Checked, Prepared
 from fqsweep.engine.sweep import SweepOptions, run_sweep
 from fqsweep.errors import ClusterError, InputError, TrackingError
 from fqsweep.files import SweepPaths, read_lines
@@ -83,7 +83,7 @@ def _drive(space: Path, out: Path, *, counts_objects: bool = False, **options: A
     if counts_objects:
         _say_what_is_alive()
     # What the checks find is known here, and they would load torch at each start.
-    options.setdefault("checks", lambda: Checked(facts={}, macs=MACS))
+    options.setdefault("prepared", Prepared(checked=lambda: Checked(facts={}, macs=MACS), tables=None))
     try:
         summary = run_sweep(
             SweepOptions(**{"space_file": space, "out": out, "work": "tests.engine.cheap_work", **options})

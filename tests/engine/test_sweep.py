@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -21,6 +23,7 @@ from tests.whole_sweeps import (
     NUM_TRIALS,
     TINY,
     child_keys,
+    descendants,
     done_trials,
     events,
     finish,
@@ -98,7 +101,7 @@ def test_every_child_has_confusions_and_curves_and_the_parent_its_machine(
 ) -> None:
     _, out, _ = finished
     client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
-    parent = client.get_run((out / "parent_run.txt").read_text())
+    parent = client.get_run((out / "parent_run.txt").read_text().split()[-1])
     split, warnings = sorted(
         Path(file.path).name for file in client.list_artifacts(parent.info.run_id, "splits")
     )
@@ -155,6 +158,21 @@ def test_cells_that_fail_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     failed = events(out, "failed")
     assert failed and all(Path(str(line["reason"]).split("log: ")[1].rstrip(")")).exists() for line in failed)
     assert len(child_keys(out)) == 2
+
+
+@pytest.mark.parametrize("after_s", [0.5, 2.0, 5.0])
+def test_ctrl_c_while_a_sweep_begins_ends_it_with_a_word(tmp_path: Path, after_s: float) -> None:
+    """While it loads, checks or opens MLflow; what works beside it ends too."""
+    process = start(write_tiny(tmp_path), tmp_path / "out", new_database=True)
+    time.sleep(after_s)
+    begun = descendants(process.pid)
+    os.kill(process.pid, signal.SIGINT)
+    code, output = finish(process, timeout_s=60)
+    assert code == 130, output
+    assert "To go on: " in output and "Traceback" not in output
+    wait_for(
+        lambda: not any(psutil.pid_exists(pid) for pid in begun), what="the end of what it began", timeout_s=20
+    )
 
 
 def test_ctrl_c_saves_what_trains_and_says_how_to_go_on_and_it_goes_on_from_there(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -139,6 +140,19 @@ def test_a_run_that_was_cut_off_is_removed_and_written_anew(paths: SweepPaths) -
 
 def test_the_same_folder_keeps_its_parent_run(paths: SweepPaths) -> None:
     assert tracker(paths).parent_id == tracker(paths).parent_id
+
+
+def test_a_store_that_was_left_and_is_used_again_keeps_its_parent_run(tmp_path: Path) -> None:
+    paths, elsewhere = new_paths(tmp_path), new_paths(tmp_path / "elsewhere")
+    uris = [default_uri(paths), default_uri(elsewhere)]
+    space = paths.out / "space.yaml"
+
+    def opened(uri: str) -> str:
+        return open_tracker(uri, paths=paths, sweep="t", space_file=space, facts={}).parent_id
+
+    first, second = (opened(uri) for uri in uris)
+    assert first != second
+    assert [opened(uri) for uri in uris] == [first, second]
 
 
 def test_a_parent_run_that_was_deleted_gets_a_successor(tmp_path: Path) -> None:
@@ -408,18 +422,19 @@ def test_what_is_logged_while_marking_is_tried_again_is_not_marked(
     assert {run.data.tags[TAG_KEY] for run in runs} == {"left the space"}
 
 
-def test_a_driver_killed_while_it_makes_the_database_leaves_none_and_the_next_makes_it(tmp_path: Path) -> None:
+def test_a_driver_killed_while_it_places_the_database_leaves_none_and_the_next_makes_it(tmp_path: Path) -> None:
     paths = new_paths(tmp_path)
     paths.tracking_db.unlink()
 
-    def half_made() -> bool:
+    def is_there() -> bool:
         return any(file.stat().st_size for file in paths.out.glob(".mlflow.db.*/mlflow.db"))
 
     pid = os.fork()
     if pid == 0:
+        os.link = lambda *_given: time.sleep(60)  # type: ignore[assignment]
         tracker(paths)
         os._exit(0)
-    wait_for(half_made, what="a database in the making")
+    wait_for(is_there, what="a database beside its place")
     os.kill(pid, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert not paths.tracking_db.exists()

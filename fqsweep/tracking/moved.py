@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fqsweep.tracking.stores import ARTIFACTS
 
-# Where MLflow's tables note a place (MLflow 3.17; a table that another version lacks is passed over).
+# Where MLflow's tables note a place (MLflow 3.17; what another version lacks is passed over).
 PLACES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -26,21 +26,23 @@ def follow_artifacts(database: Path, *, experiment: str) -> None:
     if not beside.is_dir():
         return
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-        row = connection.execute(
-            "SELECT artifact_location FROM experiments WHERE name = ?", [experiment]
-        ).fetchone()
-        noted, here = row[0] if row else None, beside.as_uri()
-        if (
-            noted is None
-            or noted == here
-            or not noted.startswith("file:")
-            or not noted.endswith(f"/{ARTIFACTS}")
-        ):
-            return
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        for table, column in PLACES:
-            if table in tables:
-                connection.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
-                    [here, len(noted) + 1, len(noted) + 1, f"{noted}/"],
-                )
+        places = [(table, column) for table, column in PLACES if table in tables]
+        noted = _noted(connection, experiment) if places else None
+        here = beside.as_uri()
+        if noted is None or noted == here:
+            return
+        for table, column in places:
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                [here, len(noted) + 1, len(noted) + 1, f"{noted}/"],
+            )
+
+
+def _noted(connection: sqlite3.Connection, experiment: str) -> str | None:
+    """The folder of artifacts that an experiment's files are said to lie in; None where that is none of ours."""
+    row = connection.execute(
+        "SELECT artifact_location FROM experiments WHERE name = ?", [experiment]
+    ).fetchone()
+    is_ours = row is not None and row[0].startswith("file:") and row[0].endswith(f"/{ARTIFACTS}")
+    return row[0] if is_ours else None

@@ -55,3 +55,10 @@ def test_a_store_with_its_files_elsewhere_is_left_as_it_is(tmp_path: Path) -> No
     follow_artifacts(out / "mlflow.db", experiment="fqsweep")
     found = client.get_experiment_by_name("fqsweep")
     assert found is not None and found.artifact_location == "s3://bucket/runs"
+
+
+def test_an_empty_file_is_left_to_mlflow(tmp_path: Path) -> None:
+    (tmp_path / "mlartifacts").mkdir()
+    (tmp_path / "mlflow.db").touch()
+    follow_artifacts(tmp_path / "mlflow.db", experiment="fqsweep")
+    assert (tmp_path / "mlflow.db").stat().st_size == 0

@@ -43,6 +43,7 @@ from fqsweep.errors import (
     TrackingError,
 )
 from fqsweep.files import SweepPaths
+from fqsweep.interrupts import noting_ctrl_c
 from fqsweep.names import DEFAULT_SELECTION, selection_of
 from fqsweep.processes import python_path
 from fqsweep.space import find_space, load_space
@@ -240,9 +241,10 @@ def _run_and_report(options: argparse.Namespace, file: Path, space: SearchSpace,
 
     paths = SweepPaths(out.resolve())
     uri = options.tracking_uri or default_uri(paths)
-    with preparing(file, paths, options.data_dir, uri) as prepared:
+    with noting_ctrl_c() as raise_if_stopped, preparing(file, paths, options.data_dir, uri) as prepared:
         from fqsweep.engine.sweep import SweepOptions, run_sweep  # takes seconds, while that goes on
 
+        raise_if_stopped()
         summary = run_sweep(
             SweepOptions(
                 space_file=file,
@@ -252,6 +254,7 @@ def _run_and_report(options: argparse.Namespace, file: Path, space: SearchSpace,
                 address=options.address,
                 max_concurrent=options.max_concurrent,
                 prepared=prepared,
+                raise_if_stopped=raise_if_stopped,
                 command=(*shlex.split(_own_command()), *_own_arguments()),
             )
         )

@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # A module imports from its own line and the lines before it; packages count as one.
 ORDER = (
     ("fqsweep", "errors", "names", "config"),
-    ("cells", "space", "files", "disk", "results", "processes", "reference"),
+    ("cells", "space", "files", "disk", "results", "processes", "interrupts", "reference"),
     ("data", "models", "allocation", "cost_table", "fairness", "checkpoints", "progress", "pictures"),
     ("quant",),
     ("predictors", "importance", "training"),

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -74,6 +74,7 @@ class SweepOptions:
     Attributes:
         command: the words that start it again, for messages.
         prepared: what has begun already; it begins with the sweep else.
+        raise_if_stopped: asked before trials begin; raises ``KeyboardInterrupt`` if Ctrl-C got lost before.
         work: the module whose ``perform`` does a task; tests and benchmarks of the engine have cheaper work.
     """
 
@@ -85,6 +86,7 @@ class SweepOptions:
     max_concurrent: int | None = None
     command: tuple[str, ...] = ()
     prepared: Prepared | None = None
+    raise_if_stopped: Callable[[], None] = lambda: None
     work: str = "fqsweep.engine.work"
 
 
@@ -191,6 +193,7 @@ def _run(options: SweepOptions, prepared: Prepared, paths: SweepPaths, uri: str)
             facts={**checked.facts, **_versions()},
             tables=prepared.tables,
         )
+        options.raise_if_stopped()
         costs = CostModel(space.resources, data_dir=options.data_dir, macs=checked.macs)
         studies = OptunaStudies(space.search, paths.studies, cells=expand_cells(space))
         state = plan_sweep(space, studies, costs.seconds)
@@ -293,6 +296,7 @@ def _run_with_ray(driver: SweepDriver, space: SearchSpace, options: SweepOptions
             ),
         )
         with Display(driver.snapshot) as display, _ticking(display, driver):
+            options.raise_if_stopped()
             try:
                 tuner.fit()
             except (Exception, KeyboardInterrupt) as error:

@@ -1,0 +1,32 @@
+"""Ctrl-C that something swallowed is raised when it is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from fqsweep.interrupts import noting_ctrl_c
+
+
+def test_ctrl_c_that_got_lost_is_raised_when_asked() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with noting_ctrl_c() as ask:
+        ask()
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_who_is_deaf_to_it_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with noting_ctrl_c() as ask:
+            os.kill(os.getpid(), signal.SIGINT)
+            ask()
+    finally:
+        signal.signal(signal.SIGINT, before)

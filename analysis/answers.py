@@ -252,7 +252,7 @@ def lead_counts(points: pd.DataFrame, *, metric: str) -> str:
     counts = [f"{variant} in {count}" for variant, count in alone.items()]
     named = [f"the best validation mean belongs to {listing(counts)}"] if counts else []
     named += [f"several are level in {num_level}"] if num_level else []
-    counted = f"Of {len(lead)} comparisons at equal budget, {' and '.join(named)}."
+    counted = f"Of {len(lead)} comparisons at equal budget, {', and '.join(named)}."
     return f"{counted} {more_runs_sentence(compared, metric=metric)}".rstrip()
 
 

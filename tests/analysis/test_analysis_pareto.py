@@ -180,7 +180,7 @@ def test_a_tie_is_nobodys_win_and_both_are_on_the_front():
     lead = leaders(points, metric=METRIC)
     assert lead["variant"].tolist() == ["baq", "baq"] and lead["level_with"].tolist() == [("static",), ()]
     assert lead_counts(points, metric=METRIC) == (
-        "Of 2 comparisons at equal budget, the best validation mean belongs to baq in 1 and several are level in 1."
+        "Of 2 comparisons at equal budget, the best validation mean belongs to baq in 1, and several are level in 1."
     )
 
 

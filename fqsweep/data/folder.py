@@ -130,6 +130,15 @@ class ImageFolder:
         called_so = self._by_last_name.get(ending.rpartition("/")[2], [])
         return sorted(file for file in called_so if f"/{_ending(file)}".endswith(f"/{ending}"))
 
+    def _with_zeros(self, name: str) -> str | None:
+        """The file that is called like a number, but for zeros before it."""
+        if not name.isdigit():
+            return None
+        own = name.lstrip("0")
+        return next(
+            (f for f in self.size_of if (stem := Path(f).stem).isdigit() and stem.lstrip("0") == own), None
+        )
+
     @cached_property
     def _absolute(self) -> str:
         return f"{self.root.absolute().as_posix()}/"
@@ -156,6 +165,8 @@ class ImageFolder:
             first = ", ".join(str(self.root / name) for name in missing[:3])
             alike = self.ending_like(missing[0])
             several = f"; called so are {', '.join(alike[:3])}: name one in the table" if alike else ""
+            if padded := self._with_zeros(missing[0]):
+                several = f"; {padded} is: the column lost the zeros before its numbers, store it as text"
             raise MissingImages(
                 f"{len(missing)} of {len(names)} images that the table lists are not in {self.root}, "
                 f"first: {first}{several}; complete the folder, remove their rows or set missing_images: drop",

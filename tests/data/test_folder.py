@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fqsweep.data.folder import ImageFolder, decode_square, first_folder
+from fqsweep.data.folder import ImageFolder, MissingImages, decode_square, first_folder
 from fqsweep.errors import InputError
 from tests.data.conftest import write_photo
 
@@ -178,6 +178,14 @@ def test_the_content_of_uncompressed_files_changes_with_their_pixels(tmp_path: P
     Image.new("RGB", (24, 24), "black").save(file)
     assert file.stat().st_size == num_bytes
     assert ImageFolder(tmp_path).open(["a"])[1] != before
+
+
+def test_numbers_that_lost_their_zeros_are_told(tmp_path: Path) -> None:
+    write_photo(tmp_path / "007.jpg", seed=0)
+    with pytest.raises(
+        MissingImages, match=r"first: .*/7; 007\.jpg is: the column lost the zeros before its numbers"
+    ):
+        ImageFolder(tmp_path).open(["7"])
 
 
 def test_one_file_under_two_names_is_refused(tmp_path: Path) -> None:

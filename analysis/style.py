@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from analysis.columns import REFERENCE_VARIANT, variant_rank
 
-# Okabe and Ito (2008) without yellow and black, which vanish on white and on dark ground; then four that are told from
-# these less easily, and by their shapes.
+# Okabe and Ito (2008) without yellow and black, which vanish on white and on dark ground; then four that are told
+# from these less easily, and by their shapes.
 COLORS = (
     *("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c8c8c"),
     *("#7a68c7", "#a0793d", "#9aa03a", "#3f8f8f"),

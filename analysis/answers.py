@@ -269,8 +269,7 @@ def recommend(cells: pd.DataFrame, *, metric: str) -> list[Recommendation]:
             fitting = under_budget(quantised, budget)
             if not fitting.empty:
                 # Of equal runs the one of the variant that leads; keys would draw lots.
-                by_key = fitting.sort_values(tie_column(fitting), kind="stable")
-                best = best_first(by_key, "variant", metric=metric).iloc[0]
+                best = best_first(fitting, "variant", tie_column(fitting), metric=metric).iloc[0]
                 found.append(_recommendation(panel, budget, best, len(fitting), metric=metric))
     return found
 

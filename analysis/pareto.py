@@ -219,11 +219,11 @@ def comparable_values(values: pd.Series) -> pd.Series:
     return values.round(TIE_DIGITS)
 
 
-def best_first(frame: pd.DataFrame, tie: str, *, metric: str) -> pd.DataFrame:
-    """Sorted by the metric, then by fewer true bits, then by the column ``tie``."""
+def best_first(frame: pd.DataFrame, *ties: str, metric: str) -> pd.DataFrame:
+    """Sorted by the metric, then by fewer true bits, then by the columns ``ties``."""
     ordered = frame.assign(_value=comparable_values(frame[metric]))
-    ordered = ordered.sort_values(["_value", BITS, tie], ascending=[not is_maximized(metric), True, True])
-    return ordered.drop(columns="_value")
+    ascending = [not is_maximized(metric), True, *(True for _ in ties)]
+    return ordered.sort_values(["_value", BITS, *ties], ascending=ascending).drop(columns="_value")
 
 
 def more_runs_sentence(points: pd.DataFrame, *, metric: str) -> str:

@@ -79,6 +79,24 @@ def export_run(
     yield f"{target}: {target.stat().st_size:,} bytes"
 
 
+def export_kind(given: Literal["packed", "onnx"] | None, out: Path) -> Literal["packed", "onnx"]:
+    """What to write: what was asked for, which the file's name must not contradict, else what its name says.
+
+    Raises:
+        InputError: both contradict each other.
+    """
+    suffix = out.suffix.lower()
+    if given is None:
+        return "onnx" if suffix == ".onnx" else "packed"
+    if (given, suffix) in (("packed", ".onnx"), ("onnx", ".fqs")):
+        fitting = {"packed": ".fqs", "onnx": ".onnx"}[given]
+        raise InputError(
+            f"--format {given} and --out {out} contradict each other: leave --format out, or give a file that ends "
+            f"with {fitting}"
+        )
+    return given
+
+
 def _write(target: Path, content: bytes) -> None:
     with writing(f"--out {target}", instead="another file"):
         write_bytes(target, content)

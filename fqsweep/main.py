@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 if __name__ == "__main__":
     # Run as a script, Python puts this folder first, where packages are called `data` and `config`.
@@ -417,13 +416,13 @@ def _analyze(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fqsweep.export import export_run
+    from fqsweep.export import export_kind, export_run
 
     if options.out.is_dir():
         raise InputError(
             f"--out {options.out} is a folder: give the file to write, such as {options.out}/model.fqs"
         )
-    kind = _export_kind(options.format, options.out)
+    kind = export_kind(options.format, options.out)
     uri = options.tracking_uri or _uri_of(options.sweep_out or _newest_out("--sweep-out"))
     for line in export_run(
         uri,
@@ -434,20 +433,6 @@ def _export(options: argparse.Namespace) -> int:
     ):
         print(line, flush=True)
     return EXIT_OK
-
-
-def _export_kind(given: Literal["packed", "onnx"] | None, out: Path) -> Literal["packed", "onnx"]:
-    """What to write: what was asked for, which the file's name must not contradict, else what its name says."""
-    suffix = out.suffix.lower()
-    if given is None:
-        return "onnx" if suffix == ".onnx" else "packed"
-    if (given, suffix) in (("packed", ".onnx"), ("onnx", ".fqs")):
-        fitting = {"packed": ".fqs", "onnx": ".onnx"}[given]
-        raise InputError(
-            f"--format {given} and --out {out} contradict each other: leave --format out, or give a file that ends "
-            f"with {fitting}"
-        )
-    return given
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from mlflow import MlflowClient
 
 from fqsweep.files import SweepPaths, read_lines
 from fqsweep.names import TAG_KEY, TAG_PARENT
+from fqsweep.tracking.new_database import empty_database
 
 PROJECT = Path(__file__).resolve().parents[1]
 TINY = """
@@ -44,21 +44,16 @@ def write_tiny(folder: Path, *, epochs: int = 1, text: str = TINY) -> Path:
     return file
 
 
+# To make them through all their versions takes five seconds of a process.
+_tables = cache(empty_database)
+
+
 def give_database(out: Path) -> None:
     """A database for a sweep's output folder, unless it has one: its own start would make the same."""
     database = SweepPaths(out).tracking_db
     if not database.exists():
         database.parent.mkdir(parents=True, exist_ok=True)
-        database.write_bytes(_empty_database())
-
-
-@cache
-def _empty_database() -> bytes:
-    """MLflow's tables without a run: to make them through all their versions takes five seconds of a process."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "mlflow.db"
-        MlflowClient(f"sqlite:///{file}").search_experiments()
-        return file.read_bytes()
+        database.write_bytes(_tables())
 
 
 def start(

@@ -7,7 +7,6 @@ server tells no more than the size, another file of that size would pass; a part
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import requests
@@ -199,7 +198,7 @@ def _fetch_rest(
 ) -> None:
     """Append what is missing to ``part``; returns when it is whole."""
     mark = _read_mark(part)
-    have = _size(part) if mark is not None else 0
+    have = 0 if mark == _Mark() else _size(part)
     times = (patience.connect_s, patience.read_s)
     with _ask(session, url, _range_headers(mark, have), times) as response:
         if response.status_code == 416 and _total_of(response) == have:
@@ -234,8 +233,8 @@ def _ask(
         raise requests.exceptions.InvalidURL(f"it, or where it leads, is no address ({error})") from error
 
 
-def _range_headers(mark: _Mark | None, have: int) -> dict[str, str]:
-    if mark is None or not have:
+def _range_headers(mark: _Mark, have: int) -> dict[str, str]:
+    if not have:
         return {}
     return {"Range": f"bytes={have}-", **({"If-Range": mark.validator} if mark.validator else {})}
 
@@ -244,7 +243,7 @@ def _is_coded(response: requests.Response) -> bool:
     return response.headers.get("Content-Encoding", "identity").lower() not in ("identity", "")
 
 
-def _resumed_at(response: requests.Response, url: str, part: Path, have: int, mark: _Mark | None) -> int:
+def _resumed_at(response: requests.Response, url: str, part: Path, have: int, mark: _Mark) -> int:
     """The byte from which this answer goes on; 0 where the server begins anew."""
     status = response.status_code
     if status in GONE_STATUS:
@@ -258,7 +257,7 @@ def _resumed_at(response: requests.Response, url: str, part: Path, have: int, ma
         return 0
     start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     goes_on = status == 206 and start is not None and int(start[1]) == have and not _is_coded(response)
-    if goes_on and mark is not None and mark.allows(_Mark.of(response, _total_of(response))):
+    if goes_on and mark.allows(_Mark.of(response, _total_of(response))):
         return have
     if status in (206, 416):
         _discard(part)
@@ -273,16 +272,15 @@ def _total_of(response: requests.Response) -> int:
 
 
 def _write_mark(part: Path, mark: _Mark) -> None:
-    _mark_of(part).write_text(json.dumps(dataclasses.asdict(mark)))
+    _mark_of(part).write_text(json.dumps(asdict(mark)))
 
 
-def _read_mark(part: Path) -> _Mark | None:
-    """What was noted of a part; None where that is nothing, or cannot be read."""
+def _read_mark(part: Path) -> _Mark:
+    """What was noted of a part; an empty mark where nothing was, or where it cannot be read."""
     try:
-        mark = _Mark(**json.loads(_mark_of(part).read_text()))
+        return _Mark(**json.loads(_mark_of(part).read_text()))
     except (OSError, ValueError, TypeError):
-        return None
-    return None if mark == _Mark() else mark
+        return _Mark()
 
 
 def _given_up(url: str, part: Path, error: Exception, *, attempts: int) -> DownloadError:

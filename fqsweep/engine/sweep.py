@@ -193,7 +193,6 @@ def _run(options: SweepOptions, prepared: Prepared, paths: SweepPaths, uri: str)
             facts={**checked.facts, **_versions()},
             tables=prepared.tables,
         )
-        options.raise_if_stopped()
         costs = CostModel(space.resources, data_dir=options.data_dir, macs=checked.macs)
         studies = OptunaStudies(space.search, paths.studies, cells=expand_cells(space))
         state = plan_sweep(space, studies, costs.seconds)

@@ -44,7 +44,7 @@ def making_tables(uri: str) -> Iterator[Callable[[], bytes] | None]:
         yield made
 
 
-def _empty_database() -> bytes:
+def empty_database() -> bytes:
     """MLflow's tables without a run, as it makes them for a client that meets a new file."""
     from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -60,7 +60,7 @@ def main() -> None:
     """Write a database to stdout; what anything prints meanwhile goes to stderr."""
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as output:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        output.write(_empty_database())
+        output.write(empty_database())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ PAGES = sorted(
     [
         PROJECT / "README.md",
         PROJECT / "CONTRIBUTING.md",
-        *PROJECT.glob("docs/*.md"),
+        *PROJECT.glob("docs/**/*.md"),
         *PROJECT.glob("benchmarks/results/*.md"),
         *PROJECT.glob("search_spaces/*.*"),
     ]

@@ -105,3 +105,40 @@ def test_a_space_expands_to_the_cells_and_trials_that_its_comment_says(path: Pat
 def test_every_space_but_the_largest_says_how_many_cells_and_trials_they_have() -> None:
     silent = {path.stem for path in SPACES if {what for _, what in counts_said(path)} != {"cells", "trials"}}
     assert silent == {"paper"}  # whose comment names ``plan``
+
+
+DOCUMENTS = sorted(
+    [
+        *PROJECT.glob("*.md"),
+        *PROJECT.glob("docs/**/*.md"),
+        *PROJECT.glob("search_spaces/*.md"),
+        *PROJECT.glob("benchmarks/results/*.md"),
+    ]
+)
+
+
+def anchors_of(path: Path) -> set[str]:
+    """What a link may name in a page, made of its headings as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_every_link_leads_to_a_file_and_a_heading_that_are_there(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        to = (page.parent / name).resolve() if name else page
+        assert to.exists(), target
+        assert not anchor or anchor in anchors_of(to), target
+
+
+def test_every_page_that_code_or_a_search_space_names_is_there() -> None:
+    sources = [
+        path for folder in ("fqsweep", "analysis", "benchmarks") for path in (PROJECT / folder).rglob("*.py")
+    ]
+    for path in [*sources, *SPACES]:
+        for name in re.findall(r"\bdocs/[\w/]+\.md", path.read_text(encoding="utf-8")):
+            assert (PROJECT / name).exists(), f"{path.name}: {name}"

@@ -350,7 +350,7 @@ def _worker_memory() -> dict[str, str]:
     """Have glibc ask for large pages in workers, unless this process was told otherwise.
 
     Networks whose activations fill gigabytes on the CPU spent up to a fifth of each training step on faults of
-    small pages (docs/results.md, "How fast"). Read when a process starts; other C libraries, and glibc before 2.35,
+    small pages (docs/results/speed.md). Read when a process starts; other C libraries, and glibc before 2.35,
     ignore it.
     """
     return {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

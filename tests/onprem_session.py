@@ -9,6 +9,7 @@ share. Steps are printed as lines ``== step``.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -135,8 +136,8 @@ def main() -> None:
     ray("up", "-y", yaml)
     look_around()
     submit = ("submit", yaml, "fqsweep/main.py", "--", "run", "tiny.yaml")
-    leave_early(submit, folder, environment)
-    ray(*submit)
+    driver = leave_early(submit, folder, environment)
+    come_back(submit, driver, environment)
     ray("down", "-y", yaml)
 
 
@@ -156,8 +157,12 @@ def look_around() -> None:
             print("== raylet inherits", *sorted(inherited), flush=True)
 
 
-def leave_early(submit: tuple[str, ...], folder: Path, environment: dict[str, str]) -> None:
-    """``ray submit``, whose client is killed as soon as the first task runs."""
+def leave_early(submit: tuple[str, ...], folder: Path, environment: dict[str, str]) -> int:
+    """``ray submit``, whose client is killed as soon as the first task runs.
+
+    Returns:
+        the sweep's process, which is held: on a busy machine it would end before anybody is back.
+    """
     print("== ray submit, killed once a task runs", flush=True)
     log = folder / "first.log"
     with log.open("wb") as stream:
@@ -166,14 +171,36 @@ def leave_early(submit: tuple[str, ...], folder: Path, environment: dict[str, st
             **{"cwd": PROJECT, "env": environment, "start_new_session": True},
             **{"stdout": stream, "stderr": subprocess.STDOUT},
         )
-    ledger = folder / "shared" / "out" / "tiny" / "ledger.jsonl"
+    out = folder / "shared" / "out" / "tiny"
+    ledger = out / "ledger.jsonl"
+    driver = 0
     until = time.monotonic() + 150
     while client.poll() is None and time.monotonic() < until:
         if ledger.exists() and '"start"' in ledger.read_text():
             os.killpg(client.pid, signal.SIGKILL)
+            driver = int(json.loads((out / "driver.json").read_text())["pid"])
+            os.kill(driver, signal.SIGSTOP)
+            break
         time.sleep(0.1)
     print(log.read_text(), flush=True)
     print(f"== exit code {client.wait()}; ledger has {len(ledger.read_text().splitlines())} lines", flush=True)
+    return driver
+
+
+def come_back(submit: tuple[str, ...], driver: int, environment: dict[str, str]) -> None:
+    """``ray submit`` again; the sweep goes on once it is followed."""
+    print("== ray submit, to come back", flush=True)
+    client = subprocess.Popen(
+        ["ray", *submit],
+        **{"cwd": PROJECT, "env": environment, "text": True},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+    )
+    assert client.stdout is not None
+    for line in client.stdout:
+        print(line, end="", flush=True)
+        if "to come back" in line:
+            os.kill(driver, signal.SIGCONT)
+    print(f"== exit code {client.wait()}", flush=True)
 
 
 if __name__ == "__main__":

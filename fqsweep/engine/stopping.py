@@ -15,8 +15,8 @@ work is done. A point is no difference: the worst group of a validation split of
 
 Measured on the demo's four searched cells with 8 trials of 6 epochs each (with its own 2 trials no bar is ever set),
 rules replayed on whole curves, cells taking turns: ``median`` saves 39 % of the epochs and keeps the front's
-hypervolume; on four other data sets 10 to 47 %, and at least .995 of it (docs/results/finetuning.md). Trials that run side by
-side set no bars for each other.
+hypervolume; on four other data sets 10 to 47 %, and at least .995 of it (docs/results/finetuning.md). Trials that run
+side by side set no bars for each other.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import yaml
 from analysis.columns import listing
 from analysis.runs import MAX_SAID, typed_runs
 from fqsweep.errors import InputError
+from fqsweep.files import BITS_TABLE
 from fqsweep.names import (
     DEFAULT_SELECTION,
     ENERGY_KWH,
@@ -137,7 +138,7 @@ def load_layers(tracking_uri: str, run_ids: Iterable[str]) -> pd.DataFrame:
     for run_id in run_ids:
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # what the backend raises
             parts.append(
-                pd.read_csv(fetch_artifact(client, tracking_uri, run_id, "bits.csv", folder)).assign(
+                pd.read_csv(fetch_artifact(client, tracking_uri, run_id, BITS_TABLE, folder)).assign(
                     run_id=run_id
                 )
             )

@@ -29,7 +29,7 @@ from benchmarks.result_file import result_parser, write_result
 from fqsweep.config import ArchitectureConfig
 from fqsweep.data.loading import Batch, BatchLoader
 from fqsweep.models import build_model
-from fqsweep.setting import make_gpu_repeatable
+from fqsweep.setting import make_gpu_exact
 from fqsweep.training import TrainingPlan, train
 
 NETWORKS = ("resnet18", "resnet50", "deit_tiny_patch16_224", "tiny_vit_5m_224")
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="networks through torch.compile")
     options = parser.parse_args()
     if options.device.startswith("cuda"):
-        make_gpu_repeatable()  # as every trial on a GPU
+        make_gpu_exact()  # as every trial on a GPU
     lines = [
         f"| network | augmentation | images/s | step, ms | resident, ms | wait, % (wanted < {100 * WANTED_FRAC:.0f}) "
         "| host in next, ms |",

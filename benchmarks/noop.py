@@ -19,7 +19,7 @@ def perform(
     *,
     paths: SweepPaths,
     data_dir: Path | None,
-    device: str,
+    gpus: float,
     num_threads: int,
     time_limit_s: float | None = None,
 ) -> Outcome:

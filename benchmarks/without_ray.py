@@ -52,9 +52,9 @@ def start_pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-def do(task: Task, out: Path, data_dir: Path | None, device: str) -> Outcome:
+def do(task: Task, out: Path, data_dir: Path | None, gpus: float) -> Outcome:
     """One task, in a process of the pool."""
-    return work.perform(task, paths=SweepPaths(out), data_dir=data_dir, device=device, num_threads=1)
+    return work.perform(task, paths=SweepPaths(out), data_dir=data_dir, gpus=gpus, num_threads=1)
 
 
 def run_space(
@@ -75,6 +75,7 @@ def run_space(
     Raises:
         RuntimeError: a task failed.
     """
+    gpus = 1 / workers if device == "cuda" else 0.0
     paths = SweepPaths(out)
     state = plan_sweep(load_space(space_file), FixedWeights(), lambda task: COSTS[task.kind])
     for task in state.shared.values():
@@ -88,7 +89,7 @@ def run_space(
             if task.kind == "trial" and paths.result(task.key).exists():
                 state.complete(task, {})
                 continue
-            running[pool.submit(do, task, out, data_dir, device)] = (task, time.monotonic())
+            running[pool.submit(do, task, out, data_dir, gpus)] = (task, time.monotonic())
         if not running:
             break
         for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, TypeGuard
 
@@ -88,6 +89,11 @@ class Cell(Record):
     budget_bytes: int | None = None
     seed: int
     recipe: TrainingRecipe
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cell:
+        """A cell with other values, checked like any; pydantic's own would keep the keys of the old ones."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**values, **(update or {})})
 
     @property
     def title(self) -> str:
@@ -229,7 +235,7 @@ def searched_cell(space: SearchSpace, cell: Cell) -> Cell | None:
     """The cell whose chosen weights this one repeats under another seed, None where it does not."""
     if not cell.point.free_weights or cell.seed not in space.search.repeat_seeds:
         return None
-    return Cell(**{**dict(cell), "seed": space.seeds[0]})
+    return cell.model_copy(update={"seed": space.seeds[0]})
 
 
 def trial_key(cell: Cell, *, number: int, weights: dict[str, float]) -> str:

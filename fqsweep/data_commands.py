@@ -14,6 +14,7 @@ from fqsweep.data.fetch import FetchOptions, fetch_dataset
 from fqsweep.data.meter import Meter
 from fqsweep.data.report import describe_kinds, describe_risks, describe_set, describe_warnings
 from fqsweep.data.verify import describe_findings, verify_dataset
+from fqsweep.disk import writing
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_FAILED_CELLS, EXIT_OK, InputError
 from fqsweep.files import SPLITS_ENDING, SweepPaths
 from fqsweep.space import find_space, load_space
@@ -68,12 +69,8 @@ def pack(options: argparse.Namespace) -> int:
 
     def pack_one(dataset: DatasetConfig, title: str) -> int:
         packs = SweepPaths(options.out or Path("out") / title).packs
-        try:
+        with writing(f"output folder {packs.parent}", instead="another --out"):
             packs.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"output folder {packs.parent} cannot be written: {error.strerror}; give another --out"
-            ) from error
         meter = Meter(f"packing {dataset.name}", unit="images")
         packed = open_dataset(dataset, data_dir=options.data_dir, pack_dir=packs, on_progress=meter)
         print(describe_set(dataset, packed.samples, packed.splits))

@@ -11,6 +11,9 @@ from pathlib import Path
 from fqsweep.errors import InputError
 
 FULL_BYTES = 2**16
+# A disk that is full, and a user's or a group's share of one.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+SAYS_NO_SPACE = ("database or disk is full", "No space left on device", "Disk quota exceeded")
 
 
 def no_space(where: Path | str) -> OSError:
@@ -39,11 +42,11 @@ def is_full(folder: Path) -> bool:
 
 
 def is_no_space(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error, also one that a database or another process wrapped."""
+    """Whether a full disk, or quota, is behind an error, also one that a database or another process wrapped."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
             return True
-        if any(mark in str(error) for mark in ("database or disk is full", "No space left on device")):
+        if any(mark in str(error) for mark in SAYS_NO_SPACE):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -139,7 +139,7 @@ def _images(
 ) -> tuple[Batches, str]:
     try:
         return _test_images(uri, run_id, notes, data_dir, folder), "test images"
-    except InputError as error:
+    except (InputError, OSError) as error:
         generator = torch.Generator().manual_seed(0)
         shape = (NUM_RANDOM_IMAGES, 3, notes.image_size, notes.image_size)
         reason = str(error).splitlines()[0]
@@ -155,6 +155,8 @@ def _test_images(uri: str, run_id: str, notes: ModelNotes, data_dir: Path | None
         raise InputError(f"{file.name} has no data set {params['dataset']!r}")
     database = sqlite_file(uri)
     packs = SweepPaths(folder if database is None else database.parent).packs
+    if not packs.is_dir():
+        packs = SweepPaths(folder).packs
     dataset = open_dataset(wanted[0], data_dir=data_dir, pack_dir=packs)
     loader = BatchLoader(
         images=dataset.image_nhwc,

@@ -17,6 +17,10 @@ from filelock import FileLock
 
 # Beside a pack: on which side of the split each image is, near-duplicates joined, and what to know of the set.
 SPLITS_ENDING, WARNINGS_ENDING = "_splits.csv", "_warnings.txt"
+# In a trial's folder, and in its MLflow run: the packed model, widths by layer, classes taken for which.
+MODEL_FILE = "model.fqs"
+BITS_TABLE, BITS_PICTURE = "bits.csv", "bits.png"
+CONFUSION_TABLE, CONFUSION_PICTURE = "confusion.csv", "confusion.png"
 
 
 @dataclass(frozen=True)

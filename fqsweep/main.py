@@ -257,6 +257,10 @@ def _run_and_report(options: argparse.Namespace, file: Path, space: SearchSpace,
                 command=(*shlex.split(_own_command()), *_own_arguments()),
             )
         )
+    for failure in summary.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    if summary.failures:
+        print(f"to try them again: {_own_command()} retry {shlex.quote(str(out))}", file=sys.stderr)
     if summary.counts["done"]:
         metric = selection_of(space.search.objectives)
         try:
@@ -271,10 +275,6 @@ def _run_and_report(options: argparse.Namespace, file: Path, space: SearchSpace,
         except InputError as error:
             print(f"fqsweep: the sweep is done, but its report could not be made: {error}", file=sys.stderr)
             return EXIT_FAILED_CELLS
-    for failure in summary.failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    if summary.failures:
-        print(f"to try them again: {_own_command()} retry {shlex.quote(str(out))}", file=sys.stderr)
     _print_end(options, out, summary.tracking_uri, summary.counts)
     return EXIT_OK if summary.counts["done"] == sum(summary.counts.values()) else EXIT_FAILED_CELLS
 
@@ -448,7 +448,7 @@ def _ui(options: argparse.Namespace) -> int:
         print(f"MLflow UI: {without_password(uri)} (the tracking server shows it itself)")
         return EXIT_OK
     port = options.port
-    while _is_taken(port):
+    while _is_taken(port) and port < LAST_PORT:
         port += 1
     # One reader needs one worker, none of the server's background jobs, and nothing sent to anybody.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")

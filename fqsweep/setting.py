@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fqsweep.cells import Cell
+from fqsweep.config import DatasetConfig
 from fqsweep.data import open_dataset
 from fqsweep.data.loading import BatchLoader
 from fqsweep.data.records import Dataset, Groups
@@ -24,6 +25,9 @@ from fqsweep.training import predict
 
 EVALUATION_BATCH = 128
 CALIBRATION_BATCH = 32
+# Data sets that a process keeps: labels, groups, and a map of the packed images.
+MOST_OPENED = 4
+_opened: dict[tuple[str, Path | None, Path], Dataset] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +162,8 @@ def open_setting(cell: Cell, *, paths: SweepPaths, data_dir: Path | None, device
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise TrialError("a GPU was asked for (resources.gpus_per_trial) but torch sees none on this machine")
     if device.startswith("cuda"):
-        make_gpu_repeatable()
-    dataset = open_dataset(cell.dataset, data_dir=data_dir, pack_dir=paths.packs)
+        make_gpu_exact()
+    dataset = _open_once(cell.dataset, data_dir, paths.packs)
     return Setting(
         cell=cell,
         dataset=dataset,
@@ -169,12 +173,25 @@ def open_setting(cell: Cell, *, paths: SweepPaths, data_dir: Path | None, device
     )
 
 
-def make_gpu_repeatable() -> None:
-    """Let this process's GPU compute the same for the same seed, as a CPU does, where its libraries can.
+def _open_once(config: DatasetConfig, data_dir: Path | None, pack_dir: Path) -> Dataset:
+    """A process does many tasks of few data sets: their tables are read, and their files looked for, once."""
+    key = (config.model_dump_json(), data_dir, pack_dir)
+    if key not in _opened:
+        dataset = open_dataset(config, data_dir=data_dir, pack_dir=pack_dir)
+        if len(_opened) == MOST_OPENED:
+            del _opened[next(iter(_opened))]
+        _opened[key] = dataset
+    return _opened[key]
 
-    An operation that has no such form is done in the one that it has. Before the first product of matrices: cuBLAS
+
+def make_gpu_exact() -> None:
+    """Let this process's GPU compute in float32 where float32 is said, and the same for the same seed, as a CPU does.
+
+    Else cuDNN rounds what goes into float32 convolutions to TF32's 10 bits (products of matrices stay exact). An
+    operation that has no repeatable form is done in the one that it has. Before the first product of matrices: cuBLAS
     reads its setting once.
     """
+    torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

@@ -22,7 +22,16 @@ from fqsweep.checkpoints import Checkpoint
 from fqsweep.config import Fp32Method
 from fqsweep.errors import TrialError
 from fqsweep.fairness import FairnessReport
-from fqsweep.files import SweepPaths, write_bytes, write_json
+from fqsweep.files import (
+    BITS_PICTURE,
+    BITS_TABLE,
+    CONFUSION_PICTURE,
+    CONFUSION_TABLE,
+    MODEL_FILE,
+    SweepPaths,
+    write_bytes,
+    write_json,
+)
 from fqsweep.finetuning import quantise
 from fqsweep.models import count_macs
 from fqsweep.names import group_metric_key
@@ -37,7 +46,6 @@ from fqsweep.results import TrialResult
 from fqsweep.setting import Setting, open_setting, seed_everything
 from fqsweep.training import Recorder
 
-MODEL_FILE = "model.fqs"
 BITS_COLUMNS = ("layer", "units", "weights_per_unit", "mean_bits", *(f"units_at_{b}" for b in range(9)))
 CONFUSION_COLUMNS = ("split", "group", "true_class", "predicted_class", "images")
 
@@ -162,8 +170,8 @@ def _group_metrics(split: str, report: FairnessReport, setting: Setting) -> dict
 
 
 def _write_bits(folder: Path, setting: Setting, layers: list[dict[str, Any]]) -> None:
-    write_bytes(folder / "bits.csv", _as_csv(layers, BITS_COLUMNS))
-    write_bytes(folder / "bits.png", draw_bits(layers, title=setting.cell.title))
+    write_bytes(folder / BITS_TABLE, _as_csv(layers, BITS_COLUMNS))
+    write_bytes(folder / BITS_PICTURE, draw_bits(layers, title=setting.cell.title))
 
 
 def _write_confusion(folder: Path, setting: Setting, reports: dict[str, FairnessReport]) -> None:
@@ -174,11 +182,11 @@ def _write_confusion(folder: Path, setting: Setting, reports: dict[str, Fairness
         for g, t, p in np.argwhere(report.confusion_gtp):
             values = (split, groups[g], classes[t], classes[p], int(report.confusion_gtp[g, t, p]))
             rows.append(dict(zip(CONFUSION_COLUMNS, values, strict=True)))
-    write_bytes(folder / "confusion.csv", _as_csv(rows, CONFUSION_COLUMNS))
+    write_bytes(folder / CONFUSION_TABLE, _as_csv(rows, CONFUSION_COLUMNS))
     picture = draw_confusion(
         reports["test"].confusion_gtp, groups=groups, classes=classes, title=f"{setting.cell.title}, test"
     )
-    write_bytes(folder / "confusion.png", picture)
+    write_bytes(folder / CONFUSION_PICTURE, picture)
 
 
 def _as_csv(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> bytes:

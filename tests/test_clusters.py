@@ -20,7 +20,7 @@ from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray._raylet import GcsClient
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from fqsweep.engine.handover import hand_over, is_submitted_copy, job_command, wanted_workers
+from fqsweep.engine.handover import hand_over, is_submitted_copy, job_command, wanted_workers, with_address
 from fqsweep.errors import InputError
 from fqsweep.files import read_lines
 from tests.engine.ray_cluster import ClusterProcess
@@ -237,6 +237,12 @@ def test_a_head_without_ray_or_without_its_shared_folder_is_said(
     monkeypatch.delenv("FQSWEEP_WORK_DIR")
     with pytest.raises(InputError, match=r"FQSWEEP_WORK_DIR must name the folder that all nodes share"):
         hand_over(["run", "paper"])
+
+
+def test_the_address_that_was_given_is_kept() -> None:
+    assert with_address(["run", "demo"]) == ["run", "demo", "--address", "auto"]
+    for given in (["--address", "ward:6379"], ["--address=ward:6379"]):
+        assert with_address(["run", "demo", *given]) == ["run", "demo", *given]
 
 
 def test_bad_words_are_answered_before_anything_is_handed_over(head: Path) -> None:

@@ -14,11 +14,11 @@ from fqsweep.cells import expand_cells
 from fqsweep.engine.work import LogFile
 from fqsweep.files import SweepPaths
 from fqsweep.main import main
-from fqsweep.quant.packed_model import load_model
+from fqsweep.quant.packed_model import load_model, read_notes
 from fqsweep.quant.packing import read_metadata
 from fqsweep.space import load_space
 from fqsweep.tracking.stores import default_uri
-from fqsweep.tracking.tracker import open_tracker
+from fqsweep.tracking.tracker import fetch_model, open_tracker
 from fqsweep.trial import run_trial
 
 SPACE = """
@@ -95,6 +95,23 @@ def test_the_onnx_export_runs_and_agrees_on_the_test_split(
     classes = json.loads(notes["classes"])
     (logits,) = session.run(["logits"], {"image": np.zeros((3, 3, 32, 32), np.float32)})
     assert logits.shape == (3, len(classes)) and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a file"])
+def test_packs_that_the_sweep_did_not_leave_are_made_elsewhere(sweep: tuple[str, str], instead: str) -> None:
+    uri, run = sweep
+    packs = SweepPaths(Path(uri.removeprefix("sqlite:///")).parent).packs
+    kept = packs.rename(packs.with_name("kept"))
+    if instead == "a file":
+        packs.write_text("")
+    try:
+        notes = read_notes(read_metadata(fetch_model(uri, run)))
+        with export.comparison_images(uri, run, notes, None) as (batches, source):
+            assert source == "test images" and next(iter(batches)).shape[1:] == (3, 32, 32)
+        assert not packs.is_dir()
+    finally:
+        packs.unlink(missing_ok=True)
+        kept.rename(packs)
 
 
 def test_the_sweep_is_given_by_its_folder_and_the_target_must_be_a_file(

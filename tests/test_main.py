@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from PIL import Image
 
 from fqsweep.cells import expand_cells
 from fqsweep.engine.checks import Checked, Prepared, check_inputs
+from fqsweep.engine.sweep import SweepSummary
 from fqsweep.engine.tasks import Task
 from fqsweep.engine.work import perform
 from fqsweep.errors import InputError
@@ -340,11 +342,30 @@ def test_a_second_driver_is_told_who_holds_the_folder(photos: Path, capsys: pyte
     assert "is in use by process 12 on ward3 (since 19" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("checks_here")
+def test_failed_cells_are_named_also_where_the_report_cannot_be_made(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = SweepSummary(
+        counts={"done": 1, "failed": 1}, failures=["fp32: nan"], tracking_uri="u", parent_id="p"
+    )
+
+    def report(*_given: Any, **_named: Any) -> None:
+        raise InputError("the runs are not there")
+
+    monkeypatch.setattr("fqsweep.engine.sweep.run_sweep", lambda _options: summary)
+    monkeypatch.setattr("fqsweep.main._report", report)
+    assert run(photos) == 1
+    error = capsys.readouterr().err
+    assert "failed: fp32: nan" in error and " retry " in error
+    assert "its report could not be made: the runs are not there" in error
+
+
 def test_a_broken_photo_fails_its_task_for_good_and_names_the_file(photos: Path) -> None:
     (photos / "photos" / "7.png").write_bytes((photos / "photos" / "8.png").read_bytes()[:100])
     cell = expand_cells(load_space(photos / "bad.yaml"))[0]
     task = Task(key=cell.baseline_key, kind="baseline", cell=cell)
-    outcome = perform(task, paths=SweepPaths(photos / "out"), data_dir=photos, device="cpu", num_threads=1)
+    outcome = perform(task, paths=SweepPaths(photos / "out"), data_dir=photos, gpus=0, num_threads=1)
     assert outcome.ending == "failed"
     assert "7.png" in outcome.reason
 

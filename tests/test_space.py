@@ -284,6 +284,16 @@ def test_a_cell_survives_the_way_through_json(tmp_path: Path) -> None:
         )
 
 
+def test_a_copy_of_a_cell_with_other_values_has_keys_of_its_own(tmp_path: Path) -> None:
+    cell = cell_of(small_space(tmp_path), "static")
+    before = cell.key, cell.baseline_key
+    other = cell.model_copy(update={"seed": 7})
+    assert other.seed == 7 and other.key != before[0] and other.baseline_key != before[1]
+    assert (cell.key, cell.baseline_key) == before and cell.model_copy() == cell
+    with pytest.raises(ValidationError):
+        cell.model_copy(update={"seed": "seven"})
+
+
 def test_a_hash_does_not_depend_on_the_order_of_keys() -> None:
     assert content_hash({"a": 1, "b": [2.5]}) == content_hash({"b": [2.5], "a": 1})
     assert content_hash({"a": 1}) != content_hash({"a": 2})

@@ -37,7 +37,7 @@ from fqsweep.quant.packing import read_metadata, unpack_weights
 from fqsweep.quant.remainder import Remainder, bound_remainder
 from fqsweep.quant.removal import RemovalError
 from fqsweep.results import TrialResult, read_result
-from fqsweep.setting import make_gpu_repeatable, open_setting
+from fqsweep.setting import make_gpu_exact, open_setting
 from fqsweep.trial import load_packed, run_trial
 
 DATA = SynthdermConfig(
@@ -350,15 +350,17 @@ def test_a_gpu_that_is_not_there_fails_the_trial_and_is_not_replaced(folder: Pat
         open_setting(cell_of("fp32"), paths=SweepPaths(folder), data_dir=None, device="cuda")
 
 
-def test_a_gpu_is_asked_for_the_same_result_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_asked_for_float32_and_for_the_same_result_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     try:
-        make_gpu_repeatable()
+        make_gpu_exact()
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled(), "what has no such form is still done"
         assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+        assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)

@@ -6,6 +6,8 @@ findings into one message with every problem's path and line.
 
 from fqsweep.config.datasets import (
     CROSS,
+    FITZPATRICK17K_CSV,
+    ISIC2019_TRUTH_CSV,
     DatasetBase,
     DatasetConfig,
     FilesBase,
@@ -17,6 +19,7 @@ from fqsweep.config.datasets import (
     SynthdermConfig,
     TableConfig,
     crossed_parts,
+    in_data_dir,
     plain_attributes,
 )
 from fqsweep.config.methods import (
@@ -58,6 +61,8 @@ from fqsweep.config.search_space import (
 
 __all__ = [
     "CROSS",
+    "FITZPATRICK17K_CSV",
+    "ISIC2019_TRUTH_CSV",
     "RECIPES",
     "Allocating",
     "Allocator",
@@ -102,5 +107,6 @@ __all__ = [
     "Width",
     "content_hash",
     "crossed_parts",
+    "in_data_dir",
     "plain_attributes",
 ]

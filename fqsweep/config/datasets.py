@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -34,6 +35,11 @@ class SplitFractions(Record):
 
 
 CROSS = " x "
+
+
+def in_data_dir(data_dir: Path, name: str) -> Path:
+    """What a data set names: a file or folder below the data folder, or a whole path, also from ``~``."""
+    return data_dir / Path(name).expanduser()
 
 
 def crossed_parts(attribute: str) -> tuple[str, ...]:
@@ -143,6 +149,11 @@ class SynthdermConfig(DatasetBase):
     difficulty: float = Field(default=0.5, ge=0, le=1)
     imbalance: float = Field(default=4.0, ge=1, le=50)
     generator_seed: int = Field(default=0, ge=0)
+
+
+# The official tables that list the images.
+ISIC2019_TRUTH_CSV = "ISIC_2019_Training_GroundTruth.csv"
+FITZPATRICK17K_CSV = "fitzpatrick17k.csv"
 
 
 class Isic2019Config(FilesBase):

@@ -84,15 +84,13 @@ def details(image_nhwc: np.ndarray) -> np.ndarray:
     return np.divide(detail_npd, length_np, out=np.zeros_like(detail_npd), where=length_np > 1e-3)
 
 
-def near_duplicate_pairs(
-    detail_npd: np.ndarray, *, min_likeness: tuple[float, float] = MIN_LIKENESS
-) -> np.ndarray:
-    """All pairs i < j whose details have at least these products, part by part, int64 (pairs, 2); O(n^2 d)."""
+def near_duplicate_pairs(detail_npd: np.ndarray) -> np.ndarray:
+    """All pairs i < j whose products reach ``MIN_LIKENESS``, part by part, int64 (pairs, 2); O(n^2 d)."""
     found = [np.empty((0, 2), dtype=np.int64)]
     for start in range(0, len(detail_npd), _CHUNK_ROWS):
         rows_npd, others_npd = detail_npd[start : start + _CHUNK_ROWS], detail_npd[start:]
         whole, middle = (
-            rows_npd[:, part] @ others_npd[:, part].T >= least for part, least in enumerate(min_likeness)
+            rows_npd[:, part] @ others_npd[:, part].T >= least for part, least in enumerate(MIN_LIKENESS)
         )
         pair_p2 = np.argwhere(whole & middle)
         found.append(pair_p2[pair_p2[:, 0] < pair_p2[:, 1]] + start)

@@ -16,7 +16,13 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 
-from fqsweep.config import DatasetConfig, Fitzpatrick17kConfig, Isic2019Config
+from fqsweep.config import (
+    FITZPATRICK17K_CSV,
+    ISIC2019_TRUTH_CSV,
+    DatasetConfig,
+    Fitzpatrick17kConfig,
+    Isic2019Config,
+)
 from fqsweep.data import fitzpatrick17k, isic2019
 from fqsweep.data.download import Patience, download_file, open_session, require_room
 from fqsweep.data.folder import ImageFolder, first_folder
@@ -144,7 +150,7 @@ def _check_table(part: Path, name: str, columns: Sequence[str]) -> None:
 def _fetch_isic2019(root: Path, options: FetchOptions) -> tuple[str, bool]:
     truth, metadata = (
         _fetch_table(name, root, ISIC2019_BASE, options, columns=("image",))["image"]
-        for name in (isic2019.TRUTH_CSV, isic2019.METADATA_CSV)
+        for name in (ISIC2019_TRUTH_CSV, isic2019.METADATA_CSV)
     )
     names = truth.tolist()
     folder, images = _isic2019_images(root, names)
@@ -156,7 +162,7 @@ def _fetch_isic2019(root: Path, options: FetchOptions) -> tuple[str, bool]:
     # Neither has a published checksum, and a table may end early between two rows without anybody's noticing.
     if set(truth) != set(metadata):
         differ = (
-            f"{isic2019.TRUTH_CSV} lists {truth.nunique():,} images and {isic2019.METADATA_CSV} "
+            f"{ISIC2019_TRUTH_CSV} lists {truth.nunique():,} images and {isic2019.METADATA_CSV} "
             f"{metadata.nunique():,}, not the same ones: delete the one that is cut short and repeat this command"
         )
         return f"{text}; {differ}", False
@@ -207,7 +213,7 @@ def _fetch_archive(root: Path, options: FetchOptions) -> Path:
 
 def _fetch_fitzpatrick17k(root: Path, options: FetchOptions) -> tuple[str, bool]:
     columns = ("md5hash",) if options.mirror else ("md5hash", "url")
-    table = _fetch_table(fitzpatrick17k.CSV, root, FITZPATRICK17K_BASE, options, columns=columns)
+    table = _fetch_table(FITZPATRICK17K_CSV, root, FITZPATRICK17K_BASE, options, columns=columns)
     photos = _missing_photos(table, root, options)
     report = root / REPORT_NAME
     known = read_report(report)
@@ -233,7 +239,7 @@ def _fetch_fitzpatrick17k(root: Path, options: FetchOptions) -> tuple[str, bool]
 
 def _missing_photos(table: pd.DataFrame, root: Path, options: FetchOptions) -> list[Photo]:
     """Those that are not there, each once, however many rows it has."""
-    _check_names(table["md5hash"], root / fitzpatrick17k.CSV)
+    _check_names(table["md5hash"], root / FITZPATRICK17K_CSV)
     table = table.drop_duplicates("md5hash")
     try:
         folder = first_folder(root, fitzpatrick17k.IMAGE_FOLDERS)

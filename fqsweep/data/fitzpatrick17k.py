@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fqsweep.config import Fitzpatrick17kConfig, plain_attributes
+from fqsweep.config import FITZPATRICK17K_CSV, Fitzpatrick17kConfig, plain_attributes
 from fqsweep.data.assembly import Rows, assemble
 from fqsweep.data.folder import TableImages, first_folder, require_folder
 from fqsweep.data.records import Samples, images_text
@@ -23,7 +23,6 @@ from fqsweep.data.splits import SPLIT_NAMES, SPLIT_SPELLINGS
 from fqsweep.data.tabular import as_numbers, read_table, require_column
 from fqsweep.errors import InputError
 
-CSV = "fitzpatrick17k.csv"
 IMAGE_FOLDERS = (
     "images",
     "data",
@@ -51,7 +50,7 @@ def describe(config: Fitzpatrick17kConfig, data_dir: Path) -> Samples:
         InputError: see ``fqsweep.data.describe_samples``.
     """
     root = require_folder(data_dir, config.folder, what="Fitzpatrick17k")
-    path = root / CSV
+    path = root / FITZPATRICK17K_CSV
     table = read_table(path, columns=("md5hash", config.label_level))
     notes: tuple[str, ...] = ()
     if config.drop_wrong_labels:
@@ -105,7 +104,10 @@ def _official_splits(root: Path, id_n: np.ndarray) -> np.ndarray:
             if split_of.setdefault(name, split) != split:
                 raise InputError(f"{path}: image {name} stands in the lists of {split_of[name]} and {split}")
     if "train" not in split_of.values():
-        found = ", ".join(sorted(file.name for file in root.glob("*.csv") if file.name != CSV)) or "none"
+        found = (
+            ", ".join(sorted(file.name for file in root.glob("*.csv") if file.name != FITZPATRICK17K_CSV))
+            or "none"
+        )
         raise InputError(
             f"official_splits needs the list of the training images in {root}, as train.csv with a column md5hash "
             f"(other CSVs there: {found}); put it there or set official_splits: false"

@@ -15,7 +15,7 @@ from unicodedata import normalize
 import numpy as np
 from PIL import Image
 
-from fqsweep.config import content_hash
+from fqsweep.config import content_hash, in_data_dir
 from fqsweep.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -244,7 +244,7 @@ def require_folder(data_dir: Path, folder: str, *, what: str) -> Path:
     Raises:
         InputError: it is not; the message says what is expected there.
     """
-    path = data_dir / Path(folder).expanduser()
+    path = in_data_dir(data_dir, folder)
     if not path.is_dir():
         raise InputError(
             f"{path} must be the folder of {what}, but there is none; set --data-dir or the set's folder"

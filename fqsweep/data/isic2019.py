@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fqsweep.config import Isic2019Config, plain_attributes
+from fqsweep.config import ISIC2019_TRUTH_CSV, Isic2019Config, plain_attributes
 from fqsweep.data.assembly import Rows, assemble
 from fqsweep.data.folder import TableImages, first_folder, require_folder
 from fqsweep.data.records import Samples
 from fqsweep.data.tabular import as_numbers, bin_names, name_bins, plain_text, read_table
 from fqsweep.errors import InputError
 
-TRUTH_CSV = "ISIC_2019_Training_GroundTruth.csv"
 METADATA_CSV = "ISIC_2019_Training_Metadata.csv"
 IMAGE_FOLDERS = (
     "ISIC_2019_Training_Input",
@@ -45,7 +44,7 @@ def describe(config: Isic2019Config, data_dir: Path) -> Samples:
     rows = Rows(
         origin=str(root),
         id_n=id_n,
-        label_n=_labels(truth, root / TRUTH_CSV),
+        label_n=_labels(truth, root / ISIC2019_TRUTH_CSV),
         cluster_n=metadata["lesion_id"].to_numpy(str),
         class_names=tuple(name for name in CLASSES if name in truth.columns),
         group_n={
@@ -60,14 +59,14 @@ def describe(config: Isic2019Config, data_dir: Path) -> Samples:
 
 def _read_tables(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Ground truth, and the metadata of the same images in the same order, with the file's rows as index."""
-    truth = read_table(root / TRUTH_CSV, columns=("image", *CLASSES[:-1]))
+    truth = read_table(root / ISIC2019_TRUTH_CSV, columns=("image", *CLASSES[:-1]))
     used = ["image", "age_approx", "sex", "lesion_id"]
     metadata = read_table(root / METADATA_CSV, columns=used)[used].drop_duplicates()
     missing = sorted(set(truth["image"]) - set(metadata["image"]))
     if missing:
         raise InputError(
-            f"{root / METADATA_CSV} must describe every image of {TRUTH_CSV}, but {len(missing)} are missing, "
-            f"first: {', '.join(missing[:3])}; take both files from the same release"
+            f"{root / METADATA_CSV} must describe every image of {ISIC2019_TRUTH_CSV}, but {len(missing)} are "
+            f"missing, first: {', '.join(missing[:3])}; take both files from the same release"
         )
     twice = metadata["image"][metadata["image"].duplicated()]
     if len(twice):

@@ -25,7 +25,7 @@ import numpy as np
 from fqsweep.config import content_hash
 from fqsweep.data.records import Samples
 from fqsweep.data.store import COPY_BYTES, fetch_pack, put_pack
-from fqsweep.disk import no_space
+from fqsweep.disk import is_no_space, no_space
 from fqsweep.errors import InputError
 from fqsweep.files import locked, write_json, write_whole
 
@@ -215,6 +215,8 @@ def _reserve(handle: int, folder: Path, shape: tuple[int, ...]) -> None:
     try:
         os.posix_fallocate(handle, 0, needed_bytes)
     except OSError as error:
+        if not is_no_space(error):
+            raise
         raise InputError(_no_room(folder, needed_bytes, shutil.disk_usage(folder).free)) from error
 
 

@@ -61,6 +61,8 @@ def _opened(store: str) -> Iterator[tuple[Any, str]]:
         system, folder = fs.FileSystem.from_uri(store)
         yield system, folder.rstrip("/")
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # of a file here: pyarrow's errors name theirs in the text
         raise StoreError(
             f"{PACK_STORE_VARIABLE}={store}: {error}; correct the address or the credentials in the environment, or "
             "unset it to decode here"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fqsweep.config import TableConfig, plain_attributes
+from fqsweep.config import TableConfig, in_data_dir, plain_attributes
 from fqsweep.data.assembly import Rows, assemble, listed
 from fqsweep.data.folder import TableImages, require_folder
 from fqsweep.data.records import Samples
@@ -35,7 +35,7 @@ def describe(config: TableConfig, data_dir: Path) -> Samples:
     Raises:
         InputError: see ``fqsweep.data.describe_samples``.
     """
-    path = data_dir / Path(config.csv).expanduser()
+    path = in_data_dir(data_dir, config.csv)
     wanted = [config.image_column, config.label_column, *config.group_columns.values()]
     extra = [column for column in (config.patient_column, config.split_column) if column]
     table = read_table(path, columns=wanted + extra)

@@ -19,7 +19,7 @@ EXIT_POISONED = 70
 
 
 class TaskActor(tune.Trainable):
-    """Does tasks one after the other in one process: torch and the packs stay loaded between them."""
+    """Does tasks one after the other in one process: torch and the data sets stay loaded between them."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first task."""
@@ -39,7 +39,7 @@ class TaskActor(tune.Trainable):
             task,
             paths=paths,
             data_dir=None if request["data_dir"] is None else Path(request["data_dir"]),
-            device="cuda" if request["gpus"] else "cpu",
+            gpus=request["gpus"],
             num_threads=max(1, int(request["cpus"])),
             time_limit_s=request["time_limit_s"],
         )

@@ -25,7 +25,14 @@ from fqsweep.engine.search import CellState, SweepState
 from fqsweep.engine.stopping import Curve
 from fqsweep.engine.studies import OptunaStudies
 from fqsweep.engine.tasks import Outcome, Task
-from fqsweep.files import SweepPaths
+from fqsweep.files import (
+    BITS_PICTURE,
+    BITS_TABLE,
+    CONFUSION_PICTURE,
+    CONFUSION_TABLE,
+    MODEL_FILE,
+    SweepPaths,
+)
 from fqsweep.names import budget_order, budget_with_unit
 from fqsweep.progress import Snapshot
 from fqsweep.results import TrialResult, read_result
@@ -37,7 +44,7 @@ TIMEOUT_MARK = "Timeout ("
 # file was not there.
 SEEN_WITHIN_S = 90.0
 # Of a trial's folder, those that its MLflow run gets.
-RECORDED_FILES = ("model.fqs", "bits.csv", "bits.png", "confusion.csv", "confusion.png")
+RECORDED_FILES = (MODEL_FILE, BITS_TABLE, BITS_PICTURE, CONFUSION_TABLE, CONFUSION_PICTURE)
 
 
 @dataclass
@@ -159,11 +166,10 @@ class SweepDriver:
 
     def _lose(self, task: Task, reason: str) -> None:
         attempts = self.state.attempts[task.key]
-        if attempts >= self.state.max_attempts:
+        if self.state.lose(task):
+            note(self.paths, task, "lost", reason=reason)
+        else:
             self._fail(task, f"{reason} ({attempts} attempts)")
-            return
-        note(self.paths, task, "lost", reason=reason)
-        self.state.lose(task, reason)
 
     def _fail(self, task: Task, reason: str) -> None:
         note(self.paths, task, "failed", reason=reason)

@@ -10,7 +10,17 @@ from functools import lru_cache
 from pathlib import Path
 
 from fqsweep.cells import Cell, expand_cells, finetune_epochs
-from fqsweep.config import Allocating, ArchitectureConfig, BaqMethod, DatasetConfig, Resources, SearchSpace
+from fqsweep.config import (
+    FITZPATRICK17K_CSV,
+    ISIC2019_TRUTH_CSV,
+    Allocating,
+    ArchitectureConfig,
+    BaqMethod,
+    DatasetConfig,
+    Resources,
+    SearchSpace,
+    in_data_dir,
+)
 from fqsweep.cost_table import count_passes
 from fqsweep.engine.search import shared_tasks, trials_wanted
 from fqsweep.engine.tasks import Task
@@ -126,10 +136,10 @@ def _counted(dataset: DatasetConfig, data_dir: Path | None) -> int | None:
     if data_dir is None or dataset.kind == "synthderm":
         return None
     if dataset.kind == "isic2019":
-        return _rows(data_dir / dataset.folder / "ISIC_2019_Training_GroundTruth.csv")
+        return _rows(in_data_dir(data_dir, dataset.folder) / ISIC2019_TRUTH_CSV)
     if dataset.kind == "fitzpatrick17k":
-        return _rows(data_dir / dataset.folder / "fitzpatrick17k.csv")
-    return _rows(data_dir / dataset.csv) if dataset.kind == "table" else None
+        return _rows(in_data_dir(data_dir, dataset.folder) / FITZPATRICK17K_CSV)
+    return _rows(in_data_dir(data_dir, dataset.csv)) if dataset.kind == "table" else None
 
 
 def _images_text(dataset: DatasetConfig, data_dir: Path | None) -> str:

@@ -13,6 +13,8 @@ from fqsweep.errors import InputError, StoreError, TrialError
 
 # After such an error every later CUDA call of the process fails too.
 STICKY_CUDA = ("cuda error", "device-side assert", "cublas_status", "cudnn_status", "illegal memory access")
+# Memory that CUDA's own libraries did not get, past torch's allocator: where others fill the GPU.
+NO_CUDA_MEMORY = ("cuda error: out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 
 
 @contextlib.contextmanager
@@ -41,14 +43,15 @@ def outcome_of(error: Exception, *, seconds: float, log: Path) -> Outcome:
         text = str(error)
     elif isinstance(error, InputError | TrialError):
         text, ending = str(error), "failed"
-    elif _is_out_of_gpu_memory(error):
-        ending = "out_of_memory"
-        text = "out of GPU memory; raise resources.gpus_per_trial or lower recipe.batch_size"
-    elif any(mark in text.lower() for mark in STICKY_CUDA):
-        poisoned = True
+    else:
+        poisoned = any(mark in text.lower() for mark in STICKY_CUDA)
+        if _is_out_of_gpu_memory(error):
+            ending = "out_of_memory"
+            text = "out of GPU memory; raise resources.gpus_per_trial or lower recipe.batch_size"
     return Outcome(ending=ending, reason=f"{text} (log: {log})", seconds=seconds, poisoned=poisoned)
 
 
 def _is_out_of_gpu_memory(error: Exception) -> bool:
-    """``torch.cuda.OutOfMemoryError``, known by its name so that torch need not be loaded."""
-    return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    """``torch.cuda.OutOfMemoryError``, known by its name so that torch need not be loaded, or CUDA's own."""
+    is_torchs = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return is_torchs or any(mark in str(error).lower() for mark in NO_CUDA_MEMORY)

@@ -42,10 +42,9 @@ class GpuShares:
         """Whether the GPUs that are not promised are enough; fixed shares are Ray's to place."""
         return self.given != "auto" or sum(self.promised.values()) + self.of(task) <= self.total + 1e-9
 
-    def start(self, task: Task) -> float:
+    def start(self, task: Task) -> None:
         """Promise a task its GPUs."""
         self.promised[task.key] = self.of(task)
-        return self.promised[task.key]
 
     def end(self, task: Task, *, peak_frac: float = 0.0) -> None:
         """Take a task's GPUs back, and learn from its peak."""
@@ -70,6 +69,11 @@ class GpuShares:
             filled = (self.enlarged[task.key] - CONTEXT_FRAC) / HEADROOM
             self.peak_frac[task.shape] = max(self.peak_frac[task.shape], filled)
         return True
+
+
+def usable_frac(share: float) -> float:
+    """How much of a GPU's memory torch may take for tensors, of a share of it."""
+    return 1.0 if share >= 1 else max(share - CONTEXT_FRAC, share / 2)
 
 
 def share_of(peak_frac: float) -> float:

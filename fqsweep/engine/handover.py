@@ -61,7 +61,7 @@ def hand_over(arguments: Sequence[str]) -> int:
     """
     work_dir = _work_dir()
     client = _job_client()
-    words = list(arguments) if "--address" in arguments else [*arguments, "--address", "auto"]
+    words = with_address(arguments)
     title = shlex.join(words)
     job = _find_running(client, title)
     if job is None:
@@ -77,6 +77,12 @@ def hand_over(arguments: Sequence[str]) -> int:
         print(f"\nleft; job {job} goes on")
         return EXIT_INTERRUPTED
     return _exit_code(client, job)
+
+
+def with_address(arguments: Sequence[str]) -> list[str]:
+    """The words, and the cluster's address where they name none."""
+    has_one = any(word.split("=")[0] == "--address" for word in arguments)
+    return [*arguments, *(() if has_one else ("--address", "auto"))]
 
 
 def job_command(work_dir: Path, words: Sequence[str]) -> str:

@@ -290,18 +290,16 @@ class SweepState:
             self._by_key[task.cell.key].asked += 1
         self._give_up(task, reason)
 
-    def lose(self, task: Task, reason: str) -> bool:
-        """The attempt failed: the task comes again, until it has been tried ``max_attempts`` times.
+    def lose(self, task: Task) -> bool:
+        """The attempt failed: the task comes again, unless it has been tried ``max_attempts`` times.
 
         Returns:
-            whether it comes again.
+            whether it comes again; if not, it is still to be failed.
         """
-        if self.running.pop(task.key, None) is None:
-            return False
         if self.attempts[task.key] >= self.max_attempts:
-            self._give_up(task, reason)
             return False
-        self.lost.append(task)
+        if self.running.pop(task.key, None) is not None:
+            self.lost.append(task)
         return True
 
     def fail(self, task: Task, reason: str) -> None:

@@ -6,6 +6,7 @@ Another module can stand in for this one (``SweepOptions.work``): it needs a ``p
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 import traceback
@@ -19,16 +20,21 @@ from fqsweep.baseline import ensure_baseline, ensure_importance
 from fqsweep.cells import finetune_epochs, run_params
 from fqsweep.checkpoints import TrainingStopped
 from fqsweep.engine.faults import limit_time, outcome_of
+from fqsweep.engine.gpus import usable_frac
 from fqsweep.engine.stopping import is_unpromising
 from fqsweep.engine.tasks import Ending, Outcome, Task
-from fqsweep.files import AttemptPaths, SweepPaths, append_line, publish, read_lines, write_json
+from fqsweep.files import MODEL_FILE, AttemptPaths, SweepPaths, append_line, publish, read_lines, write_json
 from fqsweep.results import TrialResult
 from fqsweep.setting import open_setting
-from fqsweep.trial import MODEL_FILE, run_trial
+from fqsweep.trial import run_trial
 
 
 class TrialPruned(Exception):
-    """The trial is below the bar that it was given."""
+    """The trial is below the bar that it was given; ``epoch``, from 0, was its last one."""
+
+    def __init__(self, text: str, *, epoch: int) -> None:
+        super().__init__(text)
+        self.epoch = epoch
 
 
 class LogFile:
@@ -67,7 +73,7 @@ class TrialLog(LogFile):
         super().log_metrics(metrics, epoch=epoch)
         append_line(self.curve, {"epoch": epoch, **metrics}, sync=False)
         if epoch < self.last_epoch and is_unpromising(self.epochs(until=epoch), self.task.bars):
-            raise TrialPruned(f"stopped early after epoch {epoch + 1} of {self.last_epoch + 1}")
+            raise TrialPruned(f"stopped early after epoch {epoch + 1} of {self.last_epoch + 1}", epoch=epoch)
 
     def epochs(self, *, until: int) -> list[dict[str, float]]:
         """The trial's epochs so far, also those of an attempt that was cut off before."""
@@ -80,25 +86,29 @@ def perform(
     *,
     paths: SweepPaths,
     data_dir: Path | None,
-    device: str,
+    gpus: float,
     num_threads: int,
     time_limit_s: float | None = None,
 ) -> Outcome:
     """Do one task; its files are the result. Failures of the task come back as an outcome, not as an exception.
 
     Args:
+        gpus: of GPUs, what the task may take: a share below 1 is of the memory of one; 0 is the CPU.
         time_limit_s: the process is killed when the task takes longer; its log then ends with where it was.
     """
     start = time.perf_counter()
-    ending: Ending = "done"
+    device = "cuda" if gpus else "cpu"
+    ending: Ending = "broken"
     try:
         if paths.cancel_request.exists():  # handed out just before
             return Outcome(ending="stopped")
         log = LogFile(paths.log(task.key))
         log.note(f"start: {task.title}")
         torch.set_num_threads(num_threads)
-        if device.startswith("cuda") and torch.cuda.is_available():  # without one the task itself says so
+        if gpus and torch.cuda.is_available():  # without one the task itself says so
             torch.cuda.reset_peak_memory_stats()
+            # Who outgrows a share runs out of memory, and none of those beside it.
+            torch.cuda.set_per_process_memory_fraction(usable_frac(gpus))
         with limit_time(paths.log(task.key), time_limit_s):
             ending = _do(task, paths=paths, data_dir=data_dir, device=device, log=log)
     except TrainingStopped:
@@ -108,17 +118,27 @@ def perform(
             LogFile(paths.log(task.key)).note(traceback.format_exc())
         return outcome_of(error, seconds=time.perf_counter() - start, log=paths.log(task.key))
     finally:
-        if device.startswith("cuda"):
-            with contextlib.suppress(RuntimeError):  # after a sticky error this fails too
-                torch.cuda.empty_cache()
+        _let_go(gpus, is_whole=ending == "done")
     with contextlib.suppress(OSError):  # the result is there
         log.note(ending)
     seconds = time.perf_counter() - start
-    return Outcome(ending=ending, seconds=seconds, peak_gpu_frac=_peak_gpu_frac(device))
+    return Outcome(ending=ending, seconds=seconds, peak_gpu_frac=_peak_gpu_frac(gpus))
 
 
-def _peak_gpu_frac(device: str) -> float:
-    if not device.startswith("cuda"):
+def _let_go(gpus: float, *, is_whole: bool) -> None:
+    """Free what a task held.
+
+    A network whose training did not end has its quantisers on, and they and the network hold each other.
+    """
+    if not is_whole:
+        gc.collect()
+    if gpus:
+        with contextlib.suppress(RuntimeError):  # after a sticky error this fails too
+            torch.cuda.empty_cache()
+
+
+def _peak_gpu_frac(gpus: float) -> float:
+    if not gpus:
         return 0.0
     return torch.cuda.max_memory_reserved() / torch.cuda.get_device_properties(0).total_memory
 
@@ -158,7 +178,8 @@ def _do_trial(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: s
         )
     except TrialPruned as stop:
         recorder.note(str(stop))
-        result = _pruned_result(task, recorder, seconds=time.perf_counter() - start)
+        history = recorder.epochs(until=stop.epoch)
+        result = _pruned_result(task, history, seconds=time.perf_counter() - start)
         write_json(own.result(task.key), asdict(result))
         ending = "pruned"
     if ending == "done" and not (own.trial(task.key) / MODEL_FILE).exists():
@@ -172,9 +193,8 @@ def _do_trial(task: Task, *, paths: SweepPaths, data_dir: Path | None, device: s
     return ending
 
 
-def _pruned_result(task: Task, recorder: TrialLog, *, seconds: float) -> TrialResult:
+def _pruned_result(task: Task, history: list[dict[str, float]], *, seconds: float) -> TrialResult:
     """What is known of a trial that was stopped early: its epochs on validation data, never test data."""
-    history = recorder.epochs(until=recorder.last_epoch)
     return TrialResult(
         key=task.key,
         title=task.cell.title,

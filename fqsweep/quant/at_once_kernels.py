@@ -28,13 +28,20 @@ def _place(table, layer, start):
 
 
 @triton.jit
+def _within(level, limit):
+    # What is not a number stays so: a network that diverges must show it.
+    above = tl.maximum(level, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(above, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _on_grid(weight, step, limit, offset):
     divisor = tl.where(step > 0, step, 1.0)
     level = tl.math.div_rn(weight, divisor + tl.zeros_like(weight)) - offset
     # Beyond the limit the exact level is of no interest, and huge numbers would not be rounded.
-    level = tl.minimum(tl.maximum(level, -1000.0), 1000.0)
+    level = _within(level, 1000.0)
     level = (level + ROUNDER) - ROUNDER + offset
-    return tl.minimum(tl.maximum(level, -limit), limit) * step
+    return _within(level, limit) * step
 
 
 @triton.jit
@@ -78,7 +85,7 @@ def _quantise_backward(
         at = begin + tl.arange(0, SIZE)
         weight = tl.load(weight_at + at, mask=at < num, other=0.0)
         grad = tl.load(grad_at + at, mask=at < num, other=0.0)
-        passed = tl.where(tl.abs(weight) <= reach, grad, 0.0)
+        passed = tl.where(tl.abs(weight) > reach, 0.0, grad)
         along_level += grad * _on_grid(weight, step, limit, offset)
         along_weight += passed * weight
         tl.store(out_at + at, passed, mask=at < num)
@@ -134,8 +141,8 @@ def _mix_backward(
         at = begin + tl.arange(0, SIZE)
         weight = tl.load(weight_at + at, mask=at < num, other=0.0)
         grad = tl.load(grad_at + at, mask=at < num, other=0.0)
-        low_passed = tl.where(tl.abs(weight) <= low_reach, grad, 0.0)
-        high_passed = tl.where(tl.abs(weight) <= high_reach, grad, 0.0)
+        low_passed = tl.where(tl.abs(weight) > low_reach, 0.0, grad)
+        high_passed = tl.where(tl.abs(weight) > high_reach, 0.0, grad)
         low_level += grad * _on_grid(weight, low_step, low_limit, low_offset)
         high_level += grad * _on_grid(weight, high_step, high_limit, high_offset)
         low_weight += low_passed * weight

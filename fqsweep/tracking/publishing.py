@@ -15,6 +15,7 @@ import numpy as np
 from mlflow import MlflowClient
 
 from fqsweep import __version__
+from fqsweep.files import MODEL_FILE
 from fqsweep.names import TAG_FRONT, TAG_PARENT, TAG_REASON, TAG_RECOMMENDED
 from fqsweep.tracking.stores import drop_tag, search_runs
 from fqsweep.tracking.tracker import reaching
@@ -64,13 +65,13 @@ def publish_report(uri: str, parent_id: str, folder: Path) -> None:
 def _add_model(client: MlflowClient, run_id: str) -> None:
     """Store a run's packed model as an MLflow model too, once; a run without a packed model has none."""
     files = {file.path for file in client.list_artifacts(run_id)}
-    if "model.fqs" not in files:
+    if MODEL_FILE not in files:
         return
     last = f"{MODEL_FOLDER}/data"  # of what is sent; a model that was cut off is sent again
     if MODEL_FOLDER in files and client.list_artifacts(run_id, last):
         return
     with tempfile.TemporaryDirectory() as folder:
-        packed = client.download_artifacts(run_id, "model.fqs", folder)
+        packed = client.download_artifacts(run_id, MODEL_FILE, folder)
         target = Path(folder) / MODEL_FOLDER
         _save_model(Path(packed), target)
         client.log_artifacts(run_id, str(target), MODEL_FOLDER)

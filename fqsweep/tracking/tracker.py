@@ -32,7 +32,7 @@ from mlflow.exceptions import MlflowException
 from fqsweep import __version__
 from fqsweep.disk import is_no_space
 from fqsweep.errors import InputError, TrackingError
-from fqsweep.files import SweepPaths, write_bytes
+from fqsweep.files import MODEL_FILE, SweepPaths, write_bytes
 from fqsweep.names import (
     BITS,
     DEFAULT_EXPERIMENT,
@@ -458,7 +458,7 @@ def fetch_model(uri: str, run_id: str) -> bytes:
         if run.data.tags.get(TAG_KIND) == KIND_SWEEP:
             raise InputError(f"run {run_id} is that of the sweep {title!r}: give the run of one of its trials")
         try:
-            return fetch_artifact(client, uri, run.info.run_id, "model.fqs", folder).read_bytes()
+            return fetch_artifact(client, uri, run.info.run_id, MODEL_FILE, folder).read_bytes()
         except (MlflowException, OSError) as error:
             raise InputError(
                 f"run {run_id} ({title}) has no packed model at {run.info.artifact_uri}: {first_line(error)}"

@@ -16,12 +16,17 @@ from fqsweep.data.subset import take
 
 
 def test_pairs_are_those_above_the_likeness() -> None:
-    detail_nd = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8], [-1, 0]], np.float32)
-    same = np.stack([detail_nd, detail_nd], axis=1)
-    assert near_duplicate_pairs(same, min_likeness=(0.9, 0.9)).tolist() == [[1, 2]]
-    assert near_duplicate_pairs(same, min_likeness=(0.9, 0.97)).tolist() == [], (
-        "whole and middle, each by itself"
-    )
+    whole, middle = MIN_LIKENESS
+
+    def turned(likeness: float) -> list[float]:
+        return [likeness, float(np.sqrt(1 - likeness**2))]
+
+    straight, back = [1.0, 0.0], [-1.0, 0.0]
+    alike = np.array([[straight] * 2, [turned(whole + 0.01), turned(middle + 0.01)], [back] * 2], np.float32)
+    assert near_duplicate_pairs(alike).tolist() == [[0, 1]]
+    for parts in ((whole - 0.01, 1.0), (1.0, middle - 0.01)):
+        other = np.array([[straight] * 2, [turned(part) for part in parts]], np.float32)
+        assert near_duplicate_pairs(other).tolist() == [], "whole and middle, each by itself"
 
 
 def test_pairs_across_chunks_are_found() -> None:

@@ -1,6 +1,8 @@
+import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +17,9 @@ from fqsweep.data import describe_samples, packs
 from fqsweep.data.folder import FolderSource
 from fqsweep.data.packs import open_pack, pack_path
 from fqsweep.data.records import Samples
+from fqsweep.data.store import fetch_pack
 from fqsweep.data.subset import stratified_subset, take
+from fqsweep.disk import is_no_space
 from fqsweep.errors import InputError
 from tests.data.conftest import write_photo
 
@@ -203,6 +207,39 @@ def test_a_damaged_pack_in_the_store_is_decoded_again_and_replaced(tmp_path: Pat
 def test_a_store_that_cannot_be_used_is_named(tmp_path: Path, store: str) -> None:
     with pytest.raises(InputError, match=f"FQSWEEP_PACK_STORE={store}: .*unset it to decode here"):
         open_pack(few(), size=16, pack_dir=tmp_path, store=store)
+
+
+def test_an_error_of_the_own_disk_is_not_blamed_on_the_store(tmp_path: Path) -> None:
+    store = (tmp_path / "bucket").as_uri()
+    open_pack(few(), size=16, pack_dir=tmp_path / "one", store=store)
+    (record,) = (tmp_path / "one").glob("*.json")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        fetch_pack(store, (tmp_path / "file" / record.name).with_suffix(".npy"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_room_that_cannot_be_claimed_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_given: int) -> None:
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(InputError, match="bytes for decoded images") as raised:
+        open_pack(few(), size=16, pack_dir=tmp_path)
+    assert is_no_space(raised.value)
+
+
+def test_another_error_while_claiming_room_is_not_called_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_given: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        open_pack(few(), size=16, pack_dir=tmp_path)
 
 
 def test_processes_that_ask_at_once_share_one_pack(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def perform(
     *,
     paths: SweepPaths,
     data_dir: Path | None,
-    device: str,
+    gpus: float,
     num_threads: int,
     time_limit_s: float | None = None,
 ) -> Outcome:
@@ -37,7 +37,7 @@ def perform(
         "attempt": task.attempt,
         "pid": os.getpid(),
     }
-    seen |= {"device": device, "threads": num_threads, **_place()}
+    seen |= {"device": "cuda" if gpus else "cpu", "threads": num_threads, **_place()}
     seen["tunables"] = os.environ.get("GLIBC_TUNABLES")
     append_line(paths.out / "executed.jsonl", {**seen, "time": time.time()}, sync=False)
     for fault in behaviour.get("faults", []):

@@ -90,6 +90,7 @@ def simulate(
             done.add(task.key)
             state.complete(task, METRICS)
         elif outcome == "lost":
-            state.lose(task, "its worker died")
+            if not state.lose(task):
+                state.fail(task, "its worker died")
         else:
             state.fail(task, outcome)

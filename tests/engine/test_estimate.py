@@ -87,7 +87,9 @@ def test_images_are_counted_where_the_data_is_and_taken_from_the_release_where_n
     assert num_images(SynthdermConfig(kind="synthderm", num_images=123, max_images=60), None) == 60
 
 
-def test_a_table_is_counted_from_its_csv_or_parquet_file(tmp_path: Path) -> None:
+def test_a_table_is_counted_from_its_csv_or_parquet_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "t.csv").write_text('file,label,sex\n"a\nb",x,f\nc,y,m\n')
     pd.read_csv(tmp_path / "t.csv").to_parquet(tmp_path / "t.parquet")
     (tmp_path / "broken.parquet").write_text("PAR")
@@ -104,6 +106,8 @@ def test_a_table_is_counted_from_its_csv_or_parquet_file(tmp_path: Path) -> None
     assert num_images(config, tmp_path) == 2
     assert num_images(config.model_copy(update={"csv": "t.parquet"}), tmp_path) == 2
     assert num_images(config.model_copy(update={"csv": "broken.parquet"}), tmp_path) == 10_000
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert num_images(config.model_copy(update={"csv": "~/t.csv"}), tmp_path / "elsewhere") == 2
 
 
 def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_telling_twice_changes_nothing(tmp_path: Path) -> None:
     before = state.counts(), len(study.told), set(state.done)
     for *_, task in log:
         state.complete(task, METRICS)
-        state.lose(task, "again")
+        state.lose(task)
         state.fail(task, "again")
     assert (state.counts(), len(study.told), set(state.done)) == before
     assert state.finished and state.failures == []
@@ -311,7 +311,7 @@ def test_the_result_of_a_worker_that_was_thought_dead_counts_and_is_not_made_aga
     state = plan_sweep(small_space(tmp_path), FakeStudy(), one_each)
     task = state.next_task()
     assert task is not None
-    state.lose(task, "its worker died")
+    state.lose(task)
     state.complete(task)
     left = []
     while (other := state.next_task()) is not None:

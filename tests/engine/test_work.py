@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fqsweep.cells import Cell, expand_cells
+from fqsweep.checkpoints import TrainingStopped
 from fqsweep.engine import work
 from fqsweep.engine.faults import outcome_of
-from fqsweep.engine.gpus import GpuShares, share_of
+from fqsweep.engine.gpus import GpuShares, share_of, usable_frac
 from fqsweep.engine.search import shared_tasks
 from fqsweep.engine.tasks import Task
 from fqsweep.errors import InputError, StoreError, TrialError
 from fqsweep.files import SweepPaths, write_bytes, write_json
+from fqsweep.quant.convert import attach_quantisers
+from fqsweep.quant.units import list_units
 from fqsweep.results import read_result
 from tests.engine.small_disk import fill_up, mounted
 from tests.small_spaces import small_space
@@ -30,8 +37,12 @@ ACC = "val/acc_worst"
         (StoreError("s3://bucket: connection reset"), "broken", False),
         (InputError("no such column"), "failed", False),
         (OSError(5, "Input/output error"), "broken", False),
-        (OSError(28, "No space left", "model.fqs"), "no_space", False),
+        (OSError(errno.ENOSPC, "No space left", "model.fqs"), "no_space", False),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "model.fqs"), "no_space", False),
         (torch.cuda.OutOfMemoryError("CUDA out of memory"), "out_of_memory", False),
+        (RuntimeError("CUDA error: out of memory"), "out_of_memory", True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out_of_memory", True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out_of_memory", True),
         (RuntimeError("CUDA error: device-side assert triggered"), "broken", True),
         (RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling"), "broken", True),
         (ZeroDivisionError("division by zero"), "broken", False),
@@ -70,7 +81,7 @@ def train_like(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> None:
 
 
 def do(paths: SweepPaths, task: Task) -> str:
-    return work.perform(task, paths=paths, data_dir=None, device="cpu", num_threads=1).ending
+    return work.perform(task, paths=paths, data_dir=None, gpus=0, num_threads=1).ending
 
 
 def test_an_attempt_whose_folder_was_taken_away_leaves_no_result(
@@ -140,6 +151,48 @@ def test_the_epochs_of_an_attempt_that_was_cut_off_count(
     assert recorder.epochs(until=1) == [{ACC: 0.6}, {ACC: 0.1}]
 
 
+def test_epochs_of_an_attempt_that_left_no_checkpoint_are_not_those_of_one_that_was_stopped_early(
+    trial: tuple[SweepPaths, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, task = trial
+    killed = work.TrialLog(paths, task.model_copy(update={"bars": {}}))
+    for epoch in range(3):
+        killed.log_metrics({ACC: 0.7}, epoch=epoch)
+    train_like(monkeypatch, 0.1, 0.2, 0.3)
+    assert do(paths, task) == "pruned"
+    assert read_result(paths.result("k")).history == [{ACC: 0.1}, {ACC: 0.2}]
+
+
+@pytest.mark.parametrize("how", ["pruned", "broken", "stopped"])
+def test_a_trial_that_does_not_end_leaves_no_network_in_memory(
+    trial: tuple[SweepPaths, Task], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """With its quantisers on, a network and they hold each other: without help it stays, in every process."""
+    errors = {
+        "pruned": work.TrialPruned("below its bar", epoch=0),
+        "broken": RuntimeError("nan"),
+        "stopped": TrainingStopped(),
+    }
+
+    def run_trial(*_given: Any, **_named: Any) -> None:
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        units = list_units(network, granularity="channel")
+        steps = {layer.name: torch.ones(layer.num_units, 9) for layer in units.layers}
+        attach_quantisers(network, units, steps, np.full(units.num_units, 2))
+        alive.append(weakref.ref(network[0]))
+        raise errors.pop(how)
+
+    train_like(monkeypatch)
+    monkeypatch.setattr(work, "run_trial", run_trial)
+    alive: list[weakref.ref[torch.nn.Module]] = []
+    gc.disable()
+    try:
+        assert do(*trial) == how
+        assert alive[0]() is None
+    finally:
+        gc.enable()
+
+
 # --- full disks ----------------------------------------------------------------------------------
 
 
@@ -166,7 +219,7 @@ def test_a_task_computes_on_the_threads_that_it_was_given(
     before = torch.get_num_threads()
     try:
         for num_threads in (3, 1):
-            work.perform(task, paths=paths, data_dir=None, device="cpu", num_threads=num_threads)
+            work.perform(task, paths=paths, data_dir=None, gpus=0, num_threads=num_threads)
     finally:
         torch.set_num_threads(before)
     assert used == [3, 1]
@@ -183,10 +236,10 @@ def test_a_disk_that_is_full_is_no_failure_of_the_task(tmp_path: Path, folder: s
     with mounted(paths.out / folder, size_mib=1):
         if folder != "packs":
             fill_up(paths.out / folder / "filler")
-        outcome = work.perform(task, paths=paths, data_dir=None, device="cpu", num_threads=1)
+        outcome = work.perform(task, paths=paths, data_dir=None, gpus=0, num_threads=1)
         assert outcome.ending == "no_space", outcome.reason
         assert folder in outcome.reason or outcome.reason == "while writing"
-    again = work.perform(task, paths=paths, data_dir=None, device="cpu", num_threads=1)
+    again = work.perform(task, paths=paths, data_dir=None, gpus=0, num_threads=1)
     assert again.ending == "done", again.reason
 
 
@@ -202,7 +255,9 @@ def test_auto_learns_by_shape_and_promises_no_more_than_there_is(trial: tuple[Sw
     tasks = [task.model_copy(update={"key": str(number)}) for number in range(4)]
     other = replace_architecture(task)
     shares = GpuShares("auto", total=2)
-    assert [shares.start(one) for one in tasks[:2]] == [1.0, 1.0]
+    for one in tasks[:2]:
+        shares.start(one)
+    assert list(shares.promised.values()) == [1.0, 1.0]
     assert not shares.fits(tasks[2])
     shares.end(tasks[0], peak_frac=0.38)
     assert shares.of(tasks[2]) == 0.5 and shares.fits(tasks[2])
@@ -228,6 +283,14 @@ def test_out_of_memory_where_shares_are_measured_ends_with_a_whole_gpu_and_is_le
     assert shares.enlarge(task) and shares.of(task) == shares.of(later) == 1 / 4
     assert shares.enlarge(task) and shares.of(task) == shares.of(later) == 1.0
     assert not shares.enlarge(task), "it had the GPU to itself"
+
+
+def test_a_share_leaves_room_for_what_is_no_tensor_and_holds_what_was_measured() -> None:
+    assert usable_frac(1.0) == usable_frac(2.0) == 1.0
+    for peak in (0.01, 0.1, 0.2, 0.38):
+        share = share_of(peak)
+        assert peak < usable_frac(share) < share
+    assert 0 < usable_frac(0.01) < 0.01
 
 
 def test_out_of_memory_doubles_a_given_share_once(trial: tuple[SweepPaths, Task]) -> None:

@@ -80,9 +80,36 @@ def compare(device: torch.device, *, arithmetic: type, **options: object) -> Non
         )
 
 
+def compare_broken(device: torch.device, *, arithmetic: type, learn: str | None) -> None:
+    """Weights that are not numbers, as in a network that diverges, stay so, and so do their gradients."""
+    plain = network(device, learn=learn, granularity="channel", channels_last=False)
+    weights = {n: p.data for n, p in plain.named_parameters() if n.endswith("weight.original")}
+    for weight in weights.values():
+        weight.view(-1)[:: weight.numel() // 3] = torch.nan
+    together = copy.deepcopy(plain)
+    made = AtOnce(together, arithmetic).quantise()
+    layers = [m for m in plain.modules() if parametrize.is_parametrized(m, "weight")]
+    wanted = [layer.weight for layer in layers]
+    for values in (made, wanted):
+        sum(
+            (value * torch.linspace(-1, 1, value.numel()).view_as(value).to(device)).sum() for value in values
+        ).backward()
+    assert all(value.isnan().any() for value in made) and len(made) == len(wanted) == 5
+    for value, other in zip(made, wanted, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-7, equal_nan=True)
+    found = dict(together.named_parameters())
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                found[name].grad, parameter.grad, rtol=2e-4, atol=2e-4, equal_nan=True,
+                msg=lambda text, n=name: f"{n}: {text}",
+            )  # fmt: skip
+
+
 def main() -> None:
     device = torch.device(sys.argv[1])
     for learn in (None, "fracbits"):
+        compare_broken(device, arithmetic=OneLaunch, learn=learn)
         for granularity in ("channel", "tensor"):
             for channels_last in (False, True):
                 compare(

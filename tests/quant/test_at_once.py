@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from at_once_check import compare, network
+from at_once_check import compare, compare_broken, network
 from torch import nn
 
 from fqsweep.quant import at_once_native
@@ -60,6 +60,12 @@ def test_all_layers_at_once_are_the_same_as_layer_by_layer() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_all_layers_at_once_are_the_same_as_layer_by_layer_on_a_gpu() -> None:
     check_on("cuda")
+
+
+@pytest.mark.parametrize("learn", [None, "fracbits"])
+@pytest.mark.parametrize("arithmetic", [EachLayer, OneCall])
+def test_what_is_not_a_number_stays_so(library: None, arithmetic: type, learn: str | None) -> None:
+    compare_broken(CPU, arithmetic=arithmetic, learn=learn)
 
 
 @pytest.mark.parametrize("learn", [None, "fracbits"])

@@ -103,9 +103,9 @@ class Resources(Record):
 
     Attributes:
         cpus_per_trial: threads of a trial, and how many trials fit on a machine.
-        gpus_per_trial: may be a fraction: 0.25 puts four trials on a GPU. ``auto``: the first trials of a data
-            set and architecture have a GPU each, those that train apart from those that only score; what they used
-            at most says how many of the next share one.
+        gpus_per_trial: may be a fraction: 0.25 puts four trials on a GPU, and each may take a quarter of its memory.
+            ``auto``: the first trials of a data set and architecture have a GPU each, those that train apart from
+            those that only score; what they used at most says how many of the next share one.
         max_attempts: how often a trial is tried where its worker dies, hangs or meets a passing fault.
         time_limit_s: a trial that takes longer is killed and tried again, from its last saved epoch; None: no limit.
     """

@@ -122,18 +122,27 @@ def _answer(
     leader, far = _headline(part, leads, metric=metric)
     budget = str(leader["budget"])
     pairs = pairs[pairs["budget"] == budget]
-    serves = "serves the worst group best" if metric.endswith("worst") else f"has the best {metric}"
-    alone = len(part[part["budget"] == budget]) == 1
-    lead = f"only {leader['variant']} was run" if alone else f"{leader['variant']} {serves}"
+    lead = _lead(part, leader, metric=metric)
     figure, reference = _figure(leader, on_test(metric)), _against_reference(part, leader, on_test(metric))
-    others = leader["level_with"]
-    verb = "is" if len(others) == 1 else "are"
-    level = f"; {listing(others)} {verb} level on validation data" if others else ""
-    sentence = f"At {budget_phrase(budget)}, {lead}: {figure}{reference}{level}."
+    sentence = f"At {budget_phrase(budget)}, {lead}: {figure}{reference}."
     evidence = ((far,) if far else ()) + _evidence(part, leader, pairs, metric=metric)
     return Answer(
         panel=panel, budget=budget, variant=str(leader["variant"]), sentence=sentence, evidence=evidence
     )
+
+
+def _lead(part: pd.DataFrame, leader: pd.Series, *, metric: str) -> str:
+    """Who leads; of several that are level, whose figure follows."""
+    if (part["budget"] == leader["budget"]).sum() == 1:
+        return f"only {leader['variant']} was run"
+    is_worst, others = metric.endswith("worst"), leader["level_with"]
+    if not others:
+        return f"{leader['variant']} " + (
+            "serves the worst group best" if is_worst else f"has the best {metric}"
+        )
+    what = "serve the worst group best" if is_worst else f"have the best {metric}"
+    names = listing([leader["variant"], *others], most=MOST_NAMED)
+    return f"{names} {what}, level on validation data; with {leader['variant']}"
 
 
 def _figure(point: pd.Series, key: str) -> str:
@@ -269,7 +278,7 @@ def recommend(cells: pd.DataFrame, *, metric: str) -> list[Recommendation]:
             fitting = under_budget(quantised, budget)
             if not fitting.empty:
                 # Of equal runs the one of the variant that leads; keys would draw lots.
-                best = best_first(fitting, "variant", tie_column(fitting), metric=metric).iloc[0]
+                best = best_first(fitting, "num_runs", "variant", tie_column(fitting), metric=metric).iloc[0]
                 found.append(_recommendation(panel, budget, best, len(fitting), metric=metric))
     return found
 

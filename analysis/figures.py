@@ -19,12 +19,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis import cli
 from analysis.columns import BITS, is_full_precision, is_maximized, on_test, variants
-from analysis.pareto import aggregate, mark_front, select_cells
+from analysis.pareto import aggregate, half_width, mark_front, select_cells
 from analysis.style import FRONT_COLOR, REFERENCE_COLOR, Look, bits_ticks, looks, marker_size
 from fqsweep.files import write_bytes
 from fqsweep.names import metric_of
 
 FORMATS = ("png", "svg", "pdf")
+# The dots show a front of one point too.
+FRONT_LINE: dict[str, Any] = {"linewidth": 4, "marker": "o", "markersize": 11, "markeredgewidth": 0}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -47,8 +49,8 @@ POINTS_AN_INCH = 72
 def front_figure(points: pd.DataFrame, *, metric: str) -> Figure:
     """Test figures of the chosen runs against true mean bits: a row a (data set, groups), a column a network.
 
-    Markers are means over seeds, bars one standard deviation; the grey line joins the points that are on the
-    front of validation ``metric`` against bits; the dashed line is full precision.
+    Markers are means over seeds, bars their 95 % intervals; grey are the points, and the line between them, that are
+    on the front of validation ``metric`` against bits; the dashed line is full precision.
 
     Args:
         points: ``pareto.mark_front``.
@@ -78,6 +80,8 @@ def front_figure(points: pd.DataFrame, *, metric: str) -> Figure:
         _add_legend(figure, look, has_reference=len(quantised) < len(points))
         direction = "higher" if is_maximized(metric) else "lower"
         title = f"{metric_of(key).meaning}, {direction} is better; chosen by {metric}"
+        if half_width(quantised, key).notna().any():
+            title += "; bars: 95 % intervals over seeds"
         lines = textwrap.wrap(title, int(whole_width * TITLE_LETTERS_PER_INCH))
         figure.suptitle(_plain("\n".join(lines)), fontsize=10)
     return figure
@@ -88,11 +92,11 @@ def _draw_panel(axis: Axes, part: pd.DataFrame, *, key: str, look: dict[str, Loo
     for value in part.loc[is_full_precision(part), key].dropna():
         axis.axhline(100 * value, color=REFERENCE_COLOR, linestyle="--", linewidth=1.1, zorder=1)
     front = quantised[quantised["on_front"]].sort_values(BITS)
-    axis.plot(front[BITS], 100 * front[key], color=FRONT_COLOR, linewidth=4, alpha=0.35, zorder=2)
+    axis.plot(front[BITS], 100 * front[key], color=FRONT_COLOR, alpha=0.35, zorder=2, **FRONT_LINE)
     shown = variants(quantised)
     for place, variant in enumerate(shown):
         rows = quantised[quantised["variant"] == variant].sort_values(BITS)
-        bars = (100 * rows[f"{key}:std"]).fillna(0.0)
+        bars = (100 * half_width(rows, key)).fillna(0.0)
         axis.errorbar(
             rows[BITS],
             100 * rows[key],
@@ -125,7 +129,7 @@ def _add_legend(figure: Figure, look: dict[str, Look], *, has_reference: bool) -
     handles = [
         Line2D([], [], color=one.color, marker=one.marker, label=_plain(name)) for name, one in look.items()
     ]
-    handles.append(Line2D([], [], color=FRONT_COLOR, linewidth=4, alpha=0.5, label="front on validation"))
+    handles.append(Line2D([], [], color=FRONT_COLOR, alpha=0.5, label="front on validation", **FRONT_LINE))
     if has_reference:
         handles.append(Line2D([], [], color=REFERENCE_COLOR, linestyle="--", label="full precision"))
     size = mpl.rcParams["font.size"]

@@ -20,6 +20,7 @@ from analysis.columns import (
     percent,
     variants,
 )
+from analysis.pareto import half_width
 from analysis.style import FRONT_COLOR, REFERENCE_COLOR, Look, bits_ticks, looks, marker_size
 from fqsweep.names import metric_of
 
@@ -70,10 +71,10 @@ def _references(part: pd.DataFrame) -> list[tuple[str, pd.Series]]:
 
 
 def _series(rows: pd.DataFrame, *, metric: str) -> dict[str, dict[str, list[float | None]]]:
-    """Values and standard deviations in percent for both splits; None where there is none."""
+    """Values and half of their 95 % intervals in percent for both splits; None where there is none."""
     keys = {"test": on_test(metric), "val": metric}
     return {
-        split: {"y": _percents(rows[key]), "error": _percents(rows[f"{key}:std"])}
+        split: {"y": _percents(rows[key]), "error": _percents(half_width(rows, key))}
         for split, key in keys.items()
     }
 
@@ -89,9 +90,10 @@ def _front_trace(quantised: pd.DataFrame, *, metric: str) -> go.Scatter:
         x=rows[BITS].tolist(),
         y=series["test"]["y"],
         meta=series,
-        mode="lines",
+        mode="lines+markers",  # a front may be one point
         name="front on validation",
         line={"color": FRONT_COLOR, "width": 7},
+        marker={"color": FRONT_COLOR, "size": 20},
         opacity=0.4,
         hoverinfo="skip",
     )

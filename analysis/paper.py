@@ -12,10 +12,10 @@ from typing import Any
 import pandas as pd
 
 from analysis import cli
-from analysis.columns import ABSENT, BITS, BYTES, PANEL, bytes_text, is_maximized, panel_title, panels, percent
+from analysis.columns import ABSENT, BITS, BYTES, PANEL, bytes_text, is_maximized, panel_title, panels
 from analysis.figures import FORMATS, figure_bytes, front_figure
 from analysis.pareto import aggregate, leaders, mark_front, more_runs_sentence, select_cells
-from analysis.tables import latex_safe, markdown_safe
+from analysis.tables import PLUS_MINUS, latex_safe, markdown_safe, with_interval
 from fqsweep.files import write_bytes
 from fqsweep.names import metric_of
 
@@ -32,21 +32,19 @@ HEADINGS = ("variant", "budget", "bits", "size", *NAMES.values(), "seeds")
 
 
 def table_rows(points: pd.DataFrame, *, metric: str) -> list[tuple[bool, list[str]]]:
-    """The rows of one panel: whether a row leads its budget on validation, and its texts, ± one deviation."""
-    lead = leaders(points, metric=metric)
-    first = set(zip(lead["variant"], lead["budget"], strict=True))
+    """The rows of one panel: whether a row leads its budget on validation, alone or level, and its texts."""
+    first = {
+        (variant, lead["budget"])
+        for _, lead in leaders(points, metric=metric).iterrows()
+        for variant in (lead["variant"], *lead["level_with"])
+    }
     rows = []
     for _, row in points.iterrows():
         bits = f"{row[BITS]:.2f}" if pd.notna(row[BITS]) else ABSENT
         texts = [str(row["variant"]), str(row["budget"]), bits, bytes_text(row[BYTES])]
-        texts += [_with_deviation(row, f"test/{key}") for key in METRICS]
+        texts += [with_interval(row, f"test/{key}") for key in METRICS]
         rows.append(((row["variant"], row["budget"]) in first, [*texts, str(row["num_seeds"])]))
     return rows
-
-
-def _with_deviation(row: pd.Series, key: str) -> str:
-    deviation = row[f"{key}:std"]
-    return percent(row[key]) + (f" ± {100 * deviation:.1f}" if pd.notna(deviation) else "")
 
 
 def as_latex(points: pd.DataFrame, *, metric: str) -> str:
@@ -80,8 +78,8 @@ def as_markdown(points: pd.DataFrame, *, metric: str) -> str:
 
 
 def as_csv(points: pd.DataFrame) -> str:
-    """The same unrounded: fractions with their deviations over seeds, bits, bytes."""
-    keys = [c for key in METRICS for c in (f"test/{key}", f"test/{key}:std")]
+    """The same unrounded: fractions with standard deviation and interval over seeds, bits, bytes."""
+    keys = [f"test/{key}{part}" for key in METRICS for part in ("", ":std", ":low", ":high")]
     return points[[*PANEL, "variant", "budget", BITS, BYTES, *keys, "num_seeds"]].to_csv(index=False)
 
 
@@ -90,8 +88,9 @@ def caption(points: pd.DataFrame, *, metric: str) -> str:
     unequal = more_runs_sentence(points, metric=metric)
     word = "highest" if is_maximized(metric) else "lowest"
     return (
-        f"Test data in %, mean over seeds ± one standard deviation. Runs were chosen by {metric}; bold has the "
-        f"{word} mean of it at its budget. EOpp0, EOpp1 and EOdd: less is better ({metric_of('eodd').meaning})."
+        f"Test data in %, mean over seeds; ± is {PLUS_MINUS}. Runs were chosen by {metric}; bold has the {word} mean "
+        "of it at its budget, alone or level with others. EOpp0, EOpp1 and EOdd: less is better "
+        f"({metric_of('eodd').meaning})."
     ) + (f" {unequal}" if unequal else "")
 
 

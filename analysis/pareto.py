@@ -31,6 +31,8 @@ from fqsweep.names import GROUP_METRICS, Direction, budget_order
 
 # Values that agree to so many digits are equal: a tie is no win.
 TIE_DIGITS = 9
+# Mean bits that agree to so many digits are equal: of one budget, allocations leave different crumbs.
+BITS_DIGITS = 3
 REFERENCE_BITS = 8.0  # the widest quantised weight
 REFERENCE_VALUE = {True: 0.0, False: 1.0}  # the worst fraction, by whether the metric is maximised
 SPREAD_METRICS = tuple(f"{split}/{m.key}" for split in ("val", "test") for m in GROUP_METRICS)
@@ -148,6 +150,11 @@ def _spreads(grouped: Any) -> pd.DataFrame:
     return pd.concat([f.add_suffix(f":{name}") for name, f in frames.items()], axis=1)
 
 
+def half_width(points: pd.DataFrame, key: str) -> pd.Series:
+    """Half of the interval over seeds of a group metric; NaN where there is none."""
+    return (points[f"{key}:high"] - points[f"{key}:low"]) / 2
+
+
 def _joined(values: pd.Series) -> str:
     return " ".join(str(v) for v in values)
 
@@ -162,12 +169,14 @@ def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def mark_front(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
-    """Add ``on_front``: no point of the same panel has both fewer true bits and a better ``metric``."""
+    """Add ``on_front``: no point of the same panel has both fewer bits, to three digits, and a better ``metric``."""
     marked = points.copy()
     marked["on_front"] = False
     directions: list[Direction] = ["minimize", "maximize" if is_maximized(metric) else "minimize"]
     for _, part in points.groupby(list(PANEL), sort=True):
-        comparable = part[[BITS]].assign(value=comparable_values(part[metric]))
+        comparable = pd.DataFrame(
+            {"bits": comparable_bits(part[BITS]), "value": comparable_values(part[metric])}
+        )
         marked.loc[part.index, "on_front"] = pareto_front(comparable, directions=directions)
     return marked
 
@@ -200,10 +209,10 @@ def leaders(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
 
     Returns:
         One row each; ``level_with`` are the variants that have the same value there, a tuple of names. Of these the
-        one with fewer bits is taken, then the first by its name.
+        one with fewer bits is taken, then the one chosen from fewer runs, then the first by its name.
     """
     known = points[~is_full_precision(points) & points[metric].notna()]
-    ordered = best_first(known, "variant", metric=metric)
+    ordered = best_first(known, "num_runs", "variant", metric=metric)
     place = [*PANEL, "budget"]
     lead = ordered.drop_duplicates(place)
     value = comparable_values(ordered[metric])
@@ -219,11 +228,28 @@ def comparable_values(values: pd.Series) -> pd.Series:
     return values.round(TIE_DIGITS)
 
 
+def comparable_bits(bits: pd.Series) -> pd.Series:
+    """Mean bits to ``BITS_DIGITS`` digits: what is left of a budget makes nothing smaller.
+
+    >>> comparable_bits(pd.Series([1.499964, 1.5, 0.125, 2.49])).tolist()
+    [1.5, 1.5, 0.125, 2.49]
+    """
+    return bits.map(lambda value: float(f"{value:.{BITS_DIGITS}g}"))
+
+
 def best_first(frame: pd.DataFrame, *ties: str, metric: str) -> pd.DataFrame:
-    """Sorted by the metric, then by fewer true bits, then by the columns ``ties``."""
-    ordered = frame.assign(_value=comparable_values(frame[metric]))
-    ascending = [not is_maximized(metric), True, *(True for _ in ties)]
-    return ordered.sort_values(["_value", BITS, *ties], ascending=ascending).drop(columns="_value")
+    """Sorted by the metric, then by fewer bits (``comparable_bits``), then by the columns ``ties``."""
+    value = frame[metric] if is_maximized(metric) else -frame[metric]
+    return highest_first(frame, value, *ties)
+
+
+def highest_first(frame: pd.DataFrame, value: pd.Series, *ties: str) -> pd.DataFrame:
+    """As ``best_first``, by values of which more is better."""
+    ordered = frame.assign(_value=comparable_values(value), _bits=comparable_bits(frame[BITS]))
+    ascending = [False, True, *(True for _ in ties)]
+    return ordered.sort_values(["_value", "_bits", *ties], ascending=ascending).drop(
+        columns=["_value", "_bits"]
+    )
 
 
 def more_runs_sentence(points: pd.DataFrame, *, metric: str) -> str:

@@ -49,7 +49,8 @@ def rank_variants(cells: pd.DataFrame, *, metric: str) -> Ranking:
     A block is a data set: its budgets, attributes and networks share test images, parents and seeds, so the ranks of
     its comparisons are averaged first, and ranked once more for the test. With fewer than ``MIN_BLOCKS`` data sets
     there is no test, and the averages (each data set counts alike) only describe. Variants are taken by the number of
-    comparisons that they were run in, as long as ``MIN_COMPARISONS``, and half of all, hold all taken.
+    comparisons that they were run in, as long as there are ``MIN_COMPARISONS`` that hold all that were taken, and
+    half of those in which any two met.
     Source: J. Demsar, JMLR 7 (2006), sections 3.2.2 and 3.2.4.
 
     Args:
@@ -83,6 +84,9 @@ def _comparisons(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _largest_shared(value_cv: pd.DataFrame) -> pd.DataFrame:
+    value_cv = value_cv[
+        value_cv.notna().sum(axis=1) > 1
+    ]  # where one variant was run alone, nothing is compared
     taken: list[Any] = []
     least = max(MIN_COMPARISONS, len(value_cv) / 2)
     for variant in value_cv.notna().sum().sort_values(ascending=False, kind="stable").index:
@@ -132,7 +136,10 @@ def _pairs(mean_rank: pd.Series, num_blocks: int, *, overall_p: float) -> pd.Dat
 def ranking_sentence(ranking: Ranking) -> str:
     """The ranking in words."""
     if ranking.mean_rank.empty:
-        return f"No ranking: two variants must share {MIN_COMPARISONS} settings or budgets."
+        return (
+            f"No ranking: two variants must share {MIN_COMPARISONS} settings or budgets, and half of those at which "
+            "any two were run."
+        )
     named = ", ".join(f"{variant} {rank:.2f}" for variant, rank in ranking.mean_rank.items())
     if ranking.num_blocks < MIN_BLOCKS:
         sets = f"{ranking.num_blocks} data set{'' if ranking.num_blocks == 1 else 's'}"

@@ -29,7 +29,7 @@ from analysis.columns import (
     percent,
     tie_column,
 )
-from analysis.pareto import select_cells
+from analysis.pareto import highest_first, select_cells
 
 DEFAULT_SHARE = 0.1  # of full precision's file, where no limit in bytes is given
 # What the worst-served group may be judged by; the first, where the metric that chooses is another one.
@@ -133,11 +133,11 @@ def _rules(metric: str, limit: float) -> list[Callable[[tuple[str, ...], pd.Data
 def _take(
     rule: str, panel: tuple[str, ...], part: pd.DataFrame, value: pd.Series, what: str, worst: str
 ) -> Choice:
-    """The run with the highest value; ties go to fewer bits, then to the smaller trial key."""
-    known = part.assign(_value=value)[value.notna()]
+    """The run with the highest value; ties go as in ``answers.recommend``."""
+    known = part[value.notna()]
     if known.empty:
         return _none(rule, panel, f"{what}: no run has it recorded", worst)
-    best = known.sort_values(["_value", BITS, tie_column(known)], ascending=[False, True, True]).iloc[0]
+    best = highest_first(known, value[value.notna()], "num_runs", "variant", tie_column(known)).iloc[0]
     return Choice(
         rule=rule,
         panel=panel,

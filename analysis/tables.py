@@ -29,12 +29,14 @@ class Column:
     meaning: str = ""
 
 
-def _with_interval(key: str) -> Callable[[pd.Series], str]:
-    def text(row: pd.Series) -> str:
-        half = (row[f"{key}:high"] - row[f"{key}:low"]) / 2
-        return percent(row[key]) + (f" ±{100 * half:.1f}" if pd.notna(half) else "")
+def with_interval(row: pd.Series, key: str) -> str:
+    """A mean over seeds in percent, and half of its interval (``PLUS_MINUS``) where it has one."""
+    half = (row[f"{key}:high"] - row[f"{key}:low"]) / 2
+    return percent(row[key]) + (f" ±{100 * half:.1f}" if pd.notna(half) else "")
 
-    return text
+
+def _with_interval(key: str) -> Callable[[pd.Series], str]:
+    return lambda row: with_interval(row, key)
 
 
 def _share(key: str, heading: str) -> Column:

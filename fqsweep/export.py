@@ -86,6 +86,10 @@ def export_kind(given: Literal["packed", "onnx"] | None, out: Path) -> Literal["
         InputError: both contradict each other.
     """
     suffix = out.suffix.lower()
+    if given is None and suffix not in ("", ".fqs", ".onnx"):
+        raise InputError(
+            f"--out {out}: {suffix} does not say what to write: end it with .fqs (packed) or .onnx, or give --format"
+        )
     if given is None:
         return "onnx" if suffix == ".onnx" else "packed"
     if (given, suffix) in (("packed", ".onnx"), ("onnx", ".fqs")):

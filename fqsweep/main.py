@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import shlex
@@ -28,6 +27,7 @@ if __name__ == "__main__":
 
 from fqsweep import __version__
 from fqsweep.config import SearchSpace
+from fqsweep.disk import is_no_space
 from fqsweep.engine.handover import hand_over, is_submitted_copy
 from fqsweep.errors import (
     EXIT_BAD_INPUT,
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if not is_no_space(error):
             raise
         where = f" ({error.filename})" if error.filename else ""
         with contextlib.suppress(OSError):  # the log may lie on the full disk too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from fqsweep import export
 from fqsweep.cells import expand_cells
 from fqsweep.engine.work import LogFile
+from fqsweep.errors import InputError
 from fqsweep.files import SweepPaths
 from fqsweep.main import main
 from fqsweep.quant.packed_model import load_model, read_notes
@@ -126,6 +128,19 @@ def test_the_sweep_is_given_by_its_folder_and_the_target_must_be_a_file(
     assert load_model((tmp_path / "model.fqs").read_bytes()) is not None
     assert main(["export", run, "--sweep-out", str(out), "--out", str(tmp_path)]) == 2
     assert "is a folder: give the file to write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "kind"),
+    [(None, "m", "packed"), (None, "m.FQS", "packed"), (None, "m.onnx", "onnx"), ("packed", "m.pt", "packed")],
+)
+def test_what_to_write_is_told_by_the_files_name(given: Any, name: str, kind: str) -> None:
+    assert export.export_kind(given, Path(name)) == kind
+
+
+def test_a_name_that_does_not_say_what_to_write_is_refused() -> None:
+    with pytest.raises(InputError, match=r"m\.pt: \.pt does not say what to write: end it with \.fqs"):
+        export.export_kind(None, Path("m.pt"))
 
 
 def test_missing_packages_are_named_with_the_command(

@@ -290,8 +290,19 @@ def test_groups_that_would_be_recorded_under_one_name_are_refused(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(photos, "group_attributes:", "group_maps: {sex: {A/B: [f], A_B: [m]}}, group_attributes:")
+    file, said = str(photos / "bad.yaml"), "groups 'A/B' and 'A_B' of sex would both be recorded as"
     assert run(photos) == 2
-    assert "groups 'A/B' and 'A_B' of sex would both be recorded as" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+    for command in (["plan", file], ["data", "verify", file]):
+        assert main([*command, "--data-dir", str(photos)]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("checks_here")
+def test_an_output_folder_is_one_sweeps(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(SweepPaths(photos / "out").plan, {"name": "other", "cells": [], "shared": []})
+    assert run(photos) == 2
+    assert "holds the sweep 'other', and this one is named" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("checks_here")

@@ -294,6 +294,13 @@ def test_a_copy_of_a_cell_with_other_values_has_keys_of_its_own(tmp_path: Path) 
         cell.model_copy(update={"seed": "seven"})
 
 
+def test_a_method_may_be_given_by_its_name_alone(tmp_path: Path) -> None:
+    short = load_space(write_space(tmp_path, SMALL.replace("- method: fp32", "- fp32")))
+    assert short.methods == small_space(tmp_path).methods
+    with pytest.raises(InputError, match="statik"):
+        load_space(write_space(tmp_path, SMALL.replace("- method: fp32", "- statik")))
+
+
 def test_a_hash_does_not_depend_on_the_order_of_keys() -> None:
     assert content_hash({"a": 1, "b": [2.5]}) == content_hash({"b": [2.5], "a": 1})
     assert content_hash({"a": 1}) != content_hash({"a": 2})

@@ -78,6 +78,10 @@ SkinAttribute = Annotated[str, AfterValidator(_attribute_of("skin_type", "skin_t
 PersonAttribute = Annotated[str, AfterValidator(_attribute_of("sex", "age"))]
 
 
+# Keys that came later, and what they are where nobody says: such data sets are what they were before.
+ADDED_KEYS = (("near_duplicates", "together"),)
+
+
 class DatasetBase(Record):
     """What every data set has.
 
@@ -115,7 +119,8 @@ class DatasetBase(Record):
     @property
     def contents(self) -> dict[str, Any]:
         """All but the name, as plain values: the same contents are the same data set, whatever it is called."""
-        return self.model_dump(mode="json", exclude={"name"})
+        plain = self.model_dump(mode="json", exclude={"name"})
+        return {key: value for key, value in plain.items() if (key, value) not in ADDED_KEYS}
 
 
 class FilesBase(DatasetBase):
@@ -123,11 +128,14 @@ class FilesBase(DatasetBase):
 
     Attributes:
         unknown_groups: ``drop`` images whose group is missing in the table, or ``keep`` them as a group.
+        near_duplicates: images that look alike stay ``together`` on one side of the split; ``ignore`` it where
+            different images share a frame or a layout, which is enough to look alike.
         missing_images: ``refuse`` a table that lists images which are not there, or ``drop`` those rows (for
             sets that are fetched one by one, of which some are gone for good).
     """
 
     unknown_groups: Literal["drop", "keep"] = "drop"
+    near_duplicates: Literal["together", "ignore"] = "together"
     missing_images: Literal["refuse", "drop"] = "refuse"
 
 

@@ -57,6 +57,11 @@ def _as_plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no content hash")
 
 
+def method_named(value: Any) -> Any:
+    """Let a bare string stand for a method with its defaults."""
+    return {"method": value} if isinstance(value, str) else value
+
+
 def named(value: Any) -> Any:
     """Let a bare string stand for a record that only needs its name."""
     return {"name": value} if isinstance(value, str) else value

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from fqsweep.config import (
@@ -17,7 +18,7 @@ from fqsweep.config import (
     content_hash,
 )
 from fqsweep.data import fitzpatrick17k, isic2019, synthderm, table
-from fqsweep.data.duplicates import join_near_duplicates
+from fqsweep.data.duplicates import join_near_duplicates, joins_near_duplicates
 from fqsweep.data.packs import OnProgress, open_pack, pack_path
 from fqsweep.data.records import Dataset, Samples, Splits
 from fqsweep.data.report import describe_warnings
@@ -104,10 +105,13 @@ def open_dataset(
         store=os.environ.get(PACK_STORE_VARIABLE) or None,
         on_progress=on_progress,
     )
-    if not isinstance(config, SynthdermConfig):
+    if joins_near_duplicates(config):
         joined = join_near_duplicates(samples, image_nhwc, cache=_pairs_path(samples, config, pack_dir))
         if joined is not samples:
-            samples, splits = joined, _checked_splits(joined, config)
+            samples, splits = (
+                joined,
+                _checked_splits(joined, config, because=joined.notes[len(samples.notes) :]),
+            )
     digest = dataset_digest(samples, splits, config.image_size)
     split_file = pack_dir / f"{digest}{SPLITS_ENDING}"
     if not split_file.exists():
@@ -121,12 +125,12 @@ def _pairs_path(samples: Samples, config: DatasetConfig, pack_dir: Path) -> Path
     return pack_path(samples, size=config.image_size, pack_dir=pack_dir).with_suffix(".duplicates.npy")
 
 
-def _checked_splits(samples: Samples, config: DatasetConfig) -> Splits:
+def _checked_splits(samples: Samples, config: DatasetConfig, *, because: Sequence[str] = ()) -> Splits:
     splits = split_samples(samples, config.splits, attributes=config.group_attributes)
     try:
         check_groups(samples, splits, attributes=config.group_attributes, min_count=config.min_group_count)
     except InputError as error:
-        raise InputError(f"data set {config.name!r}: {error}") from error
+        raise InputError(f"data set {config.name!r}: {' '.join([str(error), *because])}") from error
     return splits
 
 

@@ -16,6 +16,7 @@ from fqsweep.config import CROSS, DatasetBase, crossed_parts
 from fqsweep.data.records import Groups, ImageSource, Samples, images_text
 from fqsweep.data.tabular import nearest
 from fqsweep.errors import InputError
+from fqsweep.names import group_metric_key
 
 UNKNOWN_GROUP = "unknown"
 
@@ -98,18 +99,46 @@ def assemble(
         raise InputError(f"{rows.origin}: no image is left of {len(keep_n)} rows; {' '.join(notes)}")
     kept = kept[np.argsort(rows.id_n[kept], kind="stable")]
     class_names, without = _classes_with_images(label_n[kept], class_names)
+    notes += _alike("classes", class_names, by="label_map")
+    for name, groups in rows.group_names.items():
+        notes += _alike(f"groups of {name}", groups, by="group_maps")
+    encoded = {name: _encode_groups(rows, name, kept) for name in config.group_attributes}
+    _check_group_keys(config.name, encoded)
     source, content = rows.images.open(kept)
     return Samples(
         id_n=rows.id_n[kept],
         label_n=_codes(label_n[kept], class_names),
         class_names=class_names,
-        groups={name: _encode_groups(rows, name, kept) for name in config.group_attributes},
+        groups=encoded,
         cluster_n=_cluster_codes(rows.cluster_n[kept]),
         source=source,
         content=content,
         notes=(*notes, *without),
         official_n=None if rows.official_n is None else rows.official_n[kept],
     )
+
+
+def _check_group_keys(name: str, groups: Mapping[str, Groups]) -> None:
+    """Every group has keys of its own: of two with one, MLflow would keep the figures of the last."""
+    for attribute, group in groups.items():
+        first: dict[str, str] = {}
+        for group_name in group.names:
+            key = group_metric_key("val", "acc_group", group_name)
+            other = first.setdefault(key, group_name)
+            if other != group_name:
+                raise InputError(
+                    f"{name}: groups {other!r} and {group_name!r} of {attribute} would both be recorded as {key!r}; "
+                    "give one of them another name (group_maps)"
+                )
+
+
+def _alike(what: str, names: Sequence[str], *, by: str) -> list[str]:
+    """A note where names differ only in capitals."""
+    spelled: dict[str, list[str]] = {}
+    for name in names:
+        spelled.setdefault(name.casefold(), []).append(name)
+    several = [name for same in spelled.values() if len(same) > 1 for name in same]
+    return [f"{what} that differ in capitals alone: {listed(several)}; {by} makes them one."] if several else []
 
 
 def _refuse_repeated_ids(rows: Rows) -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from fqsweep.config import DatasetConfig, FilesBase
 from fqsweep.data.records import Samples
 from fqsweep.files import write_bytes
 
@@ -33,6 +34,11 @@ MIN_LIKENESS = (0.93, 0.88)
 # More of all images than this in one cluster is no series of one patient: something that many show looks like a copy.
 MOST_ALIKE_FRAC = 0.02
 _CHUNK_ROWS = 512
+
+
+def joins_near_duplicates(config: DatasetConfig) -> bool:
+    """Whether images of this data set that look alike are kept on one side."""
+    return isinstance(config, FilesBase) and config.near_duplicates == "together"
 
 
 def join_near_duplicates(samples: Samples, image_nhwc: np.ndarray, *, cache: Path | None = None) -> Samples:
@@ -63,7 +69,7 @@ def join_pairs(samples: Samples, pair_p2: np.ndarray) -> Samples:
     if len(largest_n) > MOST_ALIKE_FRAC * len(samples):
         notes.append(
             f"{len(largest_n)} of them hang together ({', '.join(samples.id_n[largest_n[:3]])}, ...): look whether "
-            "they are copies, or only show the same frame."
+            "they are copies, or only show the same frame (near_duplicates: ignore)."
         )
     return replace(samples, cluster_n=joined_n, notes=(*samples.notes, *notes))
 

@@ -11,7 +11,7 @@ import pandas as pd
 from fqsweep.config import TableConfig, in_data_dir, plain_attributes
 from fqsweep.data.assembly import Rows, assemble, listed
 from fqsweep.data.folder import TableImages, require_folder
-from fqsweep.data.records import Samples
+from fqsweep.data.records import Samples, images_text
 from fqsweep.data.splits import SPLIT_SPELLINGS
 from fqsweep.data.tabular import (
     as_numbers,
@@ -40,23 +40,27 @@ def describe(config: TableConfig, data_dir: Path) -> Samples:
     extra = [column for column in (config.patient_column, config.split_column) if column]
     table = read_table(path, columns=wanted + extra)
     root = require_folder(data_dir, config.images, what=f"images of {config.name}")
-    id_n = table[config.image_column].to_numpy(str)
+    id_n = np.char.replace(table[config.image_column].to_numpy(str), "\\", "/")  # paths that Windows wrote
     if (id_n == "").any():
         line = int(np.flatnonzero(id_n == "")[0]) + 2
         raise InputError(f"{path}, line {line}: column {config.image_column!r} is empty; name the image")
     grouped = {name: _groups(name, config, table, path) for name in plain_attributes(config.group_attributes)}
     label_n = np.array([label_text(cell) for cell in table[config.label_column]], dtype=str)
+    cluster_n = _texts(table[config.patient_column]) if config.patient_column else np.full(len(id_n), "")
+    notes = [note for _, _, notes in grouped.values() for note in notes]
+    if config.patient_column and (alone := int((cluster_n == "").sum())):
+        notes.append(f"{config.patient_column}: {images_text(alone)} without one: nothing keeps them together.")
     rows = Rows(
         origin=str(path),
         id_n=id_n,
         label_n=label_n,
-        cluster_n=_texts(table[config.patient_column]) if config.patient_column else np.full(len(id_n), ""),
+        cluster_n=cluster_n,
         class_names=_in_order(label_n),
         group_n={name: value_n for name, (value_n, _, _) in grouped.items()},
         group_names={name: names for name, (_, names, _) in grouped.items()},
         images=TableImages(id_n, lambda: root),
         official_n=_splits(table[config.split_column], path) if config.split_column else None,
-        notes=tuple(note for _, _, notes in grouped.values() for note in notes),
+        notes=tuple(notes),
     )
     return assemble(rows, config, unknown_groups=config.unknown_groups, missing_images=config.missing_images)
 

@@ -49,6 +49,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
         "encoding": "utf-8-sig",
         "skipinitialspace": True,
     }
+    _refuse_other_separators(path)
     try:
         table = pd.read_csv(path, **how)
         header = pd.read_csv(path, header=None, nrows=1, **how).iloc[0].str.strip()
@@ -62,6 +63,19 @@ def _read_csv(path: Path) -> pd.DataFrame:
     # pandas would call the second of two equal names otherwise, and nobody would know which of them is read.
     table.columns = pd.Index([own or made for own, made in zip(header, table.columns, strict=True)])
     return table
+
+
+def _refuse_other_separators(path: Path) -> None:
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            header = stream.readline()
+    except (OSError, UnicodeDecodeError):
+        return  # the next to read it says so
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if separator in header and "," not in header:
+            raise InputError(
+                f"{path}: the names in its header line are separated by {name}; write it with commas"
+            )
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:

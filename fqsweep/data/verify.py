@@ -11,7 +11,13 @@ import numpy as np
 
 from fqsweep.config import DatasetConfig, FilesBase
 from fqsweep.data import describe_samples
-from fqsweep.data.duplicates import DETAILS_SHAPE, details, join_pairs, near_duplicate_pairs
+from fqsweep.data.duplicates import (
+    DETAILS_SHAPE,
+    details,
+    join_pairs,
+    joins_near_duplicates,
+    near_duplicate_pairs,
+)
 from fqsweep.data.folder import MissingImages, check_header
 from fqsweep.data.packs import OnProgress, usable_cores
 from fqsweep.data.records import Samples, Splits
@@ -84,7 +90,7 @@ def verify_dataset(
     if len(whole) == 0:
         raise InputError(f"data set {config.name!r}: no image can be read, first: {broken[min(broken)]}")
     samples, detail_npd = take(samples, whole), detail_npd[index_n[whole]]
-    if isinstance(config, FilesBase) and not fast:
+    if joins_near_duplicates(config) and not fast:
         samples = join_pairs(samples, near_duplicate_pairs(detail_npd))
     splits = split_samples(samples, config.splits, attributes=config.group_attributes)
     return Findings(

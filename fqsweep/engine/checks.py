@@ -22,7 +22,7 @@ from fqsweep.config import Allocating, ArchitectureConfig, SearchSpace, content_
 from fqsweep.disk import is_no_space, no_space, writing
 from fqsweep.errors import EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_OK, InputError, TrialError
 from fqsweep.files import SweepPaths, write_bytes, write_json
-from fqsweep.names import group_metric_key, part_of_key
+from fqsweep.names import part_of_key
 from fqsweep.processes import Beside
 from fqsweep.space import load_space
 from fqsweep.tracking.new_database import making_tables
@@ -30,7 +30,6 @@ from fqsweep.tracking.new_database import making_tables
 if TYPE_CHECKING:
     from torch import nn
 
-    from fqsweep.data.records import Groups
 
 PATTERN_OPTIONS = ("exempt", "pin", "limits")
 
@@ -106,11 +105,11 @@ def check_inputs(
     from fqsweep.models import build_model
 
     _check_writable(paths.out)
+    _check_name(paths, space.name)
     digests, warnings = {}, []
     for dataset in space.datasets:
         samples, splits = plan_dataset(dataset, data_dir=data_dir)
         warnings += describe_warnings(dataset, samples, splits)
-        _check_group_keys(dataset.name, samples.groups)
         # Another configuration is another data set with cells of its own: only the same one must not change.
         same = content_hash(dataset.contents)
         digests[f"data/{part_of_key(dataset.name)}/{same}"] = dataset_digest(
@@ -214,24 +213,21 @@ def _check_budgets(space: SearchSpace, model: nn.Module, notes: Mapping[str, str
             )
 
 
-def _check_group_keys(dataset: str, groups: Mapping[str, Groups]) -> None:
-    """Every group has keys of its own: of two with one, MLflow would keep the figures of the last."""
-    for attribute, group in groups.items():
-        first: dict[str, str] = {}
-        for name in group.names:
-            other = first.setdefault(group_metric_key("val", "acc_group", name), name)
-            if other != name:
-                raise InputError(
-                    f"{dataset}: groups {other!r} and {name!r} of {attribute} would both be recorded as "
-                    f"{group_metric_key('val', 'acc_group', name)!r}; give one of them another name (group_maps)"
-                )
-
-
 def _check_writable(out: Path) -> None:
     with writing(f"output folder {out}", instead="another --out"):
         out.mkdir(parents=True, exist_ok=True)
         write_bytes(out / ".writable", b"fqsweep")
         (out / ".writable").unlink()
+
+
+def _check_name(paths: SweepPaths, name: str) -> None:
+    """An output folder is one sweep's: MLflow and the report know it by its name."""
+    before = json.loads(paths.plan.read_text(encoding="utf-8"))["name"] if paths.plan.exists() else name
+    if before != name:
+        raise InputError(
+            f"{paths.out} holds the sweep {before!r}, and this one is named {name!r}: give another --out, or name it "
+            f"{before!r} again"
+        )
 
 
 def _check_unchanged(paths: SweepPaths, digests: dict[str, str]) -> None:

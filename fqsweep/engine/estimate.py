@@ -117,7 +117,7 @@ def _rows(path: Path) -> int | None:
         if path.suffix.lower() in PARQUET_SUFFIXES:
             return num_parquet_rows(path)
         with path.open(newline="", encoding="utf-8") as stream:
-            return sum(1 for _ in csv.reader(stream)) - 1
+            return sum(1 for row in csv.reader(stream) if any(row)) - 1
     except (OSError, ValueError, csv.Error):
         return None
 
@@ -144,8 +144,10 @@ def _counted(dataset: DatasetConfig, data_dir: Path | None) -> int | None:
 
 def _images_text(dataset: DatasetConfig, data_dir: Path | None) -> str:
     text = f"{num_images(dataset, data_dir):,} images"
-    if dataset.kind == "synthderm" or _counted(dataset, data_dir) is not None:
+    if dataset.kind == "synthderm":
         return text
+    if _counted(dataset, data_dir) is not None:
+        return f"{text} (rows of its table)"
     source = "of the official release" if dataset.kind in OFFICIAL_IMAGES else "assumed"
     most = f"at most {dataset.max_images:,} " if dataset.max_images else ""
     hint = (

@@ -124,7 +124,7 @@ class Tracker:
         }
         now = int(time.time() * 1000)
         began = now - int(1000 * result.metrics.get("time/total_s", 0.0))
-        run = self.client.create_run(self.experiment_id, began, tags, run_name=result.title)
+        run = self.client.create_run(self.experiment_id, began, tags, run_name=_run_name(result))
         run_id = run.info.run_id
         points = [Metric(name, value, now, 0) for name, value in result.metrics.items()]
         points += [
@@ -217,6 +217,13 @@ def _who() -> dict[str, str]:
     with contextlib.suppress(OSError, KeyError):  # a container may run under a number that has no name
         return {"mlflow.source.name": f"fqsweep {__version__}", "mlflow.user": getpass.getuser()}
     return {"mlflow.source.name": f"fqsweep {__version__}"}
+
+
+def _run_name(result: TrialResult) -> str:
+    """Its title with what tells it from its siblings in front: tables cut names at their end."""
+    where = f"{result.params['dataset']}/{result.params['group_attribute']} {result.params['architecture']}"
+    own = result.title.removeprefix(f"{where} ")
+    return result.title if own == result.title else f"{own}, {where}"
 
 
 def _with_bits(metrics: Mapping[str, float], result: TrialResult) -> dict[str, float]:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from runs_table import run_row, runs_of
 
 from analysis.answers import headlines, lead_counts, recommend
-from analysis.paper import caption
+from analysis.columns import BITS
+from analysis.paper import caption, table_rows
 from analysis.pareto import (
     aggregate,
     hypervolume,
@@ -199,8 +200,34 @@ def test_the_headline_and_the_run_to_take_name_the_same_of_two_that_are_level():
         points, compare_variants(cells, metric=METRIC, leaders=leaders(points, metric=METRIC)), metric=METRIC
     )
     assert answer.variant == "baq"
-    assert "static is level on validation data." in answer.sentence
+    assert "baq and static serve the worst group best, level on validation data; with baq: " in answer.sentence
     assert [found.variant for found in recommend(cells, metric=METRIC)] == ["baq"]
+    assert {choice.variant for choice in choose_by_rules(cells, metric=METRIC)} == {"baq", ""}
+    bold = [texts[0] for leads, texts in table_rows(points, metric=METRIC) if leads]
+    assert sorted(bold) == ["baq", "static"]
+
+
+def test_of_level_variants_the_one_chosen_from_fewer_runs_leads():
+    rows = [run_row("static", 2, 0, 0.5, key="a")]
+    rows += [run_row("baq", 2, 0, value, key=key) for value, key in ((0.5, "b"), (0.4, "c"))]
+    cells = select_cells(runs_of(*rows), metric=METRIC)
+    assert leaders(aggregate(cells), metric=METRIC)["variant"].tolist() == ["static"]
+    assert [found.variant for found in recommend(cells, metric=METRIC)] == ["static"]
+    assert {choice.variant for choice in choose_by_rules(cells, metric=METRIC)} == {"static", ""}
+
+
+def test_crumbs_of_a_budget_decide_no_front():
+    rows = [
+        run_row(variant, 1.5, 0, value, **{BITS: bits})
+        for variant, bits, value in (
+            ("a", 1.499964, 0.40),
+            ("b", 1.499978, 0.42),
+            ("c", 1.5, 0.42),
+            ("d", 1.48, 0.41),
+        )
+    ]
+    points = mark_front(aggregate(select_cells(runs_of(*rows), metric=METRIC)), metric=METRIC)
+    assert points.loc[points["on_front"], "variant"].tolist() == ["b", "c", "d"]
 
 
 def test_a_leader_chosen_from_more_runs_than_others_is_named():

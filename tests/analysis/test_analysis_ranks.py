@@ -108,6 +108,18 @@ def test_without_any_difference_a_sweep_seldom_finds_one():
     assert num_found <= 4
 
 
+def test_budgets_at_which_one_variant_was_run_alone_hinder_no_ranking():
+    cells = pd.concat(
+        [
+            cells_of({"a": 0.6, "b": 0.5}, num_budgets=1, num_sets=6),
+            cells_of({f"uniform-{bits}": 0.4 for bits in (2, 3)}, num_budgets=1, num_sets=6).assign(
+                budget=lambda rows: rows["variant"].str[-1]
+            ),
+        ]
+    )
+    assert rank_variants(cells, metric="test/acc_worst").mean_rank.to_dict() == {"a": 1.0, "b": 2.0}
+
+
 @pytest.mark.parametrize(("scores", "num"), [({"a": 0.6, "b": 0.5}, 4), ({"a": 0.5}, 8)])
 def test_too_few_comparisons_or_variants_give_no_ranking(scores, num):
     ranking = rank_variants(cells_of(scores, num_budgets=num, num_sets=1), metric="test/acc_worst")

@@ -13,8 +13,9 @@ from runs_table import run_row, runs_of
 from synthetic_store import SCRIPT_NAME
 
 from analysis import answers, figures, load, paper, pareto, report, stats, tables
+from analysis.interactive import panel_figure
 from analysis.report import find, summary_text, write_report
-from analysis.style import heat_color, looks
+from analysis.style import FRONT_COLOR, heat_color, looks
 from analysis.tables import MAX_WIDTH, as_csv, as_latex, as_markdown, as_text
 
 METRIC = "val/acc_worst"
@@ -256,10 +257,27 @@ def test_what_plus_minus_means_is_said_where_it_is_shown():
         assert table.rstrip().endswith("\n\n± is half of the 95 % t interval over seeds.")
     said = r"resnet18; test data; $\pm$ half of the 95 \% t interval over seeds.}"
     assert said in as_latex(points)
-    assert "± one standard deviation" in paper.as_markdown(points, metric=METRIC)
+    assert "± is half of the 95 % t interval over seeds" in paper.as_markdown(points, metric=METRIC)
     one_seed = points.assign(**{"test/acc_worst:low": NAN, "test/acc_worst:high": NAN})
     assert "±" not in as_text(one_seed) + as_markdown(one_seed)
     assert "resnet18; test data.}" in as_latex(one_seed)
+
+
+def test_a_front_of_one_point_is_seen():
+    rows = [run_row("baq", 1, seed, 0.9) for seed in (0, 1)] + [
+        run_row("static", 2, seed, 0.5) for seed in (0, 1)
+    ]
+    points = find(runs_of(*rows), sweep="s", metric=METRIC).points
+    assert points["on_front"].sum() == 1
+    (axis,) = figures.front_figure(points, metric=METRIC).axes
+    (front,) = (line for line in axis.lines if line.get_color() == FRONT_COLOR)
+    assert len(front.get_xdata()) == 1 and front.get_marker() == "o"
+    trace = next(
+        t
+        for t in panel_figure(points, metric=METRIC, all_variants=["baq", "static"]).data
+        if t.name.startswith("front")
+    )
+    assert len(trace.x) == 1 and "markers" in trace.mode
 
 
 def test_the_same_figure_gives_the_same_file(small):

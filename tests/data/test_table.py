@@ -2,11 +2,13 @@ from pathlib import Path
 from typing import Literal
 from unicodedata import normalize
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from fqsweep.config import TableConfig
-from fqsweep.data import describe_samples
+from fqsweep.data import describe_samples, open_dataset
+from fqsweep.data.verify import verify_dataset
 from fqsweep.errors import InputError
 from tests.data.conftest import write_photo
 
@@ -164,6 +166,54 @@ def test_a_file_that_is_no_csv_is_refused(folder: Path, content: bytes) -> None:
     (folder / "table.csv").write_bytes(content)
     with pytest.raises(InputError, match=r"table\.csv (cannot be read as a UTF-8 CSV|has no column)"):
         describe_samples(config(), data_dir=folder)
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_another_separator_is_named(folder: Path, separator: str, name: str) -> None:
+    table = pd.read_csv(folder / "table.csv")
+    table.to_csv(folder / "table.csv", index=False, sep=separator, decimal="," if separator == ";" else ".")
+    with pytest.raises(InputError, match=rf"table\.csv: the names in its header line are separated by {name}"):
+        describe_samples(config(), data_dir=folder)
+
+
+def test_paths_as_windows_writes_them_are_found(folder: Path) -> None:
+    path = folder / "table.csv"
+    path.write_text(path.read_text().replace("a/", "a\\"))
+    samples = describe_samples(config(unknown_groups="keep"), data_dir=folder)
+    assert samples.id_n.tolist() == ["3.jpg", "4.png", "a/1.png", "a/2"]
+
+
+def test_names_that_differ_in_capitals_alone_and_images_without_a_patient_are_noted(folder: Path) -> None:
+    table = pd.read_csv(folder / "table.csv").assign(
+        grade=["BCC", "bcc", "MEL", "MEL"], sex=["F", "f", "m", "m"]
+    )
+    table.to_csv(folder / "table.csv", index=False)
+    changes: dict[str, object] = {"group_columns": {"sex": "sex"}, "group_attributes": ("sex",)}
+    samples = describe_samples(config(patient_column="who", **changes), data_dir=folder)
+    assert "classes that differ in capitals alone: BCC, bcc; label_map makes them one." in samples.notes
+    assert "groups of sex that differ in capitals alone: F, f; group_maps makes them one." in samples.notes
+    assert "who: 2 images without one: nothing keeps them together." in samples.notes
+    joined = config(label_map={"BCC": ("BCC", "bcc"), "MEL": ("MEL",)}, **changes)
+    assert not any("classes that differ" in note for note in describe_samples(joined, data_dir=folder).notes)
+
+
+def test_images_that_only_look_alike_are_left_apart_where_that_is_asked_for(tmp_path: Path) -> None:
+    rows = [
+        {"file": f"{index}.png", "grade": index % 2, "age": str(30 + 40 * (index // 2 % 2))}
+        for index in range(80)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
+    for index in range(80):
+        write_photo(tmp_path / "photos" / f"{index}.png", seed=0)
+    alike = config(image_size=16, min_group_count=1)
+    with pytest.raises(InputError, match=r"80 of them hang together \(.*\(near_duplicates: ignore\)"):
+        open_dataset(alike, data_dir=tmp_path, pack_dir=tmp_path / "packs")
+    assert not verify_dataset(alike, data_dir=tmp_path).is_sound
+    apart = alike.model_copy(update={"near_duplicates": "ignore"})
+    dataset = open_dataset(apart, data_dir=tmp_path, pack_dir=tmp_path / "packs")
+    assert len(np.unique(dataset.samples.cluster_n)) == 80 and not dataset.samples.notes
+    assert verify_dataset(apart, data_dir=tmp_path).is_sound
+    assert apart.contents != alike.contents and "near_duplicates" not in alike.contents
 
 
 def test_parquet_gives_the_same_samples_as_csv(folder: Path) -> None:

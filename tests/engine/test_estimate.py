@@ -90,8 +90,8 @@ def test_images_are_counted_where_the_data_is_and_taken_from_the_release_where_n
 def test_a_table_is_counted_from_its_csv_or_parquet_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "t.csv").write_text('file,label,sex\n"a\nb",x,f\nc,y,m\n')
-    pd.read_csv(tmp_path / "t.csv").to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text('file,label,sex\n"a\nb",x,f\nc,y,m\n\n,,\n')
+    pd.read_csv(tmp_path / "t.csv").dropna(how="all").to_parquet(tmp_path / "t.parquet")
     (tmp_path / "broken.parquet").write_text("PAR")
     config = TableConfig(
         kind="table",
@@ -135,6 +135,6 @@ def test_a_plan_says_whose_images_it_counts(tmp_path: Path) -> None:
     )
     (tmp_path / "isic2019").mkdir()
     (tmp_path / "isic2019" / "ISIC_2019_Training_GroundTruth.csv").write_text("image,MEL\na,1\nb,0\nc,0\n")
-    assert "isic2019, 3 images, at 48 px" in describe_plan(space, plan, data_dir=tmp_path)
+    assert "isic2019, 3 images (rows of its table), at 48 px" in describe_plan(space, plan, data_dir=tmp_path)
     few = space.model_copy(update={"datasets": (space.datasets[0].model_copy(update={"max_images": 3000}),)})
     assert "3,000 images (at most 3,000 of the official release" in describe_plan(few, plan, data_dir=None)

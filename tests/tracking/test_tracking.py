@@ -103,6 +103,20 @@ def test_logging_a_trial_twice_makes_one_run_also_after_a_new_start(paths: Sweep
     assert len(children(paths, tracker(paths).parent_id)["two"]) == 1
 
 
+def test_a_run_is_called_by_what_tells_it_from_its_siblings_first(paths: SweepPaths) -> None:
+    params = {
+        **result("t").params,
+        "dataset": "derm",
+        "group_attribute": "sex x age",
+        "architecture": "resnet18",
+    }
+    titled = dataclasses.replace(result("t"), title="derm/sex x age resnet18 static@0.5 seed 1", params=params)
+    book = tracker(paths)
+    run = book.log_trial(titled, [])
+    assert run is not None
+    assert book.client.get_run(run).info.run_name == "static@0.5 seed 1, derm/sex x age resnet18"
+
+
 def test_a_row_that_was_renamed_has_its_run_written_anew_under_its_new_name(paths: SweepPaths) -> None:
     old = tracker(paths).log_trial(result("named"), [])
     book = tracker(paths)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from fqsweep.config.records import Record
 
@@ -78,6 +78,14 @@ SkinAttribute = Annotated[str, AfterValidator(_attribute_of("skin_type", "skin_t
 PersonAttribute = Annotated[str, AfterValidator(_attribute_of("sex", "age"))]
 
 
+def _number_as_text(value: Any) -> Any:
+    """Classes are text; YAML reads 3 as a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return str(int(value)) if float(value).is_integer() else repr(value)
+
+
+ClassName = Annotated[str, BeforeValidator(_number_as_text)]
 # Keys that came later, and what they are where nobody says: such data sets are what they were before.
 ADDED_KEYS = (("near_duplicates", "together"),)
 
@@ -103,8 +111,8 @@ class DatasetBase(Record):
     image_size: int = Field(default=224, ge=16, le=1024)
     splits: SplitFractions = SplitFractions()
     min_group_count: int = Field(default=10, ge=1)
-    label_map: dict[str, tuple[str, ...]] | None = None
-    drop_classes: tuple[str, ...] = ()
+    label_map: dict[str, tuple[ClassName, ...]] | None = None
+    drop_classes: tuple[ClassName, ...] = ()
     max_images: int | None = Field(default=None, ge=50)
 
     @field_validator("group_attributes")

@@ -5,6 +5,7 @@ from unicodedata import normalize
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from fqsweep.config import TableConfig
 from fqsweep.data import describe_samples, open_dataset
@@ -166,6 +167,14 @@ def test_a_file_that_is_no_csv_is_refused(folder: Path, content: bytes) -> None:
     (folder / "table.csv").write_bytes(content)
     with pytest.raises(InputError, match=r"table\.csv (cannot be read as a UTF-8 CSV|has no column)"):
         describe_samples(config(), data_dir=folder)
+
+
+def test_classes_that_are_numbers_may_be_mapped_as_numbers(folder: Path) -> None:
+    mapped = config(label_map={"high": (10,), "low": (2.0,)}, unknown_groups="keep")
+    assert mapped == config(label_map={"high": ("10",), "low": ("2",)}, unknown_groups="keep")
+    assert describe_samples(mapped, data_dir=folder).class_names == ("high", "low")
+    with pytest.raises(ValidationError):
+        config(label_map={"high": (True,)})
 
 
 @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ SHAPES = (
     ("X", "x", "M4.2 1.4L8 5.2l3.8-3.8 2.8 2.8L10.8 8l3.8 3.8-2.8 2.8L8 10.8l-3.8 3.8-2.8-2.8L5.2 8 1.4 4.2z"),
     ("*", "star", "M8 1l2.1 4.7 5.1.5-3.8 3.4 1.1 5L8 12l-4.5 2.6 1.1-5L.8 6.2l5.1-.5z"),
 )
+# Names that the shipped search spaces use, ours with the strongest looks.
+USUAL = (
+    *("baq", "static", "static-untrained", "uniform-8", "uniform-4", "uniform-2-ft", "uniform-2"),
+    *("fairgrape", "fairquantize", "hawq", "reference"),
+)
 REFERENCE_COLOR = "#767676"
 FRONT_COLOR = "#8a8a8a"
 BITS_TICKS = (0.125, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 16, 32)
@@ -42,14 +48,21 @@ class Look:
 
 
 def looks(variants: Iterable[str]) -> dict[str, Look]:
-    """A look for each quantised variant; those listed last in tables (ours) get the first, strongest ones."""
-    quantised = (v for v in variants if v.split(" (")[0] != REFERENCE_VARIANT)  # joined sweeps: "fp32 (name)"
-    ordered = sorted(quantised, key=variant_rank, reverse=True)
-    found = {}
-    for i, variant in enumerate(ordered):
-        marker, symbol, path = SHAPES[i % len(SHAPES)]
-        found[variant] = Look(color=COLORS[i % len(COLORS)], marker=marker, symbol=symbol, path=path)
-    return found
+    """A look for each quantised variant: to the usual names their own, in every sweep; to others what is left.
+
+    >>> looks(["baq", "static"])["static"] == looks(["fp32", "mine", "static"])["static"]
+    True
+    """
+    named = (v for v in variants if v.split(" (")[0] != REFERENCE_VARIANT)  # joined sweeps: "fp32 (name)"
+    quantised = sorted(named, key=variant_rank, reverse=True)
+    taken = {USUAL.index(variant) for variant in quantised if variant in USUAL}
+    left = (place for place in itertools.count() if place not in taken)
+    return {v: _look(USUAL.index(v) if v in USUAL else next(left)) for v in quantised}
+
+
+def _look(place: int) -> Look:
+    marker, symbol, path = SHAPES[place % len(SHAPES)]
+    return Look(color=COLORS[place % len(COLORS)], marker=marker, symbol=symbol, path=path)
 
 
 def marker_size(place: int, num: int) -> float:

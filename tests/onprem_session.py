@@ -9,6 +9,7 @@ share. Steps are printed as lines ``== step``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -150,11 +151,12 @@ def look_around() -> None:
     except urllib.error.HTTPError as error:
         print("== a stranger is answered", error.code, flush=True)
     for process in Path("/proc").glob("[0-9]*"):
-        words = (process / "cmdline").read_bytes().split(b"\0")
-        if words[0].endswith(b"/raylet"):
-            settings = (process / "environ").read_bytes().decode().split("\0")
-            inherited = [word for word in settings if word.startswith(("OMP_", "FQSWEEP_", "RAY_AUTH_MODE"))]
-            print("== raylet inherits", *sorted(inherited), flush=True)
+        with contextlib.suppress(OSError):  # it has ended since
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if words[0].endswith(b"/raylet"):
+                settings = (process / "environ").read_bytes().decode().split("\0")
+                inherited = [word for word in settings if word.startswith(("OMP_", "FQSWEEP_", "RAY_AUTH_MODE"))]
+                print("== raylet inherits", *sorted(inherited), flush=True)
 
 
 def leave_early(submit: tuple[str, ...], folder: Path, environment: dict[str, str]) -> int:

@@ -155,7 +155,9 @@ def look_around() -> None:
             words = (process / "cmdline").read_bytes().split(b"\0")
             if words[0].endswith(b"/raylet"):
                 settings = (process / "environ").read_bytes().decode().split("\0")
-                inherited = [word for word in settings if word.startswith(("OMP_", "FQSWEEP_", "RAY_AUTH_MODE"))]
+                inherited = [
+                    word for word in settings if word.startswith(("OMP_", "FQSWEEP_", "RAY_AUTH_MODE"))
+                ]
                 print("== raylet inherits", *sorted(inherited), flush=True)
 
 

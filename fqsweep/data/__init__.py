@@ -108,10 +108,8 @@ def open_dataset(
     if joins_near_duplicates(config):
         joined = join_near_duplicates(samples, image_nhwc, cache=_pairs_path(samples, config, pack_dir))
         if joined is not samples:
-            samples, splits = (
-                joined,
-                _checked_splits(joined, config, because=joined.notes[len(samples.notes) :]),
-            )
+            found = joined.notes[len(samples.notes) :]
+            samples, splits = joined, _checked_splits(joined, config, because=found)
     digest = dataset_digest(samples, splits, config.image_size)
     split_file = pack_dir / f"{digest}{SPLITS_ENDING}"
     if not split_file.exists():

@@ -104,10 +104,8 @@ def _official_splits(root: Path, id_n: np.ndarray) -> np.ndarray:
             if split_of.setdefault(name, split) != split:
                 raise InputError(f"{path}: image {name} stands in the lists of {split_of[name]} and {split}")
     if "train" not in split_of.values():
-        found = (
-            ", ".join(sorted(file.name for file in root.glob("*.csv") if file.name != FITZPATRICK17K_CSV))
-            or "none"
-        )
+        others = sorted(file.name for file in root.glob("*.csv") if file.name != FITZPATRICK17K_CSV)
+        found = ", ".join(others) or "none"
         raise InputError(
             f"official_splits needs the list of the training images in {root}, as train.csv with a column md5hash "
             f"(other CSVs there: {found}); put it there or set official_splits: false"

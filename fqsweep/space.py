@@ -31,6 +31,7 @@ NUMBER_BRANCHES = ("float", "constrained-float")
 RANGE_BRANCHES = ("WeightRange", "WeightRange]")
 # What pydantic puts behind a key of a mapping that is wrong itself.
 KEY_MARK = "[key]"
+MOST_ITEMS = 20  # that a message writes out
 Location = tuple[str | int, ...]
 
 
@@ -188,13 +189,24 @@ def _describe(found: dict[str, Any], lines: dict[Location, int]) -> tuple[int, s
             f"(given: {found['input']!r})"
         )
     elif kind in ("tuple_type", "list_type"):
-        message = f"must be a list, such as [{found.get('input')}]"
+        message = f"must be a list, such as [{_as_items(found.get('input'))}]"
     else:
         message = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
         value = found.get("input")
         if isinstance(value, (str, int, float)) and repr(value) not in message:
             message += f" (given: {value!r})"
     return _line_of(loc, lines), f"{_dotted(loc)}: {message}"
+
+
+def _as_items(value: Any) -> str:
+    """What may have been meant by one value in place of a list.
+
+    >>> _as_items("0-4"), _as_items(4)
+    ('0, 1, 2, 3, 4', '4')
+    """
+    ends = re.fullmatch(r"(\d+) *(?:-|\.\.+|to) *(\d+)", str(value))
+    numbers = range(int(ends[1]), int(ends[2]) + 1) if ends else range(0)
+    return ", ".join(map(str, numbers)) if 0 < len(numbers) <= MOST_ITEMS else str(value)
 
 
 def _ask_for_quotes(value: bool | int | float) -> str:

@@ -132,6 +132,7 @@ WRONG = [
     ("{trials_per_cell: 2}", "{objectives: [val/acc]}", "'val/acc' is no objective; near: val/acc_"),
     ("  epochs: 2", "  quantiser_kernels: egaer\n  epochs: 2", "'egaer' is not known; did you mean 'eager'?"),
     ("seeds: [0, 1]", "seeds: 4", "seeds: must be a list, such as [4]"),
+    ("seeds: [0, 1]", "seeds: 0-4", "seeds: must be a list, such as [0, 1, 2, 3, 4]"),
     ("{trials_per_cell: 2}", "{sampler: grid}", "search.sampler: "),
     ("name: small", "name: a b", "1: name: must be letters, digits, dots, dashes and underscores"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -250,7 +251,12 @@ class TableConfig(FilesBase):
         for attribute in (*plain_attributes(self.group_attributes), *self.group_maps, *self.group_edges):
             if attribute not in self.group_columns:
                 known = ", ".join(self.group_columns)
-                raise ValueError(f"group attribute {attribute!r} has no entry in group_columns (has: {known})")
+                parts = [part for part in re.split(r"\W+|\b[xX]\b", attribute) if part]
+                are_crossed = len(parts) > 1 and set(parts) <= {*self.group_columns}
+                hint = f"; crossed, write {CROSS.join(parts)}" if are_crossed else ""
+                raise ValueError(
+                    f"group attribute {attribute!r} has no entry in group_columns (has: {known}){hint}"
+                )
         for attribute in self.group_edges.keys() & self.group_maps.keys():
             raise ValueError(f"group attribute {attribute!r} has both group_maps and group_edges; keep one")
         return self

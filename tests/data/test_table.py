@@ -262,6 +262,10 @@ def test_edges_make_bins_and_a_missing_number_is_unknown(folder: Path) -> None:
         ({"group_edges": {"sex": (1,)}}, "no entry in group_columns"),
         ({"group_edges": {"age": (1,)}, "group_maps": {"age": {"a": (1,)}}}, "both group_maps and group_edges"),
         ({"group_attributes": ("age x sex",)}, "'sex' has no entry in group_columns"),
+        (
+            {"group_columns": {"age": "age", "sex": "sex"}, "group_attributes": ("age*sex",)},
+            "has no entry in group_columns .*; crossed, write age x sex",
+        ),
         ({"group_attributes": ("age", "age x who", "age  x who")}, "'age x who' stands here twice"),
     ],
 )

@@ -251,9 +251,9 @@ class TableConfig(FilesBase):
         for attribute in (*plain_attributes(self.group_attributes), *self.group_maps, *self.group_edges):
             if attribute not in self.group_columns:
                 known = ", ".join(self.group_columns)
-                parts = [part for part in re.split(r"\W+|\b[xX]\b", attribute) if part]
-                are_crossed = len(parts) > 1 and set(parts) <= {*self.group_columns}
-                hint = f"; crossed, write {CROSS.join(parts)}" if are_crossed else ""
+                words = [word for word in re.split(r"\W+|\b[xX]\b", attribute) if word]
+                are_crossed = len(words) > 1 and set(words) <= {*self.group_columns}
+                hint = f"; crossed, write {CROSS.join(words)}" if are_crossed else ""
                 raise ValueError(
                     f"group attribute {attribute!r} has no entry in group_columns (has: {known}){hint}"
                 )

@@ -14,7 +14,15 @@ import pandas as pd
 from analysis import cli
 from analysis.columns import BITS, PANEL, POINT, is_full_precision, is_maximized, on_test
 from analysis.intervals import summarize
-from analysis.pareto import REFERENCE_BITS, REFERENCE_VALUE, aggregate, hypervolume, pareto_front, select_cells
+from analysis.pareto import (
+    REFERENCE_BITS,
+    REFERENCE_VALUE,
+    aggregate,
+    comparable,
+    hypervolume,
+    pareto_front,
+    select_cells,
+)
 from fqsweep.errors import InputError
 from fqsweep.names import COST_METRICS, GROUP_METRICS, Direction, metric_of
 
@@ -65,9 +73,8 @@ def mark_front_of(points: pd.DataFrame, chosen: Sequence[Objective]) -> pd.Serie
     """Which points no other point of the same panel dominates in the columns that choose."""
     marks = pd.Series(False, index=points.index)
     for _, part in points.groupby(list(PANEL), sort=True):
-        marks[part.index] = pareto_front(
-            part[[o.chooses for o in chosen]], directions=[o.direction for o in chosen]
-        )
+        values = part[[o.chooses for o in chosen]].apply(comparable)
+        marks[part.index] = pareto_front(values, directions=[o.direction for o in chosen])
     return marks
 
 

@@ -174,10 +174,8 @@ def mark_front(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     marked["on_front"] = False
     directions: list[Direction] = ["minimize", "maximize" if is_maximized(metric) else "minimize"]
     for _, part in points.groupby(list(PANEL), sort=True):
-        comparable = pd.DataFrame(
-            {"bits": comparable_bits(part[BITS]), "value": comparable_values(part[metric])}
-        )
-        marked.loc[part.index, "on_front"] = pareto_front(comparable, directions=directions)
+        values = part[[BITS, metric]].apply(comparable)
+        marked.loc[part.index, "on_front"] = pareto_front(values, directions=directions)
     return marked
 
 
@@ -235,6 +233,11 @@ def comparable_bits(bits: pd.Series) -> pd.Series:
     [1.5, 1.5, 0.125, 2.49]
     """
     return bits.map(lambda value: float(f"{value:.{BITS_DIGITS}g}"))
+
+
+def comparable(column: pd.Series) -> pd.Series:
+    """``comparable_bits`` of the column of mean bits, ``comparable_values`` of others."""
+    return comparable_bits(column) if column.name == BITS else comparable_values(column)
 
 
 def best_first(frame: pd.DataFrame, *ties: str, metric: str) -> pd.DataFrame:

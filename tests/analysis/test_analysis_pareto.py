@@ -11,6 +11,7 @@ from runs_table import run_row, runs_of
 
 from analysis.answers import headlines, lead_counts, recommend
 from analysis.columns import BITS
+from analysis.fronts import mark_front_of, objectives
 from analysis.paper import caption, table_rows
 from analysis.pareto import (
     aggregate,
@@ -228,6 +229,7 @@ def test_crumbs_of_a_budget_decide_no_front():
     ]
     points = mark_front(aggregate(select_cells(runs_of(*rows), metric=METRIC)), metric=METRIC)
     assert points.loc[points["on_front"], "variant"].tolist() == ["b", "c", "d"]
+    assert points["on_front"].equals(mark_front_of(points, objectives([METRIC, BITS])))
 
 
 def test_a_leader_chosen_from_more_runs_than_others_is_named():

@@ -31,13 +31,16 @@ GROUP_METRICS: tuple[Metric, ...] = (
     Metric(key="acc_worst", unit="frac", direction="maximize", meaning="accuracy of the worst-served group"),
     Metric(key="acc_gap", unit="frac", direction="minimize", meaning="acc_avg - acc_worst"),
     Metric(
-        key="balanced_acc", unit="frac", direction="maximize", meaning="mean recall over classes, all samples"
+        key="balanced_acc",
+        unit="frac",
+        direction="maximize",
+        meaning="balanced accuracy: mean recall over classes, all samples",
     ),
     Metric(
         key="balanced_acc_worst",
         unit="frac",
         direction="maximize",
-        meaning="lowest mean recall over classes of any group",
+        meaning="balanced accuracy of the worst-served group",
     ),
     Metric(
         key="eopp0", unit="frac", direction="minimize", meaning="mean over classes of the TNR gap of groups"
@@ -50,7 +53,7 @@ GROUP_METRICS: tuple[Metric, ...] = (
         key="dp_gap", unit="frac", direction="minimize", meaning="mean over classes of the predicted-rate gap"
     ),
     Metric(key="auc_macro", unit="frac", direction="maximize", meaning="one-vs-rest AUC, mean over classes"),
-    Metric(key="auc_worst", unit="frac", direction="maximize", meaning="lowest macro AUC of any group"),
+    Metric(key="auc_worst", unit="frac", direction="maximize", meaning="macro AUC of the worst-served group"),
     Metric(key="ece", unit="frac", direction="minimize", meaning="expected calibration error, 15 bins"),
 )
 # Of those, what says nothing of groups.

@@ -251,13 +251,19 @@ def test_tables_agree_in_every_format(small):
     assert r"\_" in as_latex(points.assign(variant="a_b"))
 
 
-def test_what_plus_minus_means_is_said_where_it_is_shown():
+def test_what_plus_minus_and_bars_mean_is_said_where_they_are_shown(tmp_path):
     points = find(five_seeds(), sweep="s", metric=METRIC).points
     for table in (as_text(points), as_markdown(points)):
         assert table.rstrip().endswith("\n\n± is half of the 95 % t interval over seeds.")
     said = r"resnet18; test data; $\pm$ half of the 95 \% t interval over seeds.}"
     assert said in as_latex(points)
     assert "± is half of the 95 % t interval over seeds" in paper.as_markdown(points, metric=METRIC)
+    (page,) = (
+        path
+        for path in write_report(find(five_seeds(), sweep="s", metric=METRIC), tmp_path)
+        if path.name == "front.html"
+    )
+    assert "bars their 95 % intervals" in page.read_text()
     one_seed = points.assign(**{"test/acc_worst:low": NAN, "test/acc_worst:high": NAN})
     assert "±" not in as_text(one_seed) + as_markdown(one_seed)
     assert "resnet18; test data.}" in as_latex(one_seed)

@@ -135,14 +135,12 @@ def _lead(part: pd.DataFrame, leader: pd.Series, *, metric: str) -> str:
     """Who leads; of several that are level, whose figure follows."""
     if (part["budget"] == leader["budget"]).sum() == 1:
         return f"only {leader['variant']} was run"
-    is_worst, others = metric.endswith("worst"), leader["level_with"]
-    if not others:
-        return f"{leader['variant']} " + (
-            "serves the worst group best" if is_worst else f"has the best {metric}"
-        )
+    is_worst, variant = metric.endswith("worst"), leader["variant"]
+    if not leader["level_with"]:
+        return f"{variant} serves the worst group best" if is_worst else f"{variant} has the best {metric}"
     what = "serve the worst group best" if is_worst else f"have the best {metric}"
-    names = listing([leader["variant"], *others], most=MOST_NAMED)
-    return f"{names} {what}, level on validation data; with {leader['variant']}"
+    names = listing([variant, *leader["level_with"]], most=MOST_NAMED)
+    return f"{names} {what}, level on validation data; with {variant}"
 
 
 def _figure(point: pd.Series, key: str) -> str:

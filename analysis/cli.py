@@ -14,7 +14,7 @@ import pandas as pd
 from analysis.columns import check_selection_metric, listing
 from analysis.mlflow_runs import load_runs, load_selection
 from analysis.runs import join_sweeps, load_csv
-from fqsweep.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_PIPE, InputError
+from fqsweep.errors import EXIT_BAD_INPUT, EXIT_OK, InputError, stop_printing
 from fqsweep.files import write_bytes
 from fqsweep.names import DEFAULT_SELECTION
 
@@ -139,9 +139,8 @@ def run(
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except BrokenPipeError:  # whoever read along (``| head``) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE
+    except BrokenPipeError:
+        return stop_printing()
     except OSError as error:
         print(
             f"Error: {error.filename or 'a file'} cannot be read or written: {error.strerror}", file=sys.stderr

@@ -19,7 +19,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis import cli
 from analysis.columns import BITS, is_full_precision, is_maximized, on_test, variants
-from analysis.pareto import aggregate, half_width, mark_front, select_cells
+from analysis.intervals import half_width
+from analysis.pareto import aggregate, mark_front, select_cells
 from analysis.style import FRONT_COLOR, REFERENCE_COLOR, Look, bits_ticks, looks, marker_size
 from fqsweep.files import write_bytes
 from fqsweep.names import metric_of

@@ -18,8 +18,8 @@ from analysis.pareto import (
     REFERENCE_BITS,
     REFERENCE_VALUE,
     aggregate,
-    comparable,
     hypervolume,
+    panel_fronts,
     pareto_front,
     select_cells,
 )
@@ -71,11 +71,7 @@ def objectives(keys: Sequence[str]) -> list[Objective]:
 
 def mark_front_of(points: pd.DataFrame, chosen: Sequence[Objective]) -> pd.Series:
     """Which points no other point of the same panel dominates in the columns that choose."""
-    marks = pd.Series(False, index=points.index)
-    for _, part in points.groupby(list(PANEL), sort=True):
-        values = part[[o.chooses for o in chosen]].apply(comparable)
-        marks[part.index] = pareto_front(values, directions=[o.direction for o in chosen])
-    return marks
+    return panel_fronts(points, [o.chooses for o in chosen], directions=[o.direction for o in chosen])
 
 
 def reference_point(

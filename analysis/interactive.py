@@ -20,7 +20,7 @@ from analysis.columns import (
     percent,
     variants,
 )
-from analysis.pareto import half_width
+from analysis.intervals import half_width
 from analysis.style import FRONT_COLOR, REFERENCE_COLOR, Look, bits_ticks, looks, marker_size
 from fqsweep.names import metric_of
 

@@ -55,6 +55,11 @@ def student_half_width(std: Any, num: Any) -> Any:
     return np.where(np.asarray(std) > 0, quantile, np.nan) * std / np.sqrt(np.maximum(num, 1))
 
 
+def half_width(means: Any, key: str) -> Any:
+    """Half of the interval over seeds of a group metric, of points or of one; NaN where there is none."""
+    return (means[f"{key}:high"] - means[f"{key}:low"]) / 2
+
+
 def stratified_bootstrap(accuracy_rg: Any, count_rg: Any) -> dict[str, np.ndarray]:
     """Percentile intervals of runs' worst, mean and gap of group accuracies over test images, drawn within groups.
 

@@ -150,11 +150,6 @@ def _spreads(grouped: Any) -> pd.DataFrame:
     return pd.concat([f.add_suffix(f":{name}") for name, f in frames.items()], axis=1)
 
 
-def half_width(points: pd.DataFrame, key: str) -> pd.Series:
-    """Half of the interval over seeds of a group metric; NaN where there is none."""
-    return (points[f"{key}:high"] - points[f"{key}:low"]) / 2
-
-
 def _joined(values: pd.Series) -> str:
     return " ".join(str(v) for v in values)
 
@@ -170,13 +165,16 @@ def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
 
 def mark_front(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:
     """Add ``on_front``: no point of the same panel has both fewer bits, to three digits, and a better ``metric``."""
-    marked = points.copy()
-    marked["on_front"] = False
     directions: list[Direction] = ["minimize", "maximize" if is_maximized(metric) else "minimize"]
+    return points.assign(on_front=panel_fronts(points, [BITS, metric], directions=directions))
+
+
+def panel_fronts(points: pd.DataFrame, columns: Sequence[str], *, directions: Sequence[Direction]) -> pd.Series:
+    """Which points no other point of the same panel dominates in the columns, as ``comparable`` values."""
+    marks = pd.Series(False, index=points.index)
     for _, part in points.groupby(list(PANEL), sort=True):
-        values = part[[BITS, metric]].apply(comparable)
-        marked.loc[part.index, "on_front"] = pareto_front(values, directions=directions)
-    return marked
+        marks[part.index] = pareto_front(part[list(columns)].apply(comparable), directions=directions)
+    return marks
 
 
 def variant_hypervolumes(points: pd.DataFrame, *, metric: str) -> pd.DataFrame:

@@ -84,9 +84,8 @@ def _comparisons(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _largest_shared(value_cv: pd.DataFrame) -> pd.DataFrame:
-    value_cv = value_cv[
-        value_cv.notna().sum(axis=1) > 1
-    ]  # where one variant was run alone, nothing is compared
+    several_met_c = value_cv.notna().sum(axis=1) > 1  # where one variant was run alone, nothing is compared
+    value_cv = value_cv[several_met_c]
     taken: list[Any] = []
     least = max(MIN_COMPARISONS, len(value_cv) / 2)
     for variant in value_cv.notna().sum().sort_values(ascending=False, kind="stable").index:

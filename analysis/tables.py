@@ -6,12 +6,14 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from analysis import cli
 from analysis.columns import ABSENT, BITS, BYTES, POINT, bytes_text, panel_title, panels, percent
+from analysis.intervals import half_width
 from analysis.pareto import aggregate, mark_front, select_cells
 from fqsweep.names import metric_of
 
@@ -31,12 +33,8 @@ class Column:
 
 def with_interval(row: pd.Series, key: str) -> str:
     """A mean over seeds in percent, and half of its interval (``PLUS_MINUS``) where it has one."""
-    half = (row[f"{key}:high"] - row[f"{key}:low"]) / 2
+    half = half_width(row, key)
     return percent(row[key]) + (f" ±{100 * half:.1f}" if pd.notna(half) else "")
-
-
-def _with_interval(key: str) -> Callable[[pd.Series], str]:
-    return lambda row: with_interval(row, key)
 
 
 def _share(key: str, heading: str) -> Column:
@@ -71,7 +69,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         heading="worst %",
         right=True,
-        text=_with_interval("test/acc_worst"),
+        text=partial(with_interval, key="test/acc_worst"),
         meaning=f"{metric_of('test/acc_worst').meaning}; ± {PLUS_MINUS}",
     ),
     _share("test/acc_avg", "average %"),

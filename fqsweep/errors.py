@@ -1,4 +1,9 @@
-"""The exceptions a user can meet. Each message says what must be true, what was given, what to do."""
+"""The exceptions a user can meet, each with what must be true, what was given and what to do; how a command ends."""
+
+from __future__ import annotations
+
+import os
+import sys
 
 
 class InputError(ValueError):
@@ -28,3 +33,9 @@ class SweepInterrupted(RuntimeError):
 # What the command line ends with: all is done; some of it failed; bad input, nothing was started; the disk is full;
 # stopped; whoever read its output along left.
 EXIT_OK, EXIT_FAILED_CELLS, EXIT_BAD_INPUT, EXIT_NO_SPACE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 4, 130, 141
+
+
+def stop_printing() -> int:
+    """After a ``BrokenPipeError``, the exit code: whoever read along (``| head``) has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_PIPE

@@ -21,6 +21,7 @@ SPLITS_ENDING, WARNINGS_ENDING = "_splits.csv", "_warnings.txt"
 MODEL_FILE = "model.fqs"
 BITS_TABLE, BITS_PICTURE = "bits.csv", "bits.png"
 CONFUSION_TABLE, CONFUSION_PICTURE = "confusion.csv", "confusion.png"
+RECORDED_FILES = (MODEL_FILE, BITS_TABLE, BITS_PICTURE, CONFUSION_TABLE, CONFUSION_PICTURE)
 
 
 @dataclass(frozen=True)

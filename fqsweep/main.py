@@ -35,11 +35,11 @@ from fqsweep.errors import (
     EXIT_INTERRUPTED,
     EXIT_NO_SPACE,
     EXIT_OK,
-    EXIT_PIPE,
     ClusterError,
     InputError,
     SweepInterrupted,
     TrackingError,
+    stop_printing,
 )
 from fqsweep.files import SweepPaths
 from fqsweep.interrupts import noting_ctrl_c
@@ -83,9 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfqsweep: stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read along (``| head``) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE
+    except BrokenPipeError:
+        return stop_printing()
     except OSError as error:
         if not is_no_space(error):
             raise

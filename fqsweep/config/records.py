@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -57,11 +57,6 @@ def _as_plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no content hash")
 
 
-def method_named(value: Any) -> Any:
-    """Let a bare string stand for a method with its defaults."""
-    return {"method": value} if isinstance(value, str) else value
-
-
-def named(value: Any) -> Any:
-    """Let a bare string stand for a record that only needs its name."""
-    return {"name": value} if isinstance(value, str) else value
+def named(key: str) -> Callable[[Any], Any]:
+    """A validator that lets a bare string stand for a record of which ``key`` alone is given."""
+    return lambda value: {key: value} if isinstance(value, str) else value

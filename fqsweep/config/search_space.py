@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fqsweep.config.datasets import DatasetConfig
 from fqsweep.config.methods import ArchitectureConfig, Budget, BudgetBytes, MethodConfig
-from fqsweep.config.records import Record, method_named, named
+from fqsweep.config.records import Record, named
 from fqsweep.names import metric_keys
 
 KernelChoice = Literal["auto", "eager", "compiled"]
@@ -136,8 +136,10 @@ class SearchSpace(Record):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
-    architectures: tuple[Annotated[ArchitectureConfig, BeforeValidator(named)], ...] = Field(min_length=1)
-    methods: tuple[Annotated[MethodConfig, BeforeValidator(method_named)], ...] = Field(min_length=1)
+    architectures: tuple[Annotated[ArchitectureConfig, BeforeValidator(named("name"))], ...] = Field(
+        min_length=1
+    )
+    methods: tuple[Annotated[MethodConfig, BeforeValidator(named("method"))], ...] = Field(min_length=1)
     budgets_bits: tuple[Budget, ...] = ()
     budgets_bytes: tuple[BudgetBytes, ...] = ()
     seeds: tuple[Seed, ...] = Field(min_length=1)

@@ -25,14 +25,7 @@ from fqsweep.engine.search import CellState, SweepState
 from fqsweep.engine.stopping import Curve
 from fqsweep.engine.studies import OptunaStudies
 from fqsweep.engine.tasks import Outcome, Task
-from fqsweep.files import (
-    BITS_PICTURE,
-    BITS_TABLE,
-    CONFUSION_PICTURE,
-    CONFUSION_TABLE,
-    MODEL_FILE,
-    SweepPaths,
-)
+from fqsweep.files import RECORDED_FILES, SweepPaths
 from fqsweep.names import budget_order, budget_with_unit
 from fqsweep.progress import Snapshot
 from fqsweep.results import TrialResult, read_result
@@ -43,8 +36,6 @@ TIMEOUT_MARK = "Timeout ("
 # A shared disk may take that long to show one machine what another one wrote: NFS keeps for up to a minute that a
 # file was not there.
 SEEN_WITHIN_S = 90.0
-# Of a trial's folder, those that its MLflow run gets.
-RECORDED_FILES = (MODEL_FILE, BITS_TABLE, BITS_PICTURE, CONFUSION_TABLE, CONFUSION_PICTURE)
 
 
 @dataclass

@@ -13,10 +13,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from benchmarks.result_file import result_parser, write_result
 from fqsweep.config import KernelChoice
-from fqsweep.models import quantisable_layers
+from fqsweep.models import build_untrained, quantisable_layers
 from fqsweep.quant import fake_quantize
 from fqsweep.quant.at_once import AtOnce, can_quantise_at_once
 from fqsweep.quant.baq import LearnedBits
@@ -32,6 +31,7 @@ from fqsweep.quant.convert import attach_quantisers
 from fqsweep.quant.kernels import EAGER, Kernels, choose_kernels
 from fqsweep.quant.steps import choose_steps
 from fqsweep.quant.units import list_units
+from fqsweep.setting import make_gpu_exact
 
 BITS = 4
 ROUNDS = 9
@@ -182,9 +182,10 @@ def variants_of(plain: nn.Module, kernels: Kernels) -> dict[str, Variant]:
     return variants
 
 
-def measure(device: torch.device, networks: list[str], sizes: list[int], batch: int, half: bool) -> list[str]:
+def measure(
+    device: torch.device, networks: list[str], sizes: list[int], batch: int, half: bool
+) -> Iterator[str]:
     """One row a network, size and variant."""
-    rows = ["| network | image | variant | step (ms) | of FP32 |", "|---|---|---|---|---|"]
     one_launch = device.type != "cpu" and can_quantise_at_once(device, bit_gradient=None)
     wanted: KernelChoice = "eager" if one_launch else "compiled"
     kernels, remark = choose_kernels(wanted, device, num_weights=1, num_steps=1, at_once=not one_launch)
@@ -193,8 +194,7 @@ def measure(device: torch.device, networks: list[str], sizes: list[int], batch: 
     for network in networks:
         for size in sizes:
             torch.manual_seed(0)
-            options = {} if network.startswith("resnet") else {"img_size": size}
-            plain = timm.create_model(network, num_classes=NUM_CLASSES, **options).to(device)
+            plain = build_untrained(network, num_classes=NUM_CLASSES, image_size=size).to(device)
             images = torch.randn(batch, 3, size, size, device=device)
             if half:
                 plain, images = (
@@ -206,9 +206,7 @@ def measure(device: torch.device, networks: list[str], sizes: list[int], batch: 
             seconds = _in_turn(steps, device)
             for name, taken in seconds.items():
                 ratio = np.median(np.array(taken) / np.array(seconds["FP32"]))
-                rows.append(f"| {network} | {size} | {name} | {1e3 * np.median(taken):.1f} | {ratio:.2f} |")
-                print(rows[-1], flush=True)
-    return rows
+                yield f"| {network} | {size} | {name} | {1e3 * np.median(taken):.1f} | {ratio:.2f} |"
 
 
 def _in_turn(steps: dict[str, Step], device: torch.device) -> dict[str, list[float]]:
@@ -235,14 +233,20 @@ def main() -> None:
     torch.set_num_threads(1)
     batch = options.batch or (16 if device.type == "cpu" else 128)
     half = device.type != "cpu"
-    rows = measure(device, options.networks, options.sizes, batch, half)
+    if half:
+        make_gpu_exact()  # as every trial on a GPU does
     machine = torch.cuda.get_device_name() if half else "one thread of a 2-core machine"
     notes = [
         f"torch {torch.__version__}, {machine}; batch {batch}, "
         f"{'bf16 autocast, channels_last' if half else 'float32'}, {ROUNDS} steps of "
         "each variant in turn: median step, and median of the ratios to FP32's step of the same turn.",
     ]
-    write_result(options.out, title="Quantiser step", notes=notes, lines=rows)
+    rows = ["| network | image | variant | step (ms) | of FP32 |", "|---|---|---|---|---|"]
+    for row in measure(device, options.networks, options.sizes, batch, half):
+        print(row, flush=True)
+        rows.append(row)
+        # At once: what is measured stays, whatever becomes of the next network.
+        write_result(options.out, title="Quantiser step", notes=notes, lines=rows)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 CPU_INFO = Path("/proc/cpuinfo")
+LIBRARIES = ("torch", "timm", "ray", "optuna", "mlflow", "numpy")
 
 
 def result_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -60,7 +63,16 @@ def _ran_on() -> str:
     given = [Path(word).name if word.startswith("/") else word for word in _without_out(sys.argv[1:])]
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *given])
     machine = f"{_processor()}, {os.cpu_count()} cores"
-    return f"`{command}`, commit {_commit()}, Python {platform.python_version()}, {machine}."
+    return f"`{command}`, commit {_commit()}, Python {platform.python_version()}, {_versions()}, {machine}."
+
+
+def _versions() -> str:
+    """Of the libraries that figures may depend on."""
+    found = []
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 def _without_out(words: Sequence[str]) -> list[str]:

@@ -159,7 +159,7 @@ def compare(space: Path, sweep: Path, apart: Path) -> int:
         differing = {
             key
             for key, value in result.metrics.items()
-            if not key.startswith("time/") and abs(value - other.metrics[key]) > 1e-9
+            if not key.startswith("time/") and value != other.metrics[key]
         }
         if differing:
             raise RuntimeError(f"{result.title}: the two ways differ in {sorted(differing)}")

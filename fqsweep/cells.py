@@ -110,6 +110,20 @@ class Cell(Record):
         known = (math.nan if value is None else float(value) for value in (self.budget_bits, self.budget_bytes))
         return budget_label(*known)
 
+    @property
+    def used_recipe(self) -> TrainingRecipe:
+        """The recipe, with the default where this cell makes no use of a setting: editing that changes nothing."""
+        settings = self.point.settings
+        unused = []
+        if not _can_finetune(settings) or settings.finetune_epochs is not None:
+            unused.append("finetune_epochs")
+        if not finetune_epochs(self):
+            unused += ["finetune_learning_rate", "quantiser_kernels"]
+        if isinstance(settings, Fp32Method):
+            unused.append("calibration_images")
+        fields = TrainingRecipe.model_fields
+        return self.recipe.model_copy(update={name: fields[name].default for name in unused})
+
     @cached_property
     def key(self) -> str:
         """Hash of what determines the result; names shown to people are left out."""
@@ -127,7 +141,7 @@ class Cell(Record):
                 self.budget_bits,
                 None if self.budget_bytes is None else [BYTES_VERSION, self.budget_bytes],
                 self.seed,
-                self.recipe,
+                self.used_recipe,
                 *(["match_moments"] if matches_moments(self) else []),
                 *(["reconstruct"] if reconstructs(self) else []),
                 *([["gap", GAP_VERSION]] if getattr(settings, "allocator", None) == "gap" else []),

@@ -124,6 +124,15 @@ class AttemptPaths(SweepPaths):
         return self.trials / f".{key}.{self.attempt}"
 
 
+def cache_folder() -> Path:
+    """What this user's processes may keep and make again: ``XDG_CACHE_HOME``, else ``~/.cache``.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fqsweep"
+
+
 def publish(attempt: Path, final: Path, *, last: str) -> bool:
     """Move an attempt's whole folder to its place, if no other attempt was there first.
 

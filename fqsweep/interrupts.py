@@ -10,12 +10,13 @@ from typing import Any
 
 @contextlib.contextmanager
 def noting_ctrl_c() -> Iterator[Callable[[], None]]:
-    """Note Ctrl-C as well as raise ``KeyboardInterrupt``; a process that a shell made deaf to it stays so.
+    """Note Ctrl-C or SIGTERM as well as raise ``KeyboardInterrupt``.
+
+    A process that a shell made deaf to Ctrl-C stays so.
 
     Yields:
-        what raises ``KeyboardInterrupt`` if Ctrl-C was pressed within the block.
+        what raises ``KeyboardInterrupt`` if one of them came within the block.
     """
-    before = signal.getsignal(signal.SIGINT)
     pressed = False
 
     def hear(*_given: Any) -> None:
@@ -27,9 +28,12 @@ def noting_ctrl_c() -> Iterator[Callable[[], None]]:
         if pressed:
             raise KeyboardInterrupt
 
-    if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, hear)
+    heard = [
+        number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, hear) for number in heard}
     try:
         yield ask
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -82,7 +82,7 @@ def test_all_nodes_demand_one_token_which_is_no_part_of_the_repository(name: str
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_the_dashboard_listens_on_loopback_and_nothing_on_every_address(name: str) -> None:
+def test_the_dashboard_listens_on_loopback_and_no_option_asks_for_every_address(name: str) -> None:
     text = (CLUSTERS / f"{name}.yaml").read_text(encoding="utf-8")
     assert "0.0.0.0" not in text
     cluster = read_cluster(name)

@@ -11,15 +11,16 @@ import pytest
 from fqsweep.interrupts import noting_ctrl_c
 
 
-def test_ctrl_c_that_got_lost_is_raised_when_asked() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_got_lost_is_raised_when_asked(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with noting_ctrl_c() as ask:
         ask()
         with contextlib.suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         with pytest.raises(KeyboardInterrupt):
             ask()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
 def test_who_is_deaf_to_it_stays_so() -> None:

@@ -36,6 +36,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, bytes]:
     uri = default_uri(paths)
     book = open_tracker(uri, paths=paths, sweep="t", space_file=space, facts={"data/skin/abc": "0123" * 16})
     run_id = book.log_trial(result("one"), [packed])
+    book.log_data([("skin", "0123" * 16)])
     assert run_id is not None
     (paths.report / "front.csv").write_text(f"variant,run_ids,on_front\na,{run_id},True\n")
     budgets = {"1": {"run_id": run_id, "reason": "it is best"}}

@@ -217,6 +217,36 @@ def test_what_does_not_change_the_result_does_not_change_the_key(tmp_path: Path,
     assert after.baseline_key == before.baseline_key
 
 
+RECIPE_EDITS = {
+    "fine-tuning": ("finetune_epochs: 1", "finetune_epochs: 2"),
+    "rate of fine-tuning": ("finetune_epochs: 1", "finetune_epochs: 1\n  finetune_learning_rate: 1.0e-5"),
+    "kernels": ("finetune_epochs: 1", "finetune_epochs: 1\n  quantiser_kernels: eager"),
+    "calibration": ("finetune_epochs: 1", "finetune_epochs: 1\n  calibration_images: 20"),
+}
+
+
+@pytest.mark.parametrize("edit", RECIPE_EDITS)
+def test_a_setting_of_the_recipe_is_in_the_keys_of_those_that_use_it(tmp_path: Path, edit: str) -> None:
+    untrained = ("fairness_weight: {low: 0.0, high: 1.0, start: 0.25}", "finetune_epochs: 0")
+    both = [small_space(tmp_path, *changes, untrained) for changes in ((), (RECIPE_EDITS[edit],))]
+    changed = {
+        method
+        for method in ("fp32", "uniform", "static", "baq")
+        if cell_of(both[0], method).key != cell_of(both[1], method).key
+    }
+    users = {"baq", "static", "uniform"} if edit == "calibration" else {"baq"}
+    assert changed == users
+
+
+def test_no_fine_tuning_by_the_recipe_is_not_taken_for_some(tmp_path: Path) -> None:
+    plain = (
+        "    fairness_weight: {low: 0.0, high: 1.0, start: 0.25}\n  - method: baq\n    bitrate_weight: 0.01\n",
+        "",
+    )
+    none, some = (small_space(tmp_path, plain, ("finetune_epochs: 1", f"finetune_epochs: {n}")) for n in (0, 3))
+    assert cell_of(none, "static").key != cell_of(some, "static").key
+
+
 def test_how_bits_learn_changes_the_key_of_learned_bits(tmp_path: Path) -> None:
     found = set()
     for option in (

@@ -13,7 +13,8 @@ from fqsweep.config.records import Record
 
 
 class SplitFractions(Record):
-    """How the images are divided; the split depends on ``seed`` and the images' content alone.
+    """How the images are divided; the split depends on ``seed`` and on the images' names, labels, groups and
+    clusters (lesion, patient, near-duplicates) alone.
 
     Attributes:
         train, calibration, validation, test: shares of the images, together 1. Calibration serves importance and

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +15,10 @@ import numpy as np
 from PIL import Image
 
 from fqsweep.config import content_hash, in_data_dir
+from fqsweep.data.hashes import hash_files
 from fqsweep.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-OF_ONE_SIZE = (".bmp", ".tif", ".tiff")  # other pixels may take just as many bytes
 # What Pillow raises of damaged files; of tags of a wrong type the last four.
 _UNREADABLE = (
     *(OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError),
@@ -147,9 +146,7 @@ class ImageFolder:
         return name.replace("\\", "/").removeprefix("./").removeprefix(self._absolute)
 
     def open(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> tuple[FolderSource, str]:
-        """A source for the images called ``names``, and a hash of their names and sizes.
-
-        Of uncompressed files, whose size does not depend on what they show, the bytes are hashed too.
+        """A source for the images called ``names``, and a hash of their names and bytes.
 
         Args:
             names: one for each image.
@@ -176,15 +173,8 @@ class ImageFolder:
         _refuse_twice(names, files)
         paths = tuple(self.root / file for file in files)
         return FolderSource(paths), content_hash(
-            [(name, *self._traits(file)) for name, file in zip(names, files, strict=True)]
+            [[name, digest] for name, digest in zip(names, hash_files(self.root, files), strict=True)]
         )
-
-    def _traits(self, file: str) -> tuple[int] | tuple[int, str]:
-        """What changes with a file's content: its size, and its bytes where the size may stay."""
-        if not file.lower().endswith(OF_ONE_SIZE):
-            return (self.size_of[file],)
-        with (self.root / file).open("rb") as stream:
-            return self.size_of[file], hashlib.file_digest(stream, "sha256").hexdigest()
 
     def locate(self, names: Sequence[str], *, spellings: Spellings = _as_given) -> list[str | None]:
         """The file of each name, None where there is none."""
@@ -230,7 +220,7 @@ class TableImages:
         return np.array([file is not None for file in found], dtype=bool)
 
     def open(self, kept: np.ndarray) -> tuple[FolderSource, str]:
-        """A source for these rows' images, and a hash of their names and sizes.
+        """A source for these rows' images, and a hash of their names and bytes.
 
         Raises:
             MissingImages: some are not there.

@@ -35,6 +35,7 @@ class TaskActor(tune.Trainable):
         request = self.request
         task = Task.model_validate_json(request["task"])
         paths = SweepPaths(Path(request["out"]))
+        paths.last_words(task.key).unlink(missing_ok=True)  # of an attempt that nobody heard
         outcome: Outcome = importlib.import_module(request["work"]).perform(
             task,
             paths=paths,

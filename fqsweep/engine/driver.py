@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fqsweep.cells import finetune_epochs, run_params, trial_key
 from fqsweep.disk import is_full, no_space
@@ -108,7 +109,10 @@ class SweepDriver:
             elif outcome.ending == "broken":
                 self._lose(task, outcome.reason)
             elif outcome.ending == "out_of_memory" and self.shares.enlarge(task):
-                self._lose(task, f"out of GPU memory; it comes again with {self.shares.of(task):.2g} of a GPU")
+                reason = f"out of GPU memory; it comes again with {self.shares.of(task):.2g} of a GPU"
+                self._lose(task, reason, counts=False)
+            elif outcome.ending == "out_of_memory":
+                self._fail(task, f"{outcome.reason}: {self.shares.advice(task)}")
             else:
                 self._fail(task, outcome.reason)
 
@@ -155,9 +159,9 @@ class SweepDriver:
             return Outcome(ending="broken", reason=reason)
         return None
 
-    def _lose(self, task: Task, reason: str) -> None:
+    def _lose(self, task: Task, reason: str, *, counts: bool = True) -> None:
         attempts = self.state.attempts[task.key]
-        if self.state.lose(task):
+        if self.state.lose(task, counts=counts):
             note(self.paths, task, "lost", reason=reason)
         else:
             self._fail(task, f"{reason} ({attempts} attempts)")
@@ -260,6 +264,7 @@ def adopt_finished(driver: SweepDriver, studies: OptunaStudies) -> None:
         for task in open_tasks if cell.open and cell.repeats is None else ():
             if task.weights and studies.try_again(cell.cell, task.number):
                 driver.paths.checkpoint(task.key).unlink(missing_ok=True)  # the next try has another key
+    driver.state.skip_unneeded()
 
 
 def shared_seconds(paths: SweepPaths, shared: Mapping[str, Task]) -> float:
@@ -272,15 +277,26 @@ def shared_seconds(paths: SweepPaths, shared: Mapping[str, Task]) -> float:
     return sum(max(seconds, _noted_seconds(paths, shared[key])) for key, seconds in booked.items())
 
 
+def used_data(paths: SweepPaths, shared: Mapping[str, Task]) -> list[tuple[str, str]]:
+    """Name and digest of the data that the sweep's parents were trained on, as each of them noted it."""
+    notes = [_note_of(paths, task) for task in shared.values()]
+    return sorted({(note["dataset"], note["data_digest"]) for note in notes if "data_digest" in note})
+
+
 def _noted_seconds(paths: SweepPaths, task: Task) -> float:
     """What a parent's own note says; 0 of a cost table, and where the note was removed or cannot be seen yet."""
+    return float(_note_of(paths, task).get("total_s", 0.0))
+
+
+def _note_of(paths: SweepPaths, task: Task) -> dict[str, Any]:
+    """What a parent noted of itself; nothing of a cost table, and where the note is gone or cannot be seen yet."""
     if task.kind != "baseline":
-        return 0.0
+        return {}
     try:
-        noted = json.loads(_whole(paths, task).read_text(encoding="utf-8"))
+        noted: dict[str, Any] = json.loads(_whole(paths, task).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return 0.0
-    return float(noted.get("total_s", 0.0))
+        return {}
+    return noted
 
 
 def _whole(paths: SweepPaths, task: Task) -> Path:

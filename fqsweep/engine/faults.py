@@ -47,7 +47,7 @@ def outcome_of(error: Exception, *, seconds: float, log: Path) -> Outcome:
         poisoned = any(mark in text.lower() for mark in STICKY_CUDA)
         if _is_out_of_gpu_memory(error):
             ending = "out_of_memory"
-            text = "out of GPU memory; raise resources.gpus_per_trial or lower recipe.batch_size"
+            text = "out of GPU memory"
     return Outcome(ending=ending, reason=f"{text} (log: {log})", seconds=seconds, poisoned=poisoned)
 
 

@@ -70,6 +70,12 @@ class GpuShares:
             self.peak_frac[task.shape] = max(self.peak_frac[task.shape], filled)
         return True
 
+    def advice(self, task: Task) -> str:
+        """What to change where a task has had all the memory that it can get."""
+        if self.of(task) >= 1:
+            return "it had a whole GPU; lower recipe.batch_size"
+        return "raise resources.gpus_per_trial or lower recipe.batch_size"
+
 
 def usable_frac(share: float) -> float:
     """How much of a GPU's memory torch may take for tensors, of a share of it."""

@@ -106,6 +106,7 @@ class SweepState:
     Attributes:
         cost: expected cost of a task, in any unit.
         max_attempts: how often a task is tried when its worker dies.
+        spared: of a task's attempts, those that do not count.
     """
 
     cells: list[CellState]
@@ -119,6 +120,7 @@ class SweepState:
     running: dict[str, Task] = field(default_factory=dict)
     lost: list[Task] = field(default_factory=list)
     attempts: Counter[str] = field(default_factory=Counter)
+    spared: Counter[str] = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
 
@@ -290,13 +292,17 @@ class SweepState:
             self._by_key[task.cell.key].asked += 1
         self._give_up(task, reason)
 
-    def lose(self, task: Task) -> bool:
+    def lose(self, task: Task, *, counts: bool = True) -> bool:
         """The attempt failed: the task comes again, unless it has been tried ``max_attempts`` times.
+
+        Args:
+            counts: whether this attempt is one of them.
 
         Returns:
             whether it comes again; if not, it is still to be failed.
         """
-        if self.attempts[task.key] >= self.max_attempts:
+        self.spared[task.key] += not counts
+        if self.attempts[task.key] - self.spared[task.key] >= self.max_attempts:
             return False
         if self.running.pop(task.key, None) is not None:
             self.lost.append(task)
@@ -327,6 +333,14 @@ class SweepState:
         titles = [state.cell.title for state in blocked]
         titles += [title for state in blocked for title in self._start_repeats(state)]
         self.failures.append(Failure(task=task, reason=reason, blocked=tuple(titles)))
+
+    def skip_unneeded(self) -> None:
+        """Count parents and cost tables as done that nothing waits for: all their cells have ended before."""
+        needed = {key for state in self.cells if not state.ended for key in state.needs}
+        needed |= {key for task in self.shared.values() if task.key in needed for key in task.needs}
+        for key, task in self.shared.items():
+            if key not in needed:
+                self.complete(task)
 
     # --- looking ---
 

@@ -50,7 +50,7 @@ class OptunaStudies:
             self.names[one.study_name.rpartition("[")[2].rstrip("]")].append(one.study_name)
         self.families: dict[str, list[Cell]] = defaultdict(list)
         for cell in cells:
-            if cell.point.free_weights and cell.budget_bits:
+            if cell.point.free_weights and _size(cell):
                 self.families[_family(cell)].append(cell)
 
     def ask(self, cell: Cell) -> tuple[int, dict[str, float]]:
@@ -153,11 +153,10 @@ class OptunaStudies:
 
     def _neighbours(self, cell: Cell) -> list[Cell]:
         """The cells that differ from this one in their budget alone, the nearest by ratio first."""
-        budget = cell.budget_bits
-        if not budget:
+        if not _size(cell):
             return []
         others = [other for other in self.families.get(_family(cell), []) if other.key != cell.key]
-        return sorted(others, key=lambda other: abs(math.log((other.budget_bits or budget) / budget)))
+        return sorted(others, key=lambda other: abs(math.log(_size(other) / _size(cell))))
 
     def _worth(self, values: list[float]) -> float:
         """The objective that chooses between runs, else the first; more is better."""
@@ -249,7 +248,13 @@ def _start(limits: WeightRange) -> float:
 
 
 def _family(cell: Cell) -> str:
-    """The same for cells that differ in their budget alone."""
+    """The same for cells that differ in their budget alone, of bits or of bytes."""
+    unit = "bits" if cell.budget_bytes is None else "bytes"
     return content_hash(
-        [cell.dataset, cell.group_attribute, cell.architecture, cell.point, cell.seed, cell.recipe]
+        [cell.dataset, cell.group_attribute, cell.architecture, cell.point, cell.seed, cell.recipe, unit]
     )
+
+
+def _size(cell: Cell) -> float:
+    """A cell's budget, in mean bits or in bytes; 0 where it has none."""
+    return cell.budget_bits or cell.budget_bytes or 0.0

@@ -42,7 +42,7 @@ from fqsweep.disk import is_no_space, no_space
 from fqsweep.engine.actor import TaskActor
 from fqsweep.engine.checks import Prepared, preparing
 from fqsweep.engine.control import is_asked_to_stop, only_driver, write_plan
-from fqsweep.engine.driver import SweepDriver, adopt_finished, shared_seconds
+from fqsweep.engine.driver import SweepDriver, adopt_finished, shared_seconds, used_data
 from fqsweep.engine.estimate import CostModel
 from fqsweep.engine.forgetting import ForgetfulProgress, ForgetfulScheduler, give_back_memory
 from fqsweep.engine.gpus import MOST_TASKS_A_GPU, GpuShares
@@ -226,6 +226,7 @@ def _run(options: SweepOptions, prepared: Prepared, paths: SweepPaths, uri: str)
         with reaching(uri):
             tracker.log_numbers({f"cells/{name}": float(number) for name, number in state.counts().items()})
             tracker.log_numbers({SHARED_S: shared_seconds(paths, state.shared)})
+            tracker.log_data(used_data(paths, state.shared))
             for ending in (SPLITS_ENDING, WARNINGS_ENDING):
                 tracker.log_splits(paths.packs.glob(f"*{ending}"))
             tracker.end(done=not failures)

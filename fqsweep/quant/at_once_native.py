@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from fqsweep.files import cache_folder
 from fqsweep.quant.blocks import Blocks
 
 SOURCE = Path(__file__).with_name("at_once_native.cpp")
@@ -48,7 +49,7 @@ def load_library() -> ctypes.CDLL:
         raise NativeBuildError("no C++ compiler found")
     # No home (RuntimeError), or a cache that cannot be written or from which nothing can be loaded.
     with contextlib.suppress(OSError, RuntimeError):
-        return ctypes.CDLL(str(_built(compiler, _cache_folder())))
+        return ctypes.CDLL(str(_built(compiler, cache_folder())))
     try:
         with tempfile.TemporaryDirectory() as folder:
             return ctypes.CDLL(str(_built(compiler, Path(folder))))
@@ -59,10 +60,6 @@ def load_library() -> ctypes.CDLL:
 def find_compiler() -> str | None:
     """The C++ compiler of this machine; None where there is none."""
     return next((found for name in COMPILERS if (found := shutil.which(name))), None)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fqsweep"
 
 
 def _built(compiler: str, folder: Path) -> Path:

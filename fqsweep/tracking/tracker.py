@@ -32,7 +32,7 @@ from mlflow.exceptions import MlflowException
 from fqsweep import __version__
 from fqsweep.disk import is_no_space
 from fqsweep.errors import InputError, TrackingError
-from fqsweep.files import MODEL_FILE, SweepPaths, write_bytes
+from fqsweep.files import MODEL_FILE, SPLITS_ENDING, SweepPaths, write_bytes
 from fqsweep.names import (
     BITS,
     DEFAULT_EXPERIMENT,
@@ -173,6 +173,23 @@ class Tracker:
         energy_kwh = self.client.get_run(self.parent_id).data.metrics.get(ENERGY_KWH, 0.0)
         return 1 + max((point.step for point in sent), default=-1), energy_kwh
 
+    def log_data(self, used: Collection[tuple[str, str]]) -> None:
+        """The data sets as inputs of the parent run.
+
+        Args:
+            used: name and digest (of images, labels, groups and the split as it was used, near-duplicates joined).
+        """
+        found = self.client.get_run(self.parent_id).inputs
+        known = {(one.dataset.name, one.dataset.digest) for one in found.dataset_inputs} if found else set()
+        inputs = []
+        for name, digest in used:
+            if (name, digest[:MAX_DIGEST]) not in known:
+                source = json.dumps({"name": name, "split": f"splits/{digest}{SPLITS_ENDING}"})
+                dataset = Dataset(name, digest[:MAX_DIGEST], "local", source)
+                inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "sweep")]))
+        if inputs:
+            self.client.log_inputs(self.parent_id, datasets=inputs)
+
     def log_splits(self, tables: Iterable[Path]) -> None:
         """Keep with the parent run what lies beside the packs: on which side each image was, and warnings."""
         for table in tables:
@@ -263,7 +280,6 @@ def open_tracker(
         client.log_artifact(parent_id, str(space_file))
         client.set_tag(parent_id, TAG_SPACE, space_file.name)
         _log_facts(client, parent_id, {**facts, **_code_facts(client, parent_id)})
-        _log_data(client, parent_id, facts)
         return Tracker(client, experiment_id, parent_id, sweep)
     except InputError:
         raise
@@ -401,22 +417,6 @@ def _git(checkout: Path, *arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     return ""
-
-
-def _log_data(client: MlflowClient, parent_id: str, facts: Mapping[str, str]) -> None:
-    """The data sets as inputs of the parent run, with the digest of their images, labels, groups and splits."""
-    found = client.get_run(parent_id).inputs
-    known = {(one.dataset.name, one.dataset.digest) for one in found.dataset_inputs} if found else set()
-    inputs = []
-    for fact, digest in facts.items():
-        kind, _, rest = fact.partition("/")
-        name = rest.partition("/")[0]
-        if kind != "data" or (name, digest[:MAX_DIGEST]) in known:
-            continue
-        dataset = Dataset(name, digest[:MAX_DIGEST], "local", json.dumps({"name": name, "configuration": fact}))
-        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "sweep")]))
-    if inputs:
-        client.log_inputs(parent_id, datasets=inputs)
 
 
 @contextlib.contextmanager

@@ -173,3 +173,39 @@ def test_what_failed_before_and_was_replaced_since_is_left_alone(tmp_path: Path)
     study.tell(study.ask(), state=TrialState.FAIL)
     assert Books(tmp_path).do_all() == []
     assert len(Books(tmp_path).studies._study(searched.cell).get_trials()) == 3
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_out_of_memory_for_good_says_what_can_be_changed(tmp_path: Path, share: float) -> None:
+    """A larger share is no attempt of ``max_attempts``, and a whole GPU cannot be raised."""
+    books = Books(tmp_path, ("search:", "resources: {max_attempts: 1}\nsearch:"))
+    books.driver.shares = GpuShares(share, total=1)
+    out_of_memory = Outcome(ending="out_of_memory", reason="out of GPU memory (log: x)")
+    reasons = []
+    for _ in range(2 if share < 1 else 1):
+        task = books.next()
+        assert task is not None and task.kind == "baseline"
+        books.driver.ended(task, out_of_memory)
+        reasons = [failure.reason for failure in books.driver.state.failures]
+    advice = "it had a whole GPU; lower recipe.batch_size"
+    assert reasons == [f"out of GPU memory (log: x): {advice}"]
+
+
+def test_out_of_memory_on_a_share_that_stays_below_a_gpu_advises_a_larger_one(tmp_path: Path) -> None:
+    books = Books(tmp_path)
+    books.driver.shares = GpuShares(0.2, total=1)
+    for _ in range(2):
+        task = books.next()
+        assert task is not None
+        books.driver.ended(task, Outcome(ending="out_of_memory", reason="out of GPU memory"))
+    (failure,) = books.driver.state.failures
+    assert failure.reason == "out of GPU memory: raise resources.gpus_per_trial or lower recipe.batch_size"
+
+
+def test_the_data_that_was_used_is_what_the_parents_noted(tmp_path: Path) -> None:
+    books = Books(tmp_path)
+    first, second = (task for task in books.driver.state.shared.values() if task.kind == "baseline")
+    assert driver.used_data(books.paths, books.driver.state.shared) == []
+    for task in (first, second):
+        write_json(books.paths.baseline_meta(task.key), {"dataset": "skin", "data_digest": "abc"})
+    assert driver.used_data(books.paths, books.driver.state.shared) == [("skin", "abc")]

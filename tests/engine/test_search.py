@@ -377,3 +377,33 @@ def test_the_expected_cost_left_falls_to_zero(tmp_path: Path) -> None:
         left.append(state.cost_left())
     assert left[0] == 20 and left[-1] == 0
     assert all(after < before for before, after in zip(left, left[1:], strict=False))
+
+
+def test_an_attempt_that_does_not_count_leaves_as_many_as_there_were(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("search:", "resources: {max_attempts: 1}\nsearch:"))
+    state = plan_sweep(space, FakeStudy(), one_each)
+    task = state.next_task()
+    assert task is not None and state.lose(task, counts=False)
+    again = state.next_task()
+    assert again is not None and (again.key, again.attempt) == (task.key, 2)
+    assert not state.lose(again)
+
+
+def test_parents_and_tables_that_no_open_cell_needs_are_not_made(tmp_path: Path) -> None:
+    space = small_space(tmp_path)
+    state = plan_sweep(space, FakeStudy(), one_each)
+    for cell_state in state.cells:
+        if cell_state.cell.seed == 1 or cell_state.cell.point.method == "fp32":
+            for number in range(cell_state.wanted):
+                weights = {"fairness_weight": 0.1 * number} if cell_state.cell.point.free_weights else {}
+                key = f"{cell_state.key}{number}"
+                trial = Task(key=key, kind="trial", cell=cell_state.cell, number=number, weights=weights)
+                state.adopt(trial, METRICS)
+    state.skip_unneeded()
+    handed_out = []
+    while (task := state.next_task()) is not None:
+        handed_out.append(task)
+        state.complete(task, METRICS)
+    assert {task.cell.seed for task in handed_out} == {0}
+    assert [task.kind for task in handed_out if task.kind != "trial"] == ["baseline", "importance"]
+    assert state.finished

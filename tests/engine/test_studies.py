@@ -294,3 +294,17 @@ def test_optuna_dashboard_shows_the_journal(tmp_path: Path) -> None:
         ("Complete", [0.5, 1.0]),
         ("Complete", [0.75, 1.0]),
     ]
+
+
+def test_budgets_in_bytes_are_neighbours_of_each_other(tmp_path: Path) -> None:
+    space = small_space(tmp_path, ("budgets_bits: [1, 3]", "budgets_bits: [1]\nbudgets_bytes: [40000, 60000]"))
+    cells = [c for c in expand_cells(space) if c.point.free_weights and c.seed == 0]
+    of_bits, small, large = cells
+    studies = OptunaStudies(space.search, tmp_path / "journal", cells=expand_cells(space))
+    for cell in (of_bits, small):
+        for worth in (0.3, 0.8):
+            number, _ = studies.ask(cell)
+            studies.tell(cell, number, {**METRICS, "val/acc_worst": worth})
+    best = [studies.chosen(small), studies.chosen(of_bits)]
+    assert best[0] != best[1]
+    assert [studies.ask(large)[1], studies.ask(large)[1]] == [{"fairness_weight": 0.25}, best[0]]

@@ -54,6 +54,16 @@ def test_a_sweep_does_every_cell_once_and_mlflow_matches_one_to_one(finished: tu
     assert f"{NUM_CELLS} of {NUM_CELLS} cells done" in output
 
 
+def test_mlflow_names_the_data_by_the_split_that_was_used(finished: tuple[Path, Path, str]) -> None:
+    _, out, _ = finished
+    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    parent = client.get_run(SweepPaths(out).parent_run.read_text().split()[-1])
+    (data,) = parent.inputs.dataset_inputs
+    assert (out / "packs" / f"{data.dataset.digest}_splits.csv").exists()
+    logged = [Path(file.path).name for file in client.list_artifacts(parent.info.run_id, "splits")]
+    assert f"{data.dataset.digest}_splits.csv" in logged
+
+
 def test_the_end_names_report_tracking_and_ui_command_and_shows_no_framework_noise(
     finished: tuple[Path, Path, str],
 ) -> None:

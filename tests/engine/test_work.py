@@ -15,6 +15,7 @@ import torch
 from fqsweep.cells import Cell, expand_cells
 from fqsweep.checkpoints import TrainingStopped
 from fqsweep.engine import work
+from fqsweep.engine.actor import ResourceTrainable
 from fqsweep.engine.faults import outcome_of
 from fqsweep.engine.gpus import GpuShares, share_of, usable_frac
 from fqsweep.engine.search import shared_tasks
@@ -299,3 +300,22 @@ def test_out_of_memory_doubles_a_given_share_once(trial: tuple[SweepPaths, Task]
     assert shares.enlarge(task) and shares.of(task) == 0.6
     assert not shares.enlarge(task)
     assert not GpuShares(1.0, total=4).enlarge(task), "a whole GPU cannot be doubled"
+
+
+def test_words_that_an_earlier_attempt_left_are_not_said_of_this_one(trial: tuple[SweepPaths, Task]) -> None:
+    paths, task = trial
+    write_json(
+        paths.last_words(task.key), {"ending": "out_of_memory", "reason": "an attempt that nobody heard"}
+    )
+    worker = ResourceTrainable.__new__(ResourceTrainable)
+    worker.request = {
+        "task": task.model_dump_json(),
+        "out": str(paths.out),
+        "data_dir": None,
+        "work": "benchmarks.noop",
+        "gpus": 0,
+        "cpus": 1,
+        "time_limit_s": None,
+    }
+    assert worker.step()["done"]
+    assert not paths.last_words(task.key).exists()

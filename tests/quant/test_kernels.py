@@ -173,15 +173,39 @@ class CountReadings(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name.startswith(self.WAITING):
+        chooses = name.startswith("index") and any(
+            part is not None and part.dtype == torch.bool
+            for indices in args
+            if isinstance(indices, list | tuple)
+            for part in indices
+            if isinstance(part, torch.Tensor)
+        )
+        counts = name == "repeat_interleave" and isinstance(args[0], torch.Tensor) and kwargs in (None, {})
+        if name.startswith(self.WAITING) or chooses or counts:
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
 
-def test_the_count_sees_a_reading() -> None:
+WAITS = {
+    "_local_scalar_dense": lambda x: float(x[0]),
+    "index": lambda x: x[x > 0],
+    "index_put_": lambda x: x.index_put_((x > 0,), x[:1]),
+    "repeat_interleave": lambda x: x.repeat_interleave(torch.tensor([1, 2])),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_the_count_sees_a_reading(name: str) -> None:
     with CountReadings() as readings:
-        float(torch.ones(1))
-    assert readings.seen == ["_local_scalar_dense"]
+        WAITS[name](torch.ones(2))
+    assert readings.seen[-1:] == [name]
+
+
+def test_what_does_not_wait_is_not_counted() -> None:
+    with CountReadings() as readings:
+        x = torch.ones(4)
+        x[torch.tensor([0, 2])] = torch.where(x > 0, x, 2.0)[:2]
+    assert readings.seen == []
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,24 @@ def test_another_network_is_noticed() -> None:
         compare_with_torch(exported(small_network("resnet18")), other, [random_images(2, 32, seed=0)])
 
 
+class NearlyLevel(torch.nn.Module):
+    """Two logits that differ by less than the tolerance of a logit, the other way round than in the file."""
+
+    def forward(self, image_bchw: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[1.0, 1.0 + 5e-5]]).expand(len(image_bchw), 2)
+
+
+def test_another_first_class_is_noticed_though_every_logit_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Session:
+        def run(self, _names: object, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+            (image,) = given.values()
+            return [np.tile(np.array([[1.0 + 2e-5, 1.0]], np.float32), (len(image), 1))]
+
+    monkeypatch.setattr(onnx_export, "open_onnx", lambda _content: Session())
+    with pytest.raises(OnnxMismatch, match="name different classes for 2 of 2 images of a batch, by up to 5"):
+        compare_with_torch(b"", NearlyLevel(), [random_images(2, 8, seed=0)])
+
+
 def test_a_logit_that_is_no_number_is_noticed() -> None:
     images = torch.full((1, 3, 32, 32), torch.nan)
     model = load_model(small_network("resnet18"))

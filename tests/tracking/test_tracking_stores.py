@@ -90,6 +90,8 @@ def test_the_parent_run_has_space_versions_data_and_machine(
     book = open_book(store)
     book.log_numbers({"system/cpu_utilization_percentage": 50.0}, book.machine_before()[0])
     book.log_numbers({"system/cpu_utilization_percentage": 75.0}, book.machine_before()[0])
+    for _ in range(2):  # also when a sweep ends once more
+        book.log_data([("skin", "0123" * 16)])
     parent = book.client.get_run(book.parent_id)
     assert parent.data.params["version/torch"] == "1"
     (data,) = parent.inputs.dataset_inputs

@@ -15,7 +15,7 @@ import torch
 from fqsweep.cells import Cell, expand_cells
 from fqsweep.checkpoints import TrainingStopped
 from fqsweep.engine import work
-from fqsweep.engine.actor import ResourceTrainable
+from fqsweep.engine.actor import TaskActor
 from fqsweep.engine.faults import outcome_of
 from fqsweep.engine.gpus import GpuShares, share_of, usable_frac
 from fqsweep.engine.search import shared_tasks
@@ -307,7 +307,7 @@ def test_words_that_an_earlier_attempt_left_are_not_said_of_this_one(trial: tupl
     write_json(
         paths.last_words(task.key), {"ending": "out_of_memory", "reason": "an attempt that nobody heard"}
     )
-    worker = ResourceTrainable.__new__(ResourceTrainable)
+    worker = TaskActor.__new__(TaskActor)
     worker.request = {
         "task": task.model_dump_json(),
         "out": str(paths.out),

@@ -303,7 +303,7 @@ def test_out_of_memory_doubles_a_given_share_once(trial: tuple[SweepPaths, Task]
 
 
 def test_words_that_an_earlier_attempt_left_are_not_said_of_this_one(trial: tuple[SweepPaths, Task]) -> None:
-    paths, task = trial
+    paths, task = trial[0], trial[1].model_copy(update={"key": "0123"})
     write_json(
         paths.last_words(task.key), {"ending": "out_of_memory", "reason": "an attempt that nobody heard"}
     )

@@ -14,7 +14,7 @@ from fqsweep.files import SweepPaths
 from fqsweep.names import TAG_SPACE
 
 CONNECT_S = 10
-PAGE = 1000
+PAGE = 200  # runs with all that they have: a thousand take 100 MB
 ID_LETTERS = 32
 ARTIFACTS = "mlartifacts"  # beside the database of an output folder
 

@@ -213,14 +213,16 @@ class Tracker:
     def _logged_before(self, query: str) -> dict[str, _LoggedRun]:
         """Trial key -> a run that is written; runs that were cut off are removed."""
         logged: dict[str, _LoggedRun] = {}
-        # All of them first: what is removed moves the pages that come after it.
-        for run in list(search_runs(self.client, query, experiment_id=self.experiment_id)):
+        cut_off = []
+        for run in search_runs(self.client, query, experiment_id=self.experiment_id):
             key = run.data.tags.get(TAG_KEY)
             if run.info.status != "FINISHED" or key in logged:
-                self.client.delete_run(run.info.run_id)
+                cut_off.append(run.info.run_id)
             elif key is not None:
                 described = _described_by(run.data.params)
                 logged[key] = _LoggedRun(run.info.run_id, described, is_retired=TAG_RETIRED in run.data.tags)
+        for run_id in cut_off:  # only now: what is removed moves the pages that come after it
+            self.client.delete_run(run_id)
         return logged
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -127,8 +127,7 @@ class SweepState:
     def __post_init__(self) -> None:
         """Rank everything by the longest chain of work that begins with it, and queue what needs nothing."""
         self._by_key = {state.key: state for state in self.cells}
-        self._probe = {state.key: _trial(state.cell, 0, {}, state.needs) for state in self.cells}
-        self._cost = {key: self.cost(task) for key, task in self._probe.items()}
+        self._cost = {state.key: self.cost(self._task_of(state)) for state in self.cells}
         self._cost |= {key: self.cost(task) for key, task in self.shared.items()}
         self._waiters: dict[str, list[Waiting]] = defaultdict(list)
         items: list[Waiting] = [*self.shared.values(), *self.cells]
@@ -156,7 +155,8 @@ class SweepState:
         return self._task_of(item).shape if self.by_shape else ()
 
     def _task_of(self, item: Waiting) -> Task:
-        return item if isinstance(item, Task) else self._probe[item.key]
+        """A shared task, or what stands for the trials of a cell: the first of them, its weights not known yet."""
+        return item if isinstance(item, Task) else _trial(item.cell, 0, {}, item.needs)
 
     def _queue_if_ready(self, item: Waiting) -> None:
         is_searched = not isinstance(item, CellState) or self.weights_to_repeat(item) is not None
@@ -216,7 +216,7 @@ class SweepState:
     def _ask(self, state: CellState) -> Task:
         state.asked += 1
         if not state.cell.point.free_weights:
-            return self._probe[state.key]
+            return _trial(state.cell, 0, {}, state.needs)
         if state.repeats is not None:
             return _trial(state.cell, 0, self.weights_to_repeat(state) or {}, state.needs)
         number, weights = self.study.ask(state.cell)
@@ -410,9 +410,11 @@ def trials_wanted(cell: Cell, search: SearchConfig) -> int:
     return search.trials_per_cell if cell.point.free_weights and cell.seed not in search.repeat_seeds else 1
 
 
-def plan_sweep(space: SearchSpace, study: Study, cost: Callable[[Task], float]) -> SweepState:
-    """The state of a sweep of which nothing is done."""
-    cells = expand_cells(space)
+def plan_sweep(
+    space: SearchSpace, study: Study, cost: Callable[[Task], float], *, cells: Sequence[Cell] | None = None
+) -> SweepState:
+    """The state of a sweep of which nothing is done; ``cells``: the space's, where they are at hand."""
+    cells = expand_cells(space) if cells is None else cells
     states = []
     for cell in cells:
         source = searched_cell(space, cell)

@@ -44,6 +44,10 @@ class OptunaStudies:
             warnings.simplefilter("ignore")
             self.storage = JournalStorage(JournalFileBackend(str(journal)))
         self.studies: dict[str, optuna.Study] = {}
+        # Key of a cell -> trials that its study had when it was opened, until its sampler is needed: TPE takes 5 KB,
+        # and has no part in a study's first trial, whose values are given.
+        self.unsampled: dict[str, int] = {}
+        self.no_sampler = optuna.samplers.RandomSampler(seed=0)
         self.handed_out: set[tuple[str, int]] = set()
         self.names: dict[str, list[str]] = defaultdict(list)
         for one in self.storage.get_all_studies():
@@ -57,8 +61,12 @@ class OptunaStudies:
         """See ``search.Study.ask``."""
         study = self._study(cell)
         self._warm_start(cell, study)
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if (cell.key, trial.number) not in self.handed_out:
+        trials = study.get_trials(deepcopy=False)
+        is_first = all(trial.state == TrialState.WAITING for trial in trials)
+        if cell.key in self.unsampled and not is_first:
+            study.sampler = self._sampler(cell, num_trials=self.unsampled.pop(cell.key))
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and (cell.key, trial.number) not in self.handed_out:
                 return self._hand_out(cell, optuna.Trial(study, trial._trial_id))
         return self._hand_out(cell, study.ask())
 
@@ -107,6 +115,7 @@ class OptunaStudies:
         trials = self._study(cell).get_trials(deepcopy=False)
         if len(trials) >= self.config.trials_per_cell and all(trial.state.is_finished() for trial in trials):
             del self.studies[cell.key]
+            self.unsampled.pop(cell.key, None)
 
     def chosen(self, cell: Cell) -> dict[str, float] | None:
         """See ``search.Study.chosen``."""
@@ -181,7 +190,11 @@ class OptunaStudies:
         )
         self.names[cell.key].append(study.study_name)
         trials = study.get_trials(deepcopy=False)
-        study.sampler = self._sampler(cell, num_trials=len(trials))
+        if self.config.sampler == "tpe":
+            study.sampler = self.no_sampler
+            self.unsampled[cell.key] = len(trials)
+        else:  # marks even the first trial
+            study.sampler = self._sampler(cell, num_trials=len(trials))
         if not trials:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -194,8 +194,9 @@ def _run(options: SweepOptions, prepared: Prepared, paths: SweepPaths, uri: str)
             tables=prepared.tables,
         )
         costs = CostModel(space.resources, data_dir=options.data_dir, macs=checked.macs)
-        studies = OptunaStudies(space.search, paths.studies, cells=expand_cells(space))
-        state = plan_sweep(space, studies, costs.seconds)
+        cells = expand_cells(space)
+        studies = OptunaStudies(space.search, paths.studies, cells=cells)
+        state = plan_sweep(space, studies, costs.seconds, cells=cells)
         write_plan(paths, space.name, state)
         driver = SweepDriver(
             paths=paths,

@@ -13,7 +13,6 @@ import itertools
 import time
 
 import numpy as np
-import scipy
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -111,8 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure()
     notes = [
-        f"NumPy {np.__version__}, SciPy {scipy.__version__}, one thread of a 2-core machine; budgets in mean "
-        f"bits, choices 0..8; times are medians of {REPEATS}.",
+        f"One thread of a 2-core machine; budgets in mean bits, choices 0..8; times are medians of {REPEATS}.",
         "HiGHS: time, and its objective relative to ours (positive: worse).",
     ]
     write_result(options.out, title="Allocation", notes=notes, lines=rows)

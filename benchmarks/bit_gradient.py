@@ -118,7 +118,7 @@ def main() -> None:
         setting, parent = open_trained(Path(folder), image_size=options.image_size, epochs=options.epochs)
         rows = measure(setting, parent)
     notes = [
-        f"torch {torch.__version__}, one thread; ResNet18 at {options.image_size} px, {options.epochs} epochs on "
+        f"One thread; ResNet18 at {options.image_size} px, {options.epochs} epochs on "
         "synthderm, 300 calibration images, abs-max steps.",
         "Rank: Spearman's correlation of gradient and measured change; sign: agreement among the larger changes.",
     ]

@@ -346,8 +346,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         lines = measure(options.images, Path(scratch))
     notes = [
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {Image.__version__}, "
-        f"other work beside it (load {os.getloadavg()[0]:.1f} at the end).",
+        f"Other work beside it (load {os.getloadavg()[0]:.1f} at the end).",
         f"{NUM_IMAGES} photographs, {SIDE} px, batch {BATCH}, augmentation: flips, rotation, shift, crop, brightness "
         f"and contrast; median of {TURNS} turns. Before augmentation both sides give the same pixels "
         "(600 x 450: within a level of 255).",

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import nn
 
@@ -127,8 +126,7 @@ def main() -> None:
             rows.append(measure_one(architecture, budget_bits))
             print(rows[-1], flush=True)
     notes = [
-        f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, one thread, other work "
-        f"beside it; {IMAGE_SIZE} px. Random weights, bits allocated to drawn costs.",
+        f"One thread, other work beside it; {IMAGE_SIZE} px. Random weights, bits allocated to drawn costs.",
         "Speed: how many times as fast as the whole network in the same engine (the whole network's time). Medians "
         f"of {TURNS_BY_BATCH[1]} turns at batch 1 and {TURNS_BY_BATCH[32]} at batch 32.",
     ]

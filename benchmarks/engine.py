@@ -17,7 +17,6 @@ import statistics
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -271,9 +270,7 @@ def main() -> None:
         return
     lines = report(options.trials, options.many)
     notes = [
-        f"Ray {version('ray')}, Optuna {version('optuna')}, MLflow {version('mlflow')}, "
-        f"other work beside it (load {os.getloadavg()[1]:.1f}), "
-        f"{SLOTS} slots.",
+        f"Other work beside it (load {os.getloadavg()[1]:.1f}), {SLOTS} slots.",
     ]
     write_result(options.out, title="The engine", notes=notes, lines=lines)
 

@@ -214,7 +214,7 @@ def main() -> None:
         setting, model = open_trained(Path(folder), image_size=options.image_size, epochs=options.epochs)
         rows = measure(setting, model)
     notes = [
-        f"torch {torch.__version__}, one thread of a 2-core machine; ResNet18 at {options.image_size} px, "
+        f"One thread of a 2-core machine; ResNet18 at {options.image_size} px, "
         f"{options.epochs} epochs on synthderm, 300 calibration images, no fine-tuning. Passes count forward passes "
         "over the calibration images.",
     ]

@@ -96,8 +96,7 @@ def main() -> None:
             for budget_bits in BUDGETS_BITS:
                 rows.append(f"| {architecture} | {budget_bits:g} | {file_sizes(architecture, budget_bits)} |")
                 print(rows[-1], flush=True)
-    shared = f"one thread, other work beside it; {IMAGE_SIZE} px, batches of {CALIBRATION_BATCH}"
-    notes = [f"torch {torch.__version__}, {shared}."]
+    notes = [f"One thread, other work beside it; {IMAGE_SIZE} px, batches of {CALIBRATION_BATCH}."]
     write_result(options.out, title="What each network needs", notes=notes, lines=rows)
 
 

@@ -18,7 +18,10 @@ from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 CPU_INFO = Path("/proc/cpuinfo")
-LIBRARIES = ("torch", "timm", "ray", "optuna", "mlflow", "numpy")
+LIBRARIES = (
+    *("torch", "torchvision", "timm", "onnxruntime", "numpy", "scipy", "pillow"),
+    *("ray", "optuna", "mlflow"),
+)
 
 
 def result_parser(doc: str | None) -> argparse.ArgumentParser:

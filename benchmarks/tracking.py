@@ -13,7 +13,6 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     lines = report(options.trials)
     notes = [
-        f"MLflow {version('mlflow')}, other work beside it (load "
+        "Other work beside it (load "
         f"{os.getloadavg()[1]:.1f}). A trial: {len(metric_keys())} metrics, {NUM_EPOCHS} epochs of "
         f"{len(EPOCH_METRICS)} metrics, {len(FILES)} files of {sum(FILES.values()) / 1e6:.1f} MB. Wanted: 200 trials "
         f"within {LIMIT_S:.0f} s of the driver's time (sent by a thread beside the sweep, which never waits for it). "

@@ -13,9 +13,8 @@ from fqsweep.interrupts import noting_ctrl_c
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_got_lost_is_raised_when_asked(number: signal.Signals) -> None:
-    begun_with = signal.signal(
-        number, before := signal.default_int_handler
-    )  # a shell may have made this process deaf
+    before = signal.default_int_handler
+    begun_with = signal.signal(number, before)  # a shell may have made this process deaf
     with noting_ctrl_c() as ask:
         ask()
         with contextlib.suppress(KeyboardInterrupt):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,28 +75,27 @@ class ImageFolder:
     root: Path
 
     @cached_property
-    def size_of(self) -> dict[str, int]:
-        """Path below ``root`` (with forward slashes) -> bytes."""
+    def path_of(self) -> dict[str, Path]:
+        """Path below ``root`` (with forward slashes) -> the file."""
         found = {}
         for folder, _, names in os.walk(self.root, followlinks=True):
             for name in names:
-                if name.lower().endswith(SUFFIXES):
-                    path = Path(folder, name)
-                    with suppress(OSError):  # a link that leads nowhere is no file
-                        found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+                path = Path(folder, name)
+                if name.lower().endswith(SUFFIXES) and path.exists():  # a link that leads nowhere is no file
+                    found[path.relative_to(self.root).as_posix()] = path
         return found
 
     @cached_property
     def _by_stem(self) -> dict[str, str]:
         by_rank = sorted(
-            self.size_of, key=lambda name: (SUFFIXES.index(Path(name).suffix.lower()), name), reverse=True
+            self.path_of, key=lambda name: (SUFFIXES.index(Path(name).suffix.lower()), name), reverse=True
         )
         return {_without_suffix(name): name for name in by_rank}
 
     @cached_property
     def _composed(self) -> dict[str, str]:
         """Names with accents as one character, as most programs write them -> names as some systems store them."""
-        plain = {normalize("NFC", name): name for name in self.size_of if not name.isascii()}
+        plain = {normalize("NFC", name): name for name in self.path_of if not name.isascii()}
         return {
             normalize("NFC", stem): name for stem, name in self._by_stem.items() if not stem.isascii()
         } | plain
@@ -106,7 +104,7 @@ class ImageFolder:
     def _by_last_name(self) -> dict[str, list[str]]:
         """Names without folders and suffixes, in lower case -> the files called so."""
         files: dict[str, list[str]] = {}
-        for file in self.size_of:
+        for file in self.path_of:
             files.setdefault(_ending(file).rpartition("/")[2], []).append(file)
         return files
 
@@ -117,7 +115,7 @@ class ImageFolder:
         first folders where only one file is left that ends like it.
         """
         name = self._below_root(name)
-        found = name if name in self.size_of else self._by_stem.get(name)
+        found = name if name in self.path_of else self._by_stem.get(name)
         if found := found or self._composed.get(normalize("NFC", name)):
             return found
         alike = self.ending_like(name)
@@ -135,7 +133,7 @@ class ImageFolder:
             return None
         own = name.lstrip("0")
         return next(
-            (f for f in self.size_of if (stem := Path(f).stem).isdigit() and stem.lstrip("0") == own), None
+            (f for f in self.path_of if (stem := Path(f).stem).isdigit() and stem.lstrip("0") == own), None
         )
 
     @cached_property
@@ -171,7 +169,7 @@ class ImageFolder:
             )
         files = [file for file in found if file is not None]
         _refuse_twice(names, files)
-        paths = tuple(self.root / file for file in files)
+        paths = tuple(self.path_of[file] for file in files)
         return FolderSource(paths), content_hash(
             [[name, digest] for name, digest in zip(names, hash_files(self.root, files), strict=True)]
         )

@@ -28,31 +28,40 @@ def hash_files(root: Path, names: Sequence[str]) -> list[str]:
     """SHA-256 of the bytes of each file ``root / name``; ``UNREADABLE`` where that is left to whoever decodes it."""
     noted = _read_notes(root)
     now_ns = time.time_ns()
-
-    def look(name: str) -> tuple[list[int], str]:
-        """A file's size and times, and the hash of its bytes."""
-        path = root / name
-        try:
-            state = path.stat()
-            traits = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-            *before, digest = noted.get(name) or [None]
-            if before == traits:
-                return traits, digest
-            with path.open("rb") as stream:
-                return traits, hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError:
-            return [], UNREADABLE
-
-    with ThreadPoolExecutor(usable_cores()) as pool:  # hashing lets go of the interpreter
-        found = dict(zip(names, pool.map(look, names), strict=True))
-    settled = {
-        name: [*traits, digest]
-        for name, (traits, digest) in found.items()
-        if traits and max(traits[1:]) < now_ns - SETTLED_NS
+    traits_of = {name: _traits(root / name) for name in names}
+    found = {
+        name: noted[name][-1]
+        for name in names
+        if traits_of[name] and noted.get(name, [])[:-1] == traits_of[name]
     }
-    if any(noted.get(name) != note for name, note in settled.items()):
+    changed = [name for name in dict.fromkeys(names) if name not in found]
+    with ThreadPoolExecutor(usable_cores()) as pool:  # hashing lets go of the interpreter
+        found |= zip(changed, pool.map(lambda name: _hash(root / name), changed), strict=True)
+    settled = {
+        name: [*traits_of[name], found[name]]
+        for name in changed
+        if traits_of[name] and max(traits_of[name][1:]) < now_ns - SETTLED_NS
+    }
+    if settled:
         _write_notes(root, {**noted, **settled})
-    return [found[name][1] for name in names]
+    return [found[name] for name in names]
+
+
+def _traits(path: Path) -> list[int]:
+    """Size and times; nothing of a file that is not there."""
+    try:
+        state = path.stat()
+    except OSError:
+        return []
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _hash(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return UNREADABLE
 
 
 def _notes_path(root: Path) -> Path:

@@ -216,7 +216,7 @@ class SweepState:
     def _ask(self, state: CellState) -> Task:
         state.asked += 1
         if not state.cell.point.free_weights:
-            return _trial(state.cell, 0, {}, state.needs)
+            return self._task_of(state)
         if state.repeats is not None:
             return _trial(state.cell, 0, self.weights_to_repeat(state) or {}, state.needs)
         number, weights = self.study.ask(state.cell)

@@ -44,9 +44,7 @@ class OptunaStudies:
             warnings.simplefilter("ignore")
             self.storage = JournalStorage(JournalFileBackend(str(journal)))
         self.studies: dict[str, optuna.Study] = {}
-        # Key of a cell -> trials that its study had when it was opened, until its sampler is needed: TPE takes 5 KB,
-        # and has no part in a study's first trial, whose values are given.
-        self.unsampled: dict[str, int] = {}
+        # Of a new study until its second trial: TPE has no part in the first, whose values are given, and takes 5 KB.
         self.no_sampler = optuna.samplers.RandomSampler(seed=0)
         self.handed_out: set[tuple[str, int]] = set()
         self.names: dict[str, list[str]] = defaultdict(list)
@@ -63,8 +61,8 @@ class OptunaStudies:
         self._warm_start(cell, study)
         trials = study.get_trials(deepcopy=False)
         is_first = all(trial.state == TrialState.WAITING for trial in trials)
-        if cell.key in self.unsampled and not is_first:
-            study.sampler = self._sampler(cell, num_trials=self.unsampled.pop(cell.key))
+        if study.sampler is self.no_sampler and not is_first:
+            study.sampler = self._sampler(cell, num_trials=0)
         for trial in trials:
             if trial.state == TrialState.RUNNING and (cell.key, trial.number) not in self.handed_out:
                 return self._hand_out(cell, optuna.Trial(study, trial._trial_id))
@@ -115,7 +113,6 @@ class OptunaStudies:
         trials = self._study(cell).get_trials(deepcopy=False)
         if len(trials) >= self.config.trials_per_cell and all(trial.state.is_finished() for trial in trials):
             del self.studies[cell.key]
-            self.unsampled.pop(cell.key, None)
 
     def chosen(self, cell: Cell) -> dict[str, float] | None:
         """See ``search.Study.chosen``."""
@@ -190,11 +187,8 @@ class OptunaStudies:
         )
         self.names[cell.key].append(study.study_name)
         trials = study.get_trials(deepcopy=False)
-        if self.config.sampler == "tpe":
-            study.sampler = self.no_sampler
-            self.unsampled[cell.key] = len(trials)
-        else:  # marks even the first trial
-            study.sampler = self._sampler(cell, num_trials=len(trials))
+        is_needed = trials or self.config.sampler == "nsga2"  # which marks even the first trial
+        study.sampler = self._sampler(cell, num_trials=len(trials)) if is_needed else self.no_sampler
         if not trials:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

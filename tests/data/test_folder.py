@@ -150,7 +150,7 @@ def test_a_link_that_leads_nowhere_is_a_missing_image(tmp_path: Path) -> None:
     write_photo(tmp_path / "there.jpg")
     (tmp_path / "dead.jpg").symlink_to(tmp_path / "elsewhere.jpg")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
-    assert ImageFolder(tmp_path).size_of.keys() == {"there.jpg"}
+    assert ImageFolder(tmp_path).path_of.keys() == {"there.jpg"}
     with pytest.raises(InputError, match=r"1 of 2 images .*first: .*dead"):
         ImageFolder(tmp_path).open(["there", "dead"])
 

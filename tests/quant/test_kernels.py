@@ -174,7 +174,7 @@ class CountReadings(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         chooses = name.startswith("index") and any(
-            part is not None and part.dtype == torch.bool
+            part.dtype == torch.bool
             for indices in args
             if isinstance(indices, list | tuple)
             for part in indices
